@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+# What our own tests, benches and examples are compiled with; nothing of it reaches a consumer.
+option(HEADWISE_WERROR "Treat warnings in our own code as errors" OFF)
+option(HEADWISE_NATIVE "Compile for this host, so that every vector ISA it has is exercised" ON)
+option(HEADWISE_HARDENED "Keep the library's checks in optimised builds" OFF)
+set(HEADWISE_SANITIZE "" CACHE STRING "Sanitizers, as in -fsanitize=: address,undefined")
+
+if(PROJECT_IS_TOP_LEVEL AND NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+  set(CMAKE_BUILD_TYPE Release CACHE STRING "Debug, Release, RelWithDebInfo" FORCE)
+endif()
+find_program(CCACHE_PROGRAM ccache)
+if(PROJECT_IS_TOP_LEVEL AND CCACHE_PROGRAM AND NOT DEFINED CMAKE_CXX_COMPILER_LAUNCHER)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${CCACHE_PROGRAM})
+endif()
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(THREADS_PREFER_PTHREAD_FLAG ON)
+find_package(Threads REQUIRED)
+
+# The flags a strict consumer uses too; tests/flags compiles one without -isystem.
+set(HEADWISE_WARNINGS -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wdouble-promotion)
+
+add_library(headwise_developer INTERFACE)
+target_link_libraries(headwise_developer INTERFACE headwise::headwise Threads::Threads)
+target_compile_options(headwise_developer INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:${HEADWISE_WARNINGS}>
+  $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${HEADWISE_WERROR}>>:-Werror>
+  $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${HEADWISE_NATIVE}>>:-march=native>)
+target_compile_definitions(headwise_developer INTERFACE
+  $<$<BOOL:${HEADWISE_HARDENED}>:HEADWISE_HARDENED=1>)
+if(HEADWISE_SANITIZE)
+  set(sanitize -fsanitize=${HEADWISE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_compile_options(headwise_developer INTERFACE $<$<COMPILE_LANGUAGE:CXX>:${sanitize}>)
+  target_link_options(headwise_developer INTERFACE ${sanitize})
+endif()
