@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: MIT
+/// @file problem.hpp
+/// HeadProblem: everything a kernel may know about one KV head in one step.
+#pragma once
+
+#include <cstdint>
+
+#include "headwise/core/kv_view.hpp"
+#include "headwise/core/position.hpp"
+#include "headwise/core/tensor_view.hpp"
+#include "headwise/core/window.hpp"
+
+namespace headwise::inline v0 {
+
+/// Attention of a step's queries over one KV head, for all query heads of its group.
+///
+/// Query `i` (0-based in the step, at position `first_query + i`) sees
+///  - every row of `past` whose position its `window` allows (the sinks and the recent ones),
+///  - the compensation row, if there is one, with logit `scale * q.k_mean + ln(count)`,
+///  - the step's own rows 0..i that the window allows, rounded through `Row` exactly as the cache
+///    will store them.
+/// A query that sees nothing yields a zero row.
+template <class Row, class Layout>
+struct HeadProblem {
+  KvView<Row, Layout> past;  ///< rows stored before the step; none of them is at or after first_query
+  Window window;             ///< Window::everything() where `past` already says it all
+
+  Pos first_query;               ///< position of query 0 and of own row 0
+  std::int64_t num_queries = 0;  ///< tokens of this sequence in the step
+  int group_size = 1;            ///< query heads that share the KV head
+  float scale = 1.0F;            ///< factor on q.k
+
+  TensorView<const float> q;    ///< [num_queries, group_size, k_dim]
+  TensorView<const float> own_k;  ///< [num_queries, 1, k_dim]
+  TensorView<const float> own_v;  ///< [num_queries, 1, v_dim]
+  TensorView<float> out;        ///< [num_queries, group_size, v_dim]
+};
+
+}  // namespace headwise::inline v0

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: MIT
+/// @file position.hpp
+/// Where a token is in its sequence (Pos) and where its row lies in a head's pages (Slot).
+#pragma once
+
+#include <compare>
+#include <cstdint>
+
+namespace headwise::inline v0 {
+
+/// A token's absolute index in its sequence, from 0. Never derived from a count of stored rows.
+struct Pos {
+  std::int64_t value = 0;
+  friend constexpr auto operator<=>(Pos, Pos) = default;
+  friend constexpr Pos operator+(Pos pos, std::int64_t tokens) { return {pos.value + tokens}; }
+  friend constexpr std::int64_t operator-(Pos a, Pos b) { return a.value - b.value; }
+};
+
+/// A row's index in one head's list of pages: page `value / page_tokens`, row `value % page_tokens`.
+struct Slot {
+  std::int64_t value = 0;
+  friend constexpr auto operator<=>(Slot, Slot) = default;
+  friend constexpr Slot operator+(Slot slot, std::int64_t rows) { return {slot.value + rows}; }
+};
+
+}  // namespace headwise::inline v0

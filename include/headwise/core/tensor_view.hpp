@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: MIT
+/// @file tensor_view.hpp
+/// A borrowed [tokens, heads, dim] tensor: what an engine hands to attention.
+#pragma once
+
+#include <cstdint>
+
+namespace headwise::inline v0 {
+
+/// Rows of `dim` contiguous elements, one per (token, head); strides in elements.
+template <class T>
+struct TensorView {
+  T* data = nullptr;
+  std::int64_t stride_n = 0;  ///< from one token to the next
+  std::int64_t stride_h = 0;  ///< from one head to the next
+
+  /// A dense [tokens, heads, dim] tensor (NHD).
+  static constexpr TensorView nhd(T* data, std::int64_t heads, std::int64_t dim) {
+    return {data, heads * dim, dim};
+  }
+
+  constexpr T* row(std::int64_t token, std::int64_t head) const {
+    return data + token * stride_n + head * stride_h;
+  }
+
+  constexpr operator TensorView<const T>() const { return {data, stride_n, stride_h}; }
+};
+
+}  // namespace headwise::inline v0

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: MIT
+/// @file window.hpp
+/// The window rule: which keys a streaming head's query may see.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "headwise/core/position.hpp"
+
+namespace headwise::inline v0 {
+
+/// A query at `i` sees the key at `j` iff `j <= i and (j < sink or i - j < recent)`.
+///
+/// `recent` counts the current token (INCL). Published caches that keep `recent` past tokens
+/// besides the current one (EXCL) are `Window::from_exclusive`.
+struct Window {
+  /// A `recent` that never forgets: the rule of a retrieval head.
+  static constexpr std::int64_t kUnbounded = std::numeric_limits<std::int64_t>::max();
+
+  std::int64_t sink = 0;              ///< first tokens of the sequence, always seen
+  std::int64_t recent = kUnbounded;   ///< newest tokens seen, the query's own included; >= 1
+
+  /// The rule of a head that sees its whole past.
+  static constexpr Window everything() { return {0, kUnbounded}; }
+
+  /// From the convention "`past` earlier tokens plus the current one" (DuoAttention's and RLKV's
+  /// HuggingFace caches in decode, StreamingLLM): EXCL(R) == INCL(R + 1).
+  static constexpr Window from_exclusive(std::int64_t sink, std::int64_t past) {
+    return {sink, past + 1};
+  }
+
+  constexpr bool bounded() const { return recent != kUnbounded; }
+
+  constexpr bool sees(Pos query, Pos key) const {
+    return key <= query && (key.value < sink || query - key < recent);
+  }
+
+  /// The oldest position that the recent part reaches from `query`; sinks lie before or in it.
+  constexpr Pos oldest_recent(Pos query) const {
+    return bounded() && query.value >= recent ? Pos{query.value - recent + 1} : Pos{0};
+  }
+
+  friend constexpr bool operator==(Window, Window) = default;
+};
+
+}  // namespace headwise::inline v0

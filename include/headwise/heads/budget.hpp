@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT
+/// @file budget.hpp
+/// What one KV head may keep. A new kind is one type here and one store in cache/.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <variant>
+
+#include "headwise/core/window.hpp"
+
+namespace headwise::inline v0 {
+
+/// A retrieval head: every token. RLKV's "reasoning heads" are retrieval heads here.
+struct KeepEverything {
+  friend constexpr bool operator==(KeepEverything, KeepEverything) = default;
+};
+
+/// A streaming head: the window rule of core/window.hpp.
+struct KeepWindow {
+  Window window;
+  friend constexpr bool operator==(KeepWindow, KeepWindow) = default;
+};
+
+/// RazorAttention's non-retrieval head (arXiv:2407.15891, Algorithm 1): `sink` first tokens, a
+/// buffer of `recent(n)` newest ones that grows with the context, and one compensation row that
+/// stands for all the others. The defaults are the paper's N0, S0 and C.
+struct KeepGrowingWindow {
+  std::int64_t sink = 4;
+  std::int64_t min_recent = 4000;
+  std::int64_t divisor = 5;
+
+  /// L_h = max(S0, N / C), in tokens, for a context of `n`.
+  constexpr std::int64_t recent(std::int64_t n) const { return std::max(min_recent, n / divisor); }
+
+  friend constexpr bool operator==(KeepGrowingWindow, KeepGrowingWindow) = default;
+};
+
+using HeadBudget = std::variant<KeepEverything, KeepWindow, KeepGrowingWindow>;
+
+constexpr bool is_retrieval(const HeadBudget& budget) {
+  return std::holds_alternative<KeepEverything>(budget);
+}
+
+}  // namespace headwise::inline v0
