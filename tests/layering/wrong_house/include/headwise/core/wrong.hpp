@@ -1,0 +1,5 @@
+// Everything the layering test must find.
+#include <Eigen/Core>
+
+#include "headwise/cache/page_pool.hpp"
+#include "neighbour.hpp"
