@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Packages of our own tests, benches and examples: the installed one, else a pinned download.
-# The hashes are those that conan-center-index and public Bazel WORKSPACE files list for the same URLs.
+# The hashes are those that many public Bazel WORKSPACE and CMake files pin for the same URLs.
 include(FetchContent)
 set(FETCHCONTENT_QUIET ON)
 
@@ -23,7 +23,10 @@ endmacro()
 
 function(headwise_fetch package)
   string(TOLOWER ${package} name)
-  message(STATUS "${package} is not installed: fetching ${${name}_url}")
+  FetchContent_GetProperties(${name})
+  if(NOT ${name}_POPULATED)
+    message(STATUS "${package} is not installed: fetching ${${name}_url}")
+  endif()
   # Only what a test needs of each: no tests of theirs, no install rules.
   set(INSTALL_GTEST OFF CACHE INTERNAL "")
   set(BENCHMARK_ENABLE_TESTING OFF CACHE INTERNAL "")
