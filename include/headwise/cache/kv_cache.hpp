@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: MIT
+/// @file kv_cache.hpp
+/// KvCache: every KV head's rows, kept by plan; one paged store for every policy.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <optional>
+#include <span>
+#include <variant>
+
+#include "headwise/cache/geometry.hpp"
+#include "headwise/cache/page_layout.hpp"
+#include "headwise/cache/page_ledger.hpp"
+#include "headwise/cache/row_codec.hpp"
+#include "headwise/cache/step.hpp"
+#include "headwise/core/dtype.hpp"
+#include "headwise/core/kv_view.hpp"
+#include "headwise/core/tensor_view.hpp"
+#include "headwise/core/window.hpp"
+
+namespace headwise::inline v0 {
+
+/// The stored rows that a step's queries may see, and the rule that says which query sees which.
+template <class Row, class Layout>
+struct SeenRows {
+  KvView<Row, Layout> view;
+  Window window;
+};
+
+/// K and V of many independent sequences, head by head as the plan says.
+///
+/// One step: `begin` takes pages, attend() (attention/attend.hpp) runs the layers, `commit` makes
+/// the new tokens part of their sequences. begin, commit, drop, rollback, add_sequence and release
+/// are one thread's business; they neither allocate (after the first step) nor lock nor throw.
+///
+/// @tparam Row  element of the stored rows: f32, f16 or bf16.
+/// @tparam Layout  TiledLayout for the CPU kernels; PlainLayout for CUDA and foreign kernels.
+template <RowElement Row = f16, PageLayout Layout = TiledLayout>
+class KvCache {
+ public:
+  /// @throws ConfigError when plan and shape differ or an option is out of range; says both values.
+  KvCache(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
+      : ledger_(CacheGeometry(shape, plan, options, sizeof(Row))) {}
+
+  /// An empty sequence, or nothing when max_sequences are in use.
+  std::optional<SequenceId> add_sequence() { return ledger_.add_sequence(); }
+  /// Gives all pages of the sequence back at once.
+  void release(SequenceId id) { ledger_.release(id); }
+  /// Tokens committed; the position of the sequence's next token.
+  std::int64_t length(SequenceId id) const { return ledger_.length(id); }
+  /// The longest length ever committed.
+  std::int64_t high_water(SequenceId id) const { return ledger_.high_water(id); }
+  /// Back to `new_length` tokens in all layers and heads, exactly, down to high_water -
+  /// max_rollback; more is refused (kTooFarBack) and changes nothing.
+  StepStatus rollback(SequenceId id, std::int64_t new_length) {
+    return ledger_.rollback(id, new_length);
+  }
+
+  /// Opens a step of `chunks[i].num_tokens` new tokens for each sequence named; q, k, v and out
+  /// hold the sequences' rows in this order. Takes every page that the step needs, or none.
+  StepStatus begin(Step& step, std::span<const SequenceChunk> chunks, Phase phase) {
+    return ledger_.begin(step, chunks, phase);
+  }
+  /// @copydoc begin
+  StepStatus begin(Step& step, std::initializer_list<SequenceChunk> chunks, Phase phase) {
+    return ledger_.begin(step, {chunks.begin(), chunks.size()}, phase);
+  }
+  /// Makes the step's rows part of their sequences; kStale or kIncomplete changes nothing.
+  StepStatus commit(Step& step) { return ledger_.commit(step); }
+  /// Closes the step without a trace.
+  StepStatus drop(Step& step) { return ledger_.drop(step); }
+  bool is_open(const Step& step) const { return ledger_.is_open(step); }
+
+  /// Bytes of page memory that the sequence holds.
+  std::size_t held_bytes(SequenceId id) const {
+    return static_cast<std::size_t>(ledger_.pages_held(id)) * geometry().page_bytes();
+  }
+  std::int64_t pages_held(SequenceId id) const { return ledger_.pages_held(id); }
+  std::int64_t free_pages() const { return ledger_.pool().num_free(); }
+  const CacheGeometry& geometry() const { return ledger_.geometry(); }
+
+  // For attention ---------------------------------------------------------------------------------
+
+  /// What the entry's queries may see of one head, as of the step's start. Any thread.
+  SeenRows<Row, Layout> seen(const StepEntry& entry, Phase phase, int layer, int kv_head) const {
+    const LayerPlace& place = geometry().layers()[static_cast<std::size_t>(layer)];
+    const HeadPlace& head = geometry().head(layer, kv_head);
+    const bool chunk_causal =
+        phase == Phase::kPrompt && geometry().options().prefill == PrefillMode::kChunkCausal;
+    SeenRows<Row, Layout> seen{view_of(entry.sequence, place, head), Window::everything()};
+    std::visit(
+        [&](const auto& store) {
+          const StoredRuns stored = store.runs(entry.lengths.length, chunk_causal);
+          for (const KvRun& run : stored.runs) seen.view.add_run(run);
+          attach(store, stored, entry, place, head, chunk_causal, seen);
+        },
+        store_of(head));
+    return seen;
+  }
+
+  /// Stores the entry's rows of one head, after everything that reads the rows they may overwrite.
+  /// One call per head and step; heads may run at once on different threads.
+  /// @param k,v  [num_tokens, 1, k_dim] and [num_tokens, 1, v_dim].
+  template <class Isa>
+  void append(const StepEntry& entry, int layer, int kv_head, TensorView<const float> k,
+              TensorView<const float> v) const {
+    const LayerPlace& place = geometry().layers()[static_cast<std::size_t>(layer)];
+    const HeadPlace& head = geometry().head(layer, kv_head);
+    std::visit([&](const auto& store) { append_to<Isa>(store, entry, place, head, k, v); },
+               store_of(head));
+  }
+
+ private:
+  const HeadStore& store_of(const HeadPlace& head) const {
+    return geometry().classes()[static_cast<std::size_t>(head.class_idx)].store;
+  }
+  int bank_of(SequenceId id, const HeadPlace& head) const {
+    return ledger_.bank(id, static_cast<std::size_t>(head.class_idx));
+  }
+
+  KvView<Row, Layout> view_of(SequenceId id, const LayerPlace& place,
+                              const HeadPlace& head) const {
+    KvView<Row, Layout> view;
+    view.pages = ledger_.pool().memory();
+    view.page_bytes = geometry().page_bytes();
+    view.page_table = ledger_.table(id, head);
+    view.page_tokens = place.page.page_tokens;
+    view.k_dim = place.page.k_dim;
+    view.v_dim = place.page.v_dim;
+    return view;
+  }
+
+  Row* page_of(SequenceId id, const HeadPlace& head, std::int64_t table_entry) const {
+    const std::int32_t page = ledger_.table(id, head)[table_entry];
+    return reinterpret_cast<Row*>(ledger_.pool().memory() +
+                                  static_cast<std::size_t>(page) * geometry().page_bytes());
+  }
+
+  // What a store adds to a view beyond its runs.
+
+  void attach(const RetrievalStore&, const StoredRuns&, const StepEntry&, const LayerPlace&,
+              const HeadPlace&, bool, SeenRows<Row, Layout>&) const {}
+
+  void attach(const StreamingStore& store, const StoredRuns&, const StepEntry& entry,
+              const LayerPlace&, const HeadPlace& head, bool chunk_causal,
+              SeenRows<Row, Layout>& seen) const {
+    seen.view.page_table += store.first_entry(bank_of(entry.sequence, head));
+    if (!chunk_causal) seen.window = {store.ring.sink, store.recent};
+  }
+
+  void attach(const FoldingStore& store, const StoredRuns& stored, const StepEntry& entry,
+              const LayerPlace& place, const HeadPlace& head, bool,
+              SeenRows<Row, Layout>& seen) const {
+    if (stored.folded == 0) return;
+    const float* sums = sums_of(store, entry.sequence, place, head,
+                                bank_of(entry.sequence, head), store.fold(entry.lengths.length));
+    seen.view.compensation = {sums, sums + place.page.k_dim, stored.folded};
+  }
+
+  // Appending: which rows a store keeps, and where.
+
+  template <class Isa>
+  void append_to(const RetrievalStore&, const StepEntry& entry, const LayerPlace& place,
+                 const HeadPlace& head, TensorView<const float> k,
+                 TensorView<const float> v) const {
+    for (std::int64_t i = 0; i < entry.num_tokens(); ++i) {
+      encode<Isa>(entry.sequence, place, head, Slot{entry.lengths.length + i}, 0, k.row(i, 0),
+                  v.row(i, 0));
+    }
+  }
+
+  template <class Isa>
+  void append_to(const StreamingStore& store, const StepEntry& entry, const LayerPlace& place,
+                 const HeadPlace& head, TensorView<const float> k,
+                 TensorView<const float> v) const {
+    const StepLengths& lengths = entry.lengths;
+    int bank = bank_of(entry.sequence, head);
+    if (!store.in_place(lengths)) {
+      const std::int64_t old_first = store.first_entry(bank);
+      const std::int64_t held = store.end_entry(lengths.length, bank) - old_first;
+      bank = 1 - bank;
+      for (std::int64_t page = 0; page < held; ++page) {
+        std::memcpy(page_of(entry.sequence, head, store.first_entry(bank) + page),
+                    page_of(entry.sequence, head, old_first + page), geometry().page_bytes());
+      }
+    }
+    const Pos oldest = store.ring.oldest_kept(lengths.next);
+    for (std::int64_t i = 0; i < entry.num_tokens(); ++i) {
+      const Pos pos{lengths.length + i};
+      if (pos.value >= store.ring.sink && pos < oldest) continue;  // gone before the chunk ends
+      encode<Isa>(entry.sequence, place, head, store.ring.slot(pos), store.first_entry(bank),
+                  k.row(i, 0), v.row(i, 0));
+    }
+  }
+
+  template <class Isa>
+  void append_to(const FoldingStore& store, const StepEntry& entry, const LayerPlace& place,
+                 const HeadPlace& head, TensorView<const float> k,
+                 TensorView<const float> v) const {
+    append_to<Isa>(RetrievalStore{store.page_tokens, store.max_context}, entry, place, head, k, v);
+    const int bank = bank_of(entry.sequence, head);
+    if (store.changes(entry.lengths, bank).flips_bank) {
+      fold_pages<Isa>(store, entry, place, head, bank);
+    }
+  }
+
+  /// Fills the other bank with every row of sums that a length in reach after commit may ask for:
+  /// known ones are carried over, each new one is the one before it plus the rows of one page.
+  template <class Isa>
+  void fold_pages(const FoldingStore& store, const StepEntry& entry, const LayerPlace& place,
+                  const HeadPlace& head, int bank) const {
+    const std::int64_t width = place.page.k_dim + place.page.v_dim;
+    const auto sums = [&](int in_bank, std::int64_t fold) {
+      return sums_of(store, entry.sequence, place, head, in_bank, fold);
+    };
+    const std::int64_t known = store.fold(entry.lengths.high_water);
+    const std::int64_t last = store.fold(entry.lengths.next_high_water());
+    std::int64_t fold = std::min(known, store.settled_fold(entry.lengths.next_high_water()));
+    if (fold != 0) std::copy_n(sums(bank, fold), width, sums(1 - bank, fold));
+    while (fold < last) {
+      const std::int64_t next = store.next_fold(fold);
+      float* to = sums(1 - bank, next);
+      if (next <= known) {
+        std::copy_n(sums(bank, next), width, to);
+      } else {
+        const std::int64_t first = fold == 0 ? store.budget.sink : fold;
+        if (fold == 0) {
+          std::fill_n(to, width, 0.0F);
+        } else if (const float* from = sums(1 - bank, fold); from != to) {
+          std::copy_n(from, width, to);
+        }
+        const std::int64_t page = first / store.page_tokens;
+        add_rows<Isa, Row, Layout>(page_of(entry.sequence, head, page), place.page,
+                                   static_cast<std::size_t>(first % store.page_tokens),
+                                   static_cast<std::size_t>(store.page_tokens), to,
+                                   to + place.page.k_dim);
+      }
+      fold = next;
+    }
+  }
+
+  /// [k_dim] sums of K, then [v_dim] sums of V, over the positions [sink, fold).
+  float* sums_of(const FoldingStore& store, SequenceId id, const LayerPlace& place,
+                 const HeadPlace& head, int bank, std::int64_t fold) const {
+    const std::int64_t row = bank * store.versions() + store.version_index(fold);
+    return ledger_.compensation(id, head) + row * (place.page.k_dim + place.page.v_dim);
+  }
+
+  template <class Isa>
+  void encode(SequenceId id, const LayerPlace& place, const HeadPlace& head, Slot slot,
+              std::int64_t first_entry, const float* k, const float* v) const {
+    const std::int64_t page_tokens = place.page.page_tokens;
+    encode_row<Isa, Row, Layout>(page_of(id, head, first_entry + slot.value / page_tokens),
+                                 place.page, static_cast<std::size_t>(slot.value % page_tokens), k,
+                                 v);
+  }
+
+  PageLedger ledger_;
+};
+
+}  // namespace headwise::inline v0

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: MIT
+/// @file options.hpp
+/// What a cache is built with.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory_resource>
+#include <span>
+
+namespace headwise::inline v0 {
+
+/// Which rows a prompt's queries see on a streaming head. Decode steps are always windowed.
+enum class PrefillMode : std::uint8_t {
+  /// Every query obeys the window rule, however the prompt is cut into chunks.
+  kWindowed,
+  /// A query sees the rows visible at its chunk's start plus its own chunk up to itself
+  /// (DuoAttention, arXiv:2410.10819, section 2.4); a prompt in one chunk is dense attention.
+  kChunkCausal,
+};
+
+struct CacheOptions {
+  /// Rows of K and of V in a page; a multiple of 16. 64 x 128 x 2 bytes are 16 KiB each.
+  int page_tokens = 64;
+  /// Bytes of page memory, all layers and sequences together; rounded down to whole pages.
+  /// 0: what `max_sequences` sequences of `max_context` tokens hold at once (a later chunk of a
+  /// long prompt may need a second ring for a while: see estimate).
+  std::size_t max_bytes = 0;
+  int max_sequences = 1;
+  /// Longest sequence in tokens.
+  std::int64_t max_context = 0;
+  /// Tokens that rollback may take back below the longest length committed.
+  std::int64_t max_rollback = 0;
+  PrefillMode prefill = PrefillMode::kWindowed;
+
+  /// Page memory given by the caller, 64-byte aligned, at least `max_bytes`; empty: allocated.
+  std::span<std::byte> page_memory = {};
+  /// Where page memory (unless given) and metadata come from, one allocation each.
+  std::pmr::memory_resource* resource = std::pmr::get_default_resource();
+};
+
+}  // namespace headwise::inline v0

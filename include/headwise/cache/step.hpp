@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: MIT
+/// @file step.hpp
+/// Step: one pass of new tokens through all layers, from begin to commit.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "headwise/cache/head_store.hpp"
+#include "headwise/core/scratch.hpp"
+
+namespace headwise::inline v0 {
+
+/// A sequence of one cache.
+enum class SequenceId : std::int32_t {};
+
+/// New tokens of one sequence in a step.
+struct SequenceChunk {
+  SequenceId sequence{};
+  std::int64_t num_tokens = 0;
+};
+
+enum class Phase : std::uint8_t {
+  kPrompt,  ///< streaming heads follow CacheOptions::prefill
+  kDecode,  ///< streaming heads follow the window rule; any number of tokens (speculation)
+};
+
+/// What a call in service answers. Anything but kOk has changed nothing.
+enum class [[nodiscard]] StepStatus : std::uint8_t {
+  kOk,
+  kOutOfPages,      ///< not every page that the step needs is free
+  kContextTooLong,  ///< a sequence would grow past max_context
+  kInvalidChunk,    ///< unknown sequence, a sequence named twice, or a negative token count
+  kStale,           ///< not the step that is open: dropped, superseded or committed already
+  kIncomplete,      ///< commit before every layer was attended
+  kTooFarBack,      ///< rollback below high_water - max_rollback, or forward
+};
+
+constexpr const char* to_string(StepStatus status) {
+  switch (status) {
+    case StepStatus::kOk: return "ok";
+    case StepStatus::kOutOfPages: return "out of pages";
+    case StepStatus::kContextTooLong: return "longer than max_context";
+    case StepStatus::kInvalidChunk: return "invalid chunk";
+    case StepStatus::kStale: return "stale step";
+    case StepStatus::kIncomplete: return "a layer was not attended";
+    case StepStatus::kTooFarBack: return "rollback too far";
+  }
+  return "unknown";
+}
+
+/// One sequence's part of a step.
+struct StepEntry {
+  SequenceId sequence{};
+  StepLengths lengths;
+  std::int64_t first_row = 0;  ///< of this sequence in q, k, v and out
+  std::int64_t num_tokens() const { return lengths.next - lengths.length; }
+};
+
+/// A step's bookkeeping; reuse one object for all steps, its memory is kept.
+class Step {
+ public:
+  Step() = default;
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+
+  std::span<const StepEntry> entries() const { return entries_; }
+  Phase phase() const { return phase_; }
+  /// Rows of q, k, v and out.
+  std::int64_t num_rows() const {
+    return entries_.empty() ? 0 : entries_.back().first_row + entries_.back().num_tokens();
+  }
+
+  /// Memory that attention keeps between the step's tasks.
+  Scratch& scratch() { return scratch_; }
+  const Scratch& scratch() const { return scratch_; }
+
+  /// Notes that one more of `layer`'s heads has its rows in their pages. Any thread.
+  void note_head_done(int layer) const {
+    heads_done_[static_cast<std::size_t>(layer)].fetch_add(1, std::memory_order_release);
+  }
+
+ private:
+  friend class PageLedger;
+
+  std::vector<StepEntry> entries_;
+  Phase phase_ = Phase::kDecode;
+  const void* ledger_ = nullptr;  // whose begin filled it
+  std::uint64_t epoch_ = 0;       // of that begin; 0: never
+  std::size_t num_layers_ = 0;
+  std::unique_ptr<std::atomic<std::int64_t>[]> heads_done_;  // [num_layers], over all entries
+  Scratch scratch_;
+};
+
+}  // namespace headwise::inline v0
