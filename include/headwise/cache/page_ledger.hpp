@@ -191,9 +191,11 @@ class PageLedger {
   /// layer was attended.
   StepStatus commit(Step& step) {
     if (!is_open(step)) return StepStatus::kStale;
+    const std::int64_t growing =
+        std::count_if(step.entries_.begin(), step.entries_.end(),
+                      [](const StepEntry& entry) { return entry.num_tokens() > 0; });
     for (std::size_t l = 0; l < step.num_layers_; ++l) {
-      const std::int64_t heads = geometry_.layers()[l].shape.num_kv_heads *
-                                 static_cast<std::int64_t>(step.entries_.size());
+      const std::int64_t heads = geometry_.layers()[l].shape.num_kv_heads * growing;
       if (step.heads_done_[l].load(std::memory_order_acquire) < heads) {
         return StepStatus::kIncomplete;
       }
