@@ -3,6 +3,7 @@
 /// HeadPlan: a budget for every KV head of a model.
 #pragma once
 
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -13,6 +14,13 @@
 #include "headwise/heads/budget.hpp"
 
 namespace headwise::inline v0 {
+
+/// One KV head of a model.
+struct HeadId {
+  int layer = 0;
+  int kv_head = 0;
+  friend constexpr auto operator<=>(HeadId, HeadId) = default;
+};
 
 /// What every KV head keeps; layers may differ in their number of heads. Integers in, integers
 /// out: knows neither memory nor kernels.
@@ -60,7 +68,7 @@ class HeadPlan {
   /// Share of KV heads that do not keep everything.
   double sparsity() const {
     std::size_t streaming = 0;
-    for (const HeadBudget& budget : budgets_) streaming += is_retrieval(budget) ? 0 : 1;
+    for (const HeadBudget& budget : budgets_) streaming += is_retrieval(budget) ? 0U : 1U;
     return static_cast<double>(streaming) / static_cast<double>(num_heads());
   }
 

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: MIT
+/// @file uniform.hpp
+/// The same budget for every head: the full cache, or a baseline without head scores.
+#pragma once
+
+#include "headwise/core/shape.hpp"
+#include "headwise/heads/budget.hpp"
+#include "headwise/heads/plan.hpp"
+#include "headwise/policies/policy.hpp"
+
+namespace headwise::inline v0::uniform {
+
+struct Policy {
+  HeadBudget budget = KeepEverything{};
+
+  HeadPlan plan(const ModelShape& shape) const { return HeadPlan(shape, budget); }
+};
+static_assert(HeadPolicy<Policy, ModelShape>);
+
+}  // namespace headwise::inline v0::uniform
