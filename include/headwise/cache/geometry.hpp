@@ -39,9 +39,9 @@ struct ClassRun {
 struct LayerPlace {
   LayerShape shape;
   PageShape page;
-  std::int64_t first_head = 0;     ///< index of KV head 0 in heads()
-  std::vector<int> task_order;     ///< KV heads, those that keep most first
-  std::vector<ClassRun> runs;      ///< classes along task_order
+  std::int64_t first_head = 0;  ///< index of KV head 0 in heads()
+  std::vector<int> task_order;  ///< KV heads, those that keep most first
+  std::vector<ClassRun> runs;   ///< classes along task_order
 };
 
 /// Geometry of a cache: classes of heads, page size, table strides. Shared by the cache itself and
@@ -156,8 +156,11 @@ class CacheGeometry {
 
   void add_layer(const LayerShape& shape, const HeadPlan& plan, int l,
                  std::vector<HeadBudget>& budgets) {
-    LayerPlace layer{shape, {options_.page_tokens, shape.k_dim, shape.v_dim},
-                     static_cast<std::int64_t>(heads_.size()), {}, {}};
+    LayerPlace layer{shape,
+                     {options_.page_tokens, shape.k_dim, shape.v_dim},
+                     static_cast<std::int64_t>(heads_.size()),
+                     {},
+                     {}};
     const std::size_t bytes = layer.page.num_elements() * row_bytes_;
     page_bytes_ = std::max(page_bytes_, (bytes + 63) / 64 * 64);
     max_heads_per_layer_ = std::max(max_heads_per_layer_, shape.num_kv_heads);

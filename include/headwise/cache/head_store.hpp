@@ -50,9 +50,7 @@ struct StoredRuns {
   std::array<KvRun, 3> runs{};
   std::int64_t folded = 0;  ///< tokens that a compensation row stands for
 
-  constexpr std::int64_t num_rows() const {
-    return runs[0].count + runs[1].count + runs[2].count;
-  }
+  constexpr std::int64_t num_rows() const { return runs[0].count + runs[1].count + runs[2].count; }
 };
 
 /// A retrieval head: page after page, slot == pos.

@@ -85,12 +85,20 @@ class KvCache {
 
   // For attention ---------------------------------------------------------------------------------
 
+  /// Stored rows that some query of the entry may see of a head with this store.
+  std::int64_t rows_seen(const HeadStore& store, const StepEntry& entry, Phase phase) const {
+    return std::visit(
+        [&](const auto& kind) {
+          return kind.runs(entry.lengths.length, is_chunk_causal(phase)).num_rows();
+        },
+        store);
+  }
+
   /// What the entry's queries may see of one head, as of the step's start. Any thread.
   SeenRows<Row, Layout> seen(const StepEntry& entry, Phase phase, int layer, int kv_head) const {
     const LayerPlace& place = geometry().layers()[static_cast<std::size_t>(layer)];
     const HeadPlace& head = geometry().head(layer, kv_head);
-    const bool chunk_causal =
-        phase == Phase::kPrompt && geometry().options().prefill == PrefillMode::kChunkCausal;
+    const bool chunk_causal = is_chunk_causal(phase);
     SeenRows<Row, Layout> seen{view_of(entry.sequence, place, head), Window::everything()};
     std::visit(
         [&](const auto& store) {
@@ -115,6 +123,9 @@ class KvCache {
   }
 
  private:
+  bool is_chunk_causal(Phase phase) const {
+    return phase == Phase::kPrompt && geometry().options().prefill == PrefillMode::kChunkCausal;
+  }
   const HeadStore& store_of(const HeadPlace& head) const {
     return geometry().classes()[static_cast<std::size_t>(head.class_idx)].store;
   }
@@ -122,8 +133,7 @@ class KvCache {
     return ledger_.bank(id, static_cast<std::size_t>(head.class_idx));
   }
 
-  KvView<Row, Layout> view_of(SequenceId id, const LayerPlace& place,
-                              const HeadPlace& head) const {
+  KvView<Row, Layout> view_of(SequenceId id, const LayerPlace& place, const HeadPlace& head) const {
     KvView<Row, Layout> view;
     view.pages = ledger_.pool().memory();
     view.page_bytes = geometry().page_bytes();
@@ -156,8 +166,8 @@ class KvCache {
               const LayerPlace& place, const HeadPlace& head, bool,
               SeenRows<Row, Layout>& seen) const {
     if (stored.folded == 0) return;
-    const float* sums = sums_of(store, entry.sequence, place, head,
-                                bank_of(entry.sequence, head), store.fold(entry.lengths.length));
+    const float* sums = sums_of(store, entry.sequence, place, head, bank_of(entry.sequence, head),
+                                store.fold(entry.lengths.length));
     seen.view.compensation = {sums, sums + place.page.k_dim, stored.folded};
   }
 

@@ -39,8 +39,8 @@ struct MetadataLayout {
 /// One sequence's state. Everything else about it follows from the two lengths.
 struct SequenceState {
   std::int64_t length = 0;
-  std::int64_t high_water = 0;      ///< the longest length committed
-  std::int64_t pending_length = -1; ///< after the open step; -1: in no open step
+  std::int64_t high_water = 0;       ///< the longest length committed
+  std::int64_t pending_length = -1;  ///< after the open step; -1: in no open step
   bool live = false;
 };
 
@@ -54,10 +54,9 @@ inline MetadataLayout::MetadataLayout(const CacheGeometry& geometry) {
   sequences = section(sequence_count * sizeof(SequenceState));
   tables = section(sequence_count * static_cast<std::size_t>(geometry.entries_per_sequence()) *
                    sizeof(std::int32_t));
-  compensation =
-      section(sequence_count *
-              static_cast<std::size_t>(geometry.compensation_floats_per_sequence()) *
-              sizeof(float));
+  compensation = section(sequence_count *
+                         static_cast<std::size_t>(geometry.compensation_floats_per_sequence()) *
+                         sizeof(float));
   banks = section(sequence_count * geometry.classes().size());
   free_pages = section(static_cast<std::size_t>(geometry.num_pages()) * sizeof(std::int32_t));
   free_sequences = section(sequence_count * sizeof(std::int32_t));
@@ -76,8 +75,7 @@ class PageLedger {
                      pool_bytes() >= PagePool::kHugePage ? PagePool::kHugePage : kCacheLine),
         metadata_(options().resource, layout_.total_bytes, kCacheLine),
         pool_(options().page_memory.empty() ? page_memory_.data() : options().page_memory.data(),
-              geometry_.page_bytes(),
-              carve<std::int32_t>(layout_.free_pages, num_pages())),
+              geometry_.page_bytes(), carve<std::int32_t>(layout_.free_pages, num_pages())),
         sequences_(carve<SequenceState>(layout_.sequences, num_sequences())),
         tables_(carve<std::int32_t>(
             layout_.tables,
@@ -121,8 +119,7 @@ class PageLedger {
     if (state(id).pending_length >= 0) drop_open_step();
     const SequenceState& sequence = state(id);
     for_each_class([&](std::size_t c, const auto& store) {
-      for (const EntryRange range :
-           store.held(sequence.length, sequence.high_water, bank(id, c))) {
+      for (const EntryRange range : store.held(sequence.length, sequence.high_water, bank(id, c))) {
         give_back(id, c, range);
       }
     });
@@ -229,8 +226,8 @@ class PageLedger {
 
   /// Page table of one head: [table_entries()] of its store.
   const std::int32_t* table(SequenceId id, const HeadPlace& head) const {
-    return tables_.data() +
-           static_cast<std::int64_t>(id) * geometry_.entries_per_sequence() + head.table_offset;
+    return tables_.data() + static_cast<std::int64_t>(id) * geometry_.entries_per_sequence() +
+           head.table_offset;
   }
   /// Sums of one head: [compensation_rows()] rows of k_dim + v_dim floats.
   float* compensation(SequenceId id, const HeadPlace& head) const {
@@ -357,8 +354,7 @@ class PageLedger {
     if (open_epoch_ == 0) return;
     for (const StepEntry& entry : open_entries_) {
       for_each_class([&](std::size_t c, const auto& store) {
-        give_back(entry.sequence, c,
-                  store.changes(entry.lengths, bank(entry.sequence, c)).take);
+        give_back(entry.sequence, c, store.changes(entry.lengths, bank(entry.sequence, c)).take);
       });
     }
     leave(open_entries_);

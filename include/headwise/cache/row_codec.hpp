@@ -34,7 +34,8 @@ void decode_strip(const Row* from, float* to) {
 template <class Isa, RowElement Row, PageLayout Layout>
 void encode_row(Row* page, const PageShape& shape, std::size_t row, const float* k,
                 const float* v) {
-  for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.k_dim); dim += std::size_t{kCodecStrip}) {
+  for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.k_dim);
+       dim += std::size_t{kCodecStrip}) {
     if constexpr (std::is_same_v<Layout, TiledLayout>) {
       alignas(64) Row strip[kCodecStrip];
       encode_strip<Isa>(k + dim, strip);
@@ -44,7 +45,8 @@ void encode_row(Row* page, const PageShape& shape, std::size_t row, const float*
       encode_strip<Isa>(k + dim, page + Layout::k_offset(shape, row, dim));
     }
   }
-  for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.v_dim); dim += std::size_t{kCodecStrip}) {
+  for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.v_dim);
+       dim += std::size_t{kCodecStrip}) {
     encode_strip<Isa>(v + dim, page + Layout::v_offset(shape, row, dim));
   }
 }
@@ -59,7 +61,8 @@ void add_rows(const Row* page, const PageShape& shape, std::size_t first, std::s
       Ops::store(sum + i, Ops::add(Ops::load(sum + i), Ops::load(from + i)));
     }
   };
-  for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.v_dim); dim += std::size_t{kCodecStrip}) {
+  for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.v_dim);
+       dim += std::size_t{kCodecStrip}) {
     for (std::size_t row = first; row < last; ++row) {
       add_strip(page + Layout::v_offset(shape, row, dim), v_sum + dim);
     }
@@ -79,7 +82,8 @@ void add_rows(const Row* page, const PageShape& shape, std::size_t first, std::s
     }
   } else {
     for (std::size_t row = first; row < last; ++row) {
-      for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.k_dim); dim += std::size_t{kCodecStrip}) {
+      for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.k_dim);
+           dim += std::size_t{kCodecStrip}) {
         add_strip(page + Layout::k_offset(shape, row, dim), k_sum + dim);
       }
     }

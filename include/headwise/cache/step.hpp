@@ -30,25 +30,32 @@ enum class Phase : std::uint8_t {
 };
 
 /// What a call in service answers. Anything but kOk has changed nothing.
-enum class [[nodiscard]] StepStatus : std::uint8_t {
-  kOk,
-  kOutOfPages,      ///< not every page that the step needs is free
-  kContextTooLong,  ///< a sequence would grow past max_context
-  kInvalidChunk,    ///< unknown sequence, a sequence named twice, or a negative token count
-  kStale,           ///< not the step that is open: dropped, superseded or committed already
-  kIncomplete,      ///< commit before every layer was attended
-  kTooFarBack,      ///< rollback below high_water - max_rollback, or forward
+enum class [[nodiscard]] StepStatus : std::uint8_t{
+    kOk,
+    kOutOfPages,      ///< not every page that the step needs is free
+    kContextTooLong,  ///< a sequence would grow past max_context
+    kInvalidChunk,    ///< unknown sequence, a sequence named twice, or a negative token count
+    kStale,           ///< not the step that is open: dropped, superseded or committed already
+    kIncomplete,      ///< commit before every layer was attended
+    kTooFarBack,      ///< rollback below high_water - max_rollback, or forward
 };
 
 constexpr const char* to_string(StepStatus status) {
   switch (status) {
-    case StepStatus::kOk: return "ok";
-    case StepStatus::kOutOfPages: return "out of pages";
-    case StepStatus::kContextTooLong: return "longer than max_context";
-    case StepStatus::kInvalidChunk: return "invalid chunk";
-    case StepStatus::kStale: return "stale step";
-    case StepStatus::kIncomplete: return "a layer was not attended";
-    case StepStatus::kTooFarBack: return "rollback too far";
+    case StepStatus::kOk:
+      return "ok";
+    case StepStatus::kOutOfPages:
+      return "out of pages";
+    case StepStatus::kContextTooLong:
+      return "longer than max_context";
+    case StepStatus::kInvalidChunk:
+      return "invalid chunk";
+    case StepStatus::kStale:
+      return "stale step";
+    case StepStatus::kIncomplete:
+      return "a layer was not attended";
+    case StepStatus::kTooFarBack:
+      return "rollback too far";
   }
   return "unknown";
 }

@@ -11,7 +11,8 @@ namespace headwise::inline v0 {
 
 using f32 = float;
 
-/// IEEE binary16 bits. Storage only: std::bit_cast to Eigen::half or __half where arithmetic is due.
+/// IEEE binary16 bits. Storage only: std::bit_cast to Eigen::half or __half where arithmetic is
+/// due.
 struct f16 {
   std::uint16_t bits = 0;
   friend constexpr bool operator==(f16, f16) = default;

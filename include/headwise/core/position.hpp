@@ -16,7 +16,8 @@ struct Pos {
   friend constexpr std::int64_t operator-(Pos a, Pos b) { return a.value - b.value; }
 };
 
-/// A row's index in one head's list of pages: page `value / page_tokens`, row `value % page_tokens`.
+/// A row's index in one head's list of pages: page `value / page_tokens`, row `value %
+/// page_tokens`.
 struct Slot {
   std::int64_t value = 0;
   friend constexpr auto operator<=>(Slot, Slot) = default;

@@ -19,7 +19,7 @@ class Scratch {
   /// Grows to at least `bytes` and `num_counters`; counters start at 0. What was there is lost.
   void reserve(std::size_t bytes, std::size_t num_counters) {
     if (bytes > num_bytes_) {
-      bytes_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment})));
+      bytes_.reset(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{kAlignment})));
       num_bytes_ = bytes;
     }
     if (num_counters > num_counters_) {
@@ -42,7 +42,7 @@ class Scratch {
  private:
   struct Free {
     void operator()(std::byte* bytes) const {
-      ::operator delete(bytes, std::align_val_t{kAlignment});
+      ::operator delete (bytes, std::align_val_t{kAlignment});
     }
   };
 

@@ -18,8 +18,8 @@ struct Window {
   /// A `recent` that never forgets: the rule of a retrieval head.
   static constexpr std::int64_t kUnbounded = std::numeric_limits<std::int64_t>::max();
 
-  std::int64_t sink = 0;              ///< first tokens of the sequence, always seen
-  std::int64_t recent = kUnbounded;   ///< newest tokens seen, the query's own included; >= 1
+  std::int64_t sink = 0;             ///< first tokens of the sequence, always seen
+  std::int64_t recent = kUnbounded;  ///< newest tokens seen, the query's own included; >= 1
 
   /// The rule of a head that sees its whole past.
   static constexpr Window everything() { return {0, kUnbounded}; }
