@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MIT
+/// @file prefill.hpp
+/// Prefill on the CPU: many queries, causal. A compute problem for heads that look far, O(n x
+/// window) for those that do not.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "headwise/attention/cpu/query_rows.hpp"
+
+namespace headwise::inline v0 {
+
+/// Queries of one prefill task: as many as make about 192 query rows with their group. So many
+/// share the packing of a block, and their q, scores and sums still lie in a second-level cache of
+/// 512 KiB.
+constexpr std::int64_t prefill_tile_queries(int group_size) {
+  return std::max(1, 192 / group_size);
+}
+
+/// Floats of scratch that `prefill_tile` needs for up to `prefill_tile_queries` queries, 64-byte
+/// aligned, one per thread.
+constexpr std::size_t prefill_scratch_floats(int group_size, int k_dim, int v_dim) {
+  const auto rows = static_cast<std::size_t>(prefill_tile_queries(group_size)) *
+                    static_cast<std::size_t>(group_size);
+  return detail::query_scratch_floats(rows, k_dim) + detail::query_state_floats(rows, v_dim) +
+         detail::packed_block_floats(k_dim, v_dim);
+}
+
+/// Attends queries [query_begin, query_end) of the step, for all query heads of the group, and
+/// writes their output rows.
+///
+/// Blocks of 64 rows are packed to floats once and shared by all query rows of the tile; blocks
+/// that no query of the tile sees are not touched. 2 (k_dim + v_dim) flop a visible row and query
+/// row.
+/// @param query_end  at most query_begin + prefill_tile_queries(group_size)
+/// @param scratch  [prefill_scratch_floats], 64-byte aligned
+template <class Isa, class Row, class Layout>
+void prefill_tile(const HeadProblem<Row, Layout>& problem, std::int64_t query_begin,
+                  std::int64_t query_end, float* scratch) noexcept {
+  if (query_begin >= query_end) return;
+  const auto& past = problem.past;
+  const auto num_rows = static_cast<std::size_t>(query_end - query_begin) *
+                        static_cast<std::size_t>(problem.group_size);
+  float* state = scratch + detail::query_scratch_floats(num_rows, past.k_dim);
+  float* packed = state + detail::query_state_floats(num_rows, past.v_dim);
+
+  const auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, state);
+  detail::reset_state<Isa>(queries, past.compensation);
+  for (const KvRun& run : past.runs()) {
+    detail::for_each_seen(queries.window, queries.first_query, queries.last_query(), run.first_pos,
+                          run.count, [&](std::int64_t first, std::int64_t last) {
+                            detail::for_each_block(
+                                past, run.first_slot + first, run.first_pos + first, last - first,
+                                [&](const detail::StoredRows& rows) {
+                                  detail::attend_block<Isa, false>(
+                                      queries, detail::pack_block<Isa>(past, rows, packed));
+                                });
+                          });
+  }
+  detail::attend_own_rows<Isa>(problem, queries, packed);
+
+  std::size_t row = 0;
+  for (std::int64_t i = query_begin; i < query_end; ++i) {
+    for (int g = 0; g < problem.group_size; ++g, ++row) {
+      float* out = queries.out + row * static_cast<std::size_t>(past.v_dim);
+      write_output<Isa>(SoftmaxState{queries.max[row], queries.sum[row], out},
+                        problem.out.row(i, g), past.v_dim);
+    }
+  }
+}
+
+}  // namespace headwise::inline v0

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: MIT
+/// @file tile_product.hpp
+/// The one inner kernel: a few rows times a few tiles. Scores are q times K tiles, outputs are
+/// probabilities times V strips; decode runs it over stored elements, prefill over packed floats.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+
+#include "headwise/cache/page_layout.hpp"
+#include "headwise/core/config.hpp"
+#include "headwise/core/dtype.hpp"
+#include "headwise/simd/simd.hpp"
+
+namespace headwise::inline v0::detail {
+
+inline constexpr int kTile = static_cast<int>(TiledLayout::kTile);
+
+/// c[r][t * 16 + lane] = c[r][..] * rescale[r] + sum over i of a[r][i] * b[t][i][lane]
+/// for `num_rows` rows r, `num_tiles` tiles t and `depth` steps i.
+template <class Element>
+struct TileProduct {
+  const float* a = nullptr;  ///< [num_rows][a_stride]
+  std::ptrdiff_t a_stride = 0;
+  const Element* b = nullptr;  ///< [num_tiles][depth][16], tiles `b_stride` elements apart
+  std::ptrdiff_t b_stride = 0;
+  float* c = nullptr;  ///< [num_rows][c_stride]
+  std::ptrdiff_t c_stride = 0;
+  const float* rescale = nullptr;  ///< [num_rows]; null: c is written, not added to
+  int num_rows = 0;
+  int num_tiles = 0;
+  int depth = 0;
+  /// For each line of b that is read, the line so many bytes further is fetched.
+  std::ptrdiff_t fetch_ahead = 0;
+};
+
+/// Registers that hold sums. The rest hold one step of b, a broadcast of a, and temporaries.
+/// At least 8 sums are in flight wherever there is the work: two FMA ports, four cycles each.
+template <class Isa>
+constexpr int num_sum_registers() {
+  if constexpr (std::same_as<Isa, simd::Avx512>) return 16;  // of 32
+  if constexpr (std::same_as<Isa, simd::Avx2>) return 12;    // of 16
+  if constexpr (std::same_as<Isa, simd::Neon>) return 16;    // of 32
+  return 32;  // Scalar: floats in memory or in whatever registers the compiler finds
+}
+
+template <class Isa>
+inline constexpr int kVectorsPerTile = kTile / simd::Ops<Isa>::kWidth;
+
+/// Most rows that one call of the inner loop serves.
+template <class Isa>
+inline constexpr int kMaxBlockRows =
+    std::min(8, num_sum_registers<Isa>() / (kVectorsPerTile<Isa> > 1 ? kVectorsPerTile<Isa> : 2));
+
+/// Most tiles side by side, a power of two.
+template <class Isa, int kRows>
+constexpr int max_block_tiles() {
+  const int tiles = num_sum_registers<Isa>() / (kRows * kVectorsPerTile<Isa>);
+  return tiles >= 4 ? 4 : std::max(1, tiles & 2);
+}
+
+template <class Isa, bool kFetch, int kRows, int kTiles, class Element>
+void multiply_block(const TileProduct<Element>& p, int row, int tile) noexcept {
+  using O = simd::Ops<Isa>;
+  using V = typename O::V;
+  constexpr int kVectors = kTiles * kVectorsPerTile<Isa>;
+  // Steps per cache line: one prefetch each.
+  constexpr int kSteps = kFetch ? static_cast<int>(64 / (kTile * sizeof(Element))) : 1;
+
+  const float* HEADWISE_RESTRICT a = p.a + row * p.a_stride;
+  const Element* HEADWISE_RESTRICT b = p.b + tile * p.b_stride;
+  float* c = p.c + row * p.c_stride + tile * kTile;
+
+  V sum[std::size_t{kRows}][std::size_t{kVectors}];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const V factor = O::broadcast(p.rescale != nullptr ? p.rescale[row + r] : 0.0F);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = p.rescale != nullptr ? O::mul(factor, O::load(c + r * p.c_stride + v * O::kWidth))
+                                       : O::zero();
+    }
+  }
+
+  const auto step = [&](int i) {
+    V column[std::size_t{kVectors}];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const int t = v / kVectorsPerTile<Isa>;
+      const int lane = v % kVectorsPerTile<Isa> * O::kWidth;
+      column[v] = O::load(b + t * p.b_stride + i * kTile + lane);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const V x = O::broadcast(a[r * p.a_stride + i]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = O::fma(x, column[v], sum[r][v]);
+    }
+  };
+
+  int i = 0;
+  for (; i + kSteps <= p.depth; i += kSteps) {
+    if constexpr (kFetch) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTiles; ++t) {
+        const auto* line = reinterpret_cast<const char*>(b + t * p.b_stride + i * kTile);
+        __builtin_prefetch(line + p.fetch_ahead);
+      }
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < kSteps; ++j) step(i + j);
+  }
+  for (; i < p.depth; ++i) step(i);
+
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) O::store(c + r * p.c_stride + v * O::kWidth, sum[r][v]);
+  }
+}
+
+/// All tiles for `kRows` rows: as many side by side as the registers hold, then fewer.
+template <class Isa, bool kFetch, int kRows, class Element>
+void multiply_rows(const TileProduct<Element>& p, int row) noexcept {
+  constexpr int kMost = max_block_tiles<Isa, kRows>();
+  int tile = 0;
+  for (; tile + kMost <= p.num_tiles; tile += kMost) {
+    multiply_block<Isa, kFetch, kRows, kMost>(p, row, tile);
+  }
+  if constexpr (kMost > 2) {
+    for (; tile + 2 <= p.num_tiles; tile += 2) multiply_block<Isa, kFetch, kRows, 2>(p, row, tile);
+  }
+  if constexpr (kMost > 1) {
+    for (; tile < p.num_tiles; ++tile) multiply_block<Isa, kFetch, kRows, 1>(p, row, tile);
+  }
+}
+
+/// Turns a run-time number of rows in [1, kMaxBlockRows] into a template argument.
+template <class Isa, bool kFetch, int kRows, class Element>
+HEADWISE_ALWAYS_INLINE void multiply_num_rows(const TileProduct<Element>& p, int row,
+                                              int num_rows) noexcept {
+  if (num_rows == kRows) {
+    multiply_rows<Isa, kFetch, kRows>(p, row);
+  } else if constexpr (kRows > 1) {
+    multiply_num_rows<Isa, kFetch, kRows - 1>(p, row, num_rows);
+  }
+}
+
+/// Reads b once per block of rows: from memory the first time, from the nearest cache afterwards.
+template <class Isa, bool kFetch, class Element>
+void multiply_tiles(const TileProduct<Element>& p) noexcept {
+  constexpr int kMost = kMaxBlockRows<Isa>;
+  for (int row = 0; row < p.num_rows;) {
+    // Rows left over are shared out: 9 rows are 5 + 4, not 8 + 1.
+    const int blocks = (p.num_rows - row + kMost - 1) / kMost;
+    const int num_rows = (p.num_rows - row + blocks - 1) / blocks;
+    multiply_num_rows<Isa, kFetch, kMost>(p, row, num_rows);
+    row += num_rows;
+  }
+}
+
+}  // namespace headwise::inline v0::detail

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: MIT
+#include "headwise/attention/cpu/decode.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "headwise/attention/reference.hpp"
+#include "support/attention_cases.hpp"
+#include "support/isa_types.hpp"
+
+namespace headwise::test {
+namespace {
+
+/// Decodes a problem in splits that begin at `cuts`; the last does the own rows.
+template <class Isa, class Row, class Layout>
+void decode(const HeadProblem<Row, Layout>& problem, std::vector<std::int64_t> cuts = {0}) {
+  const auto& past = problem.past;
+  const std::int64_t rows = problem.num_queries * problem.group_size;
+  const std::size_t stride = decode_partial_floats(rows, past.v_dim);
+  AlignedFloats partials(stride * cuts.size());
+  AlignedFloats scratch(decode_scratch_floats(rows, past.k_dim, past.v_dim));
+  cuts.push_back(past.num_rows());
+  for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
+    decode_split<Isa>(problem, {cuts[i], cuts[i + 1], i + 2 == cuts.size()},
+                      partials.data() + i * stride, scratch.data());
+  }
+  merge_splits<Isa>(problem, partials.data(), stride, static_cast<std::int64_t>(cuts.size()) - 1);
+}
+
+template <class Types>
+class CpuDecode : public ::testing::Test {};
+TYPED_TEST_SUITE(CpuDecode, AllKernels, KernelNames);
+
+TYPED_TEST(CpuDecode, EqualsTheOracleOnEveryCase) {
+  using Isa = typename TypeParam::Isa;
+  for (const AttentionCase& c : attention_cases()) {
+    PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(c);
+    const auto problem = head.problem();
+    decode<Isa>(problem);
+    EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5) << c.name;
+  }
+}
+
+TYPED_TEST(CpuDecode, GivesTheSameWhereverTheRowsAreCut) {
+  using Isa = typename TypeParam::Isa;
+  const AttentionCase cases[] = {
+      {.name = "dense", .group_size = 4, .past = 333, .queries = 2},
+      {.name = "ring", .past = 700, .queries = 3, .window = {5, 90}, .kept = Kept::kRing},
+      {.name = "compensation", .past = 200, .kept = Kept::kSecondRun, .compensation = 50}};
+  for (const AttentionCase& c : cases) {
+    PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(c);
+    const auto problem = head.problem();
+    const std::vector<double> truth = reference_attention(problem);
+    const std::int64_t rows = problem.past.num_rows();
+    for (const std::int64_t cut :
+         {std::int64_t{0}, std::int64_t{1}, std::int64_t{17}, rows / 2, rows - 1, rows}) {
+      decode<Isa>(problem, {0, cut});
+      EXPECT_LE(relative_error(head.out(), truth), 1e-5) << c.name << " cut at " << cut;
+    }
+    decode<Isa>(problem, {0, 3, 16, 64, 64, rows - 2});
+    EXPECT_LE(relative_error(head.out(), truth), 1e-5) << c.name << " cut in six";
+  }
+}
+
+TYPED_TEST(CpuDecode, GivesTheSameBitsForTheSameCuts) {
+  using Isa = typename TypeParam::Isa;
+  PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(
+      {.name = "", .group_size = 7, .past = 300});
+  const auto problem = head.problem();
+  decode<Isa>(problem, {0, 64});
+  const std::vector<float> once = head.out();
+  decode<Isa>(problem, {0, 64});
+  EXPECT_EQ(once, head.out());
+}
+
+TYPED_TEST(CpuDecode, HoldsItsErrorOverALongHead) {
+  using Isa = typename TypeParam::Isa;
+  PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(
+      {.name = "", .k_dim = 32, .v_dim = 32, .group_size = 2, .past = 9000});
+  const auto problem = head.problem();
+  decode<Isa>(problem, {0, 4096, 8192});
+  EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5);
+}
+
+// The toy of RazorAttention's specification: one dimension, scale 1, q = 1; here dimension 0 of 16.
+class CompensationToy : public ::testing::Test {
+ protected:
+  static constexpr float kKeys[6] = {0.0F, 1.0F, 2.0F, 3.0F, 0.5F, 0.25F};
+  static constexpr float kValues[6] = {1.0F, 2.0F, 4.0F, 6.0F, 10.0F, 20.0F};
+
+  /// Row 0 and rows 4, 5 as they are; rows 1, 2, 3 as one compensation row of weight `weight`.
+  double attend(std::int64_t weight) {
+    constexpr int kDim = 16;
+    const PageShape shape{16, kDim, kDim};
+    AlignedFloats page(shape.num_elements());
+    const int kept[] = {0, 4};
+    for (std::size_t i = 0; i < 2; ++i) {
+      page.data()[PlainLayout::k_offset(shape, i, 0)] = kKeys[kept[i]];
+      page.data()[PlainLayout::v_offset(shape, i, 0)] = kValues[kept[i]];
+    }
+    const std::int32_t table[] = {0};
+    float q[kDim] = {1.0F}, own_k[kDim] = {kKeys[5]}, own_v[kDim] = {kValues[5]}, out[kDim];
+    // Means 2 and 4, whatever the weight.
+    float k_sum[kDim] = {2.0F * static_cast<float>(weight)};
+    float v_sum[kDim] = {4.0F * static_cast<float>(weight)};
+
+    HeadProblem<f32, PlainLayout> problem;
+    problem.past.pages = reinterpret_cast<const std::byte*>(page.data());
+    problem.past.page_bytes = shape.num_elements() * sizeof(float);
+    problem.past.page_table = table;
+    problem.past.page_tokens = 16;
+    problem.past.k_dim = problem.past.v_dim = kDim;
+    problem.past.add_run({Slot{0}, Pos{0}, 1});
+    problem.past.add_run({Slot{1}, Pos{4}, 1});
+    problem.past.compensation = {k_sum, v_sum, weight};
+    problem.first_query = Pos{5};
+    problem.num_queries = 1;
+    problem.q = {q, kDim, kDim};
+    problem.own_k = {own_k, kDim, kDim};
+    problem.own_v = {own_v, kDim, kDim};
+    problem.out = {out, kDim, kDim};
+    decode<simd::BestIsa>(problem);
+    EXPECT_NEAR(static_cast<double>(out[0]), reference_attention(problem)[0], 1e-5);
+    return static_cast<double>(out[0]);
+  }
+};
+
+TEST_F(CompensationToy, WeighsTheRowByHowManyItStandsFor) {
+  EXPECT_NEAR(attend(3), 5.051219, 2e-6);
+}
+TEST_F(CompensationToy, DiffersWithWeightOne) { EXPECT_NEAR(attend(1), 6.423354, 2e-6); }
+TEST_F(CompensationToy, IsAbsentWithCountZero) { EXPECT_NEAR(attend(0), 10.976481, 2e-6); }
+
+TEST(CpuDecodeOfNothing, WritesZeros) {
+  PagedHead<f16, TiledLayout> head({.name = "", .group_size = 2, .past = 40});
+  auto problem = head.problem();
+  const std::int64_t rows = problem.num_queries * problem.group_size;
+  AlignedFloats partial(decode_partial_floats(rows, problem.past.v_dim));
+  AlignedFloats scratch(decode_scratch_floats(rows, problem.past.k_dim, problem.past.v_dim));
+  decode_split<simd::BestIsa>(problem, {0, 0, false}, partial.data(), scratch.data());
+  merge_splits<simd::BestIsa>(problem, partial.data(), 0, 1);
+  EXPECT_TRUE(std::ranges::all_of(head.out(), [](float x) { return x == 0.0F; }));
+}
+
+}  // namespace
+}  // namespace headwise::test
