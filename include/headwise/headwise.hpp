@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: MIT
+/// @file headwise.hpp
+/// Everything for the CPU. JSON readers (heads/json.hpp) and CUDA (headwise.cuh) are included by
+/// name.
+#pragma once
+
+#include "headwise/attention/attend.hpp"
+#include "headwise/attention/estimate.hpp"
+#include "headwise/attention/reference.hpp"
+#include "headwise/attention/single_sequence.hpp"
+#include "headwise/cache/kv_cache.hpp"
+#include "headwise/core/executor.hpp"
+#include "headwise/core/version.hpp"
+#include "headwise/heads/fingerprint.hpp"
+#include "headwise/heads/plan.hpp"
+#include "headwise/heads/select.hpp"
+#include "headwise/heads/shard.hpp"
+#include "headwise/heads/tsv.hpp"
+#include "headwise/policies/duo_attention.hpp"
+#include "headwise/policies/head_kv.hpp"
+#include "headwise/policies/pinned.hpp"
+#include "headwise/policies/policy.hpp"
+#include "headwise/policies/random.hpp"
+#include "headwise/policies/razor_attention.hpp"
+#include "headwise/policies/retrieval_head.hpp"
+#include "headwise/policies/rlkv.hpp"
+#include "headwise/policies/streaming_llm.hpp"
+#include "headwise/policies/uniform.hpp"
