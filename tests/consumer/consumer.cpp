@@ -1,13 +1,141 @@
 // SPDX-License-Identifier: MIT
-// What an engine does with Headwise, small. It prints what it found; tests/flags compares that text over flags.
+// What an engine does with Headwise, small: a plan, a cache, a prompt, decode steps, a rollback.
+// It checks itself against plain attention. Its text must be the same under all flags
+// (tests/flags), so it prints integers and answers, and no float in full.
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
+#include <vector>
 
 #include "headwise/headwise.hpp"
 
+namespace {
+
+constexpr int kLayers = 2;
+constexpr int kQoHeads = 4;
+constexpr int kKvHeads = 2;
+constexpr int kDim = 64;
+constexpr headwise::Window kWindow{4, 12};
+
+bool streams(int layer, int kv_head) { return layer == 1 && kv_head == 1; }
+
+/// Any fixed number in [-1, 1) will do as an activation.
+float activation(std::int64_t pos, int layer, int head, int dim, std::uint32_t what) {
+  std::uint32_t x = static_cast<std::uint32_t>(pos) * 2654435761U + what * 40503U;
+  x ^= static_cast<std::uint32_t>((layer * 16 + head) * 256 + dim) * 2246822519U;
+  x = (x ^ (x >> 15U)) * 3266489917U;
+  return static_cast<float>(x >> 8U) / 8388608.0F - 1.0F;
+}
+
+std::vector<float> activations(std::int64_t first, std::int64_t tokens, int layer, int heads,
+                               std::uint32_t what) {
+  std::vector<float> values;
+  for (std::int64_t pos = first; pos < first + tokens; ++pos) {
+    for (int head = 0; head < heads; ++head) {
+      for (int dim = 0; dim < kDim; ++dim) {
+        values.push_back(activation(pos, layer, head, dim, what));
+      }
+    }
+  }
+  return values;
+}
+
+/// One element of plain attention in double, over the keys that the plan lets the query see.
+double plain_attention(std::int64_t pos, int layer, int qo_head, int dim) {
+  const int kv_head = qo_head / (kQoHeads / kKvHeads);
+  double sum = 0.0;
+  double out = 0.0;
+  for (std::int64_t key = 0; key <= pos; ++key) {
+    if (streams(layer, kv_head) && !kWindow.sees({pos}, {key})) continue;
+    double dot = 0.0;
+    for (int d = 0; d < kDim; ++d) {
+      dot += static_cast<double>(activation(pos, layer, qo_head, d, 1)) *
+             static_cast<double>(activation(key, layer, kv_head, d, 2));
+    }
+    const double weight = std::exp(dot / 8.0);  // sqrt(kDim)
+    sum += weight;
+    out += weight * static_cast<double>(activation(key, layer, kv_head, dim, 3));
+  }
+  return out / sum;
+}
+
+class Engine {
+ public:
+  explicit Engine(const headwise::HeadPlan& plan)
+      : cache_(shape(), plan,
+               {.page_tokens = 16, .max_sequences = 1, .max_context = 256, .max_rollback = 4}),
+        sequence_(cache_.add_sequence().value()) {}
+
+  static headwise::ModelShape shape() {
+    return headwise::ModelShape::uniform(kLayers, kQoHeads, kKvHeads, kDim);
+  }
+
+  headwise::StepStatus forward(std::int64_t tokens, headwise::Phase phase) {
+    const std::int64_t first = cache_.length(sequence_);
+    const auto status = cache_.begin(step_, {{sequence_, tokens}}, phase);
+    if (status != headwise::StepStatus::kOk) return status;
+    for (int layer = 0; layer < kLayers; ++layer) attend(layer, first, tokens);
+    return cache_.commit(step_);
+  }
+
+  headwise::StepStatus rollback(std::int64_t length) { return cache_.rollback(sequence_, length); }
+  long long length() const { return cache_.length(sequence_); }
+  long long pages() const { return cache_.pages_held(sequence_); }
+  double worst_error() const { return worst_error_; }
+
+ private:
+  void attend(int layer, std::int64_t first, std::int64_t tokens) {
+    const auto q = activations(first, tokens, layer, kQoHeads, 1);
+    const auto k = activations(first, tokens, layer, kKvHeads, 2);
+    const auto v = activations(first, tokens, layer, kKvHeads, 3);
+    std::vector<float> out(q.size());
+    using Input = headwise::TensorView<const float>;
+    headwise::attend(cache_, step_, layer, Input::nhd(q.data(), kQoHeads, kDim),
+                     Input::nhd(k.data(), kKvHeads, kDim), Input::nhd(v.data(), kKvHeads, kDim),
+                     headwise::TensorView<float>::nhd(out.data(), kQoHeads, kDim), executor_);
+    for (std::int64_t token = 0; token < tokens; ++token) {
+      for (int head = 0; head < kQoHeads; ++head) {
+        const int dim = static_cast<int>(token) % kDim;  // one element a row is proof enough
+        const auto at = static_cast<std::size_t>((token * kQoHeads + head) * kDim + dim);
+        const double error =
+            static_cast<double>(out[at]) - plain_attention(first + token, layer, head, dim);
+        worst_error_ = std::max(worst_error_, std::abs(error));
+      }
+    }
+  }
+
+  headwise::KvCache<> cache_;
+  headwise::Step step_;
+  headwise::SerialExecutor executor_;
+  headwise::SequenceId sequence_;
+  double worst_error_ = 0.0;
+};
+
+}  // namespace
+
 int main() {
-  const auto shape = headwise::ModelShape::uniform(2, 8, 4, 64);
-  headwise::HeadPlan plan(shape);
-  plan.set(1, 2, headwise::KeepWindow{{4, 60}});
-  std::printf("%d layers, sparsity %.3f\n", plan.num_layers(), plan.sparsity());
-  return plan.num_layers() == 2 ? 0 : 1;
+  headwise::HeadPlan plan(Engine::shape());
+  plan.set(1, 1, headwise::KeepWindow{kWindow});
+  std::printf("sparsity %d/4\n", static_cast<int>(std::lround(plan.sparsity() * 4)));
+
+  Engine engine(plan);
+  const auto report = [&](const char* what, headwise::StepStatus status) {
+    std::printf("%s: %s, %lld tokens, %lld pages\n", what, headwise::to_string(status),
+                engine.length(), engine.pages());
+  };
+  report("prompt", engine.forward(40, headwise::Phase::kPrompt));
+  for (int i = 0; i < 30; ++i) {
+    const auto status = engine.forward(1, headwise::Phase::kDecode);
+    if (i % 10 == 9) report("10 decode steps", status);
+  }
+  report("rollback", engine.rollback(67));
+  report("rollback too far", engine.rollback(60));
+  report("3 tokens at once", engine.forward(3, headwise::Phase::kDecode));
+  report("too long", engine.forward(1000, headwise::Phase::kPrompt));
+
+  const bool right = engine.worst_error() < 2e-3;  // rows are stored in f16
+  std::printf("%s plain attention\n", right ? "equals" : "DIFFERS from");
+  return right ? 0 : 1;
 }
