@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: MIT
+#include "headwise/core/kv_view.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "headwise/core/dtype.hpp"
+
+namespace headwise {
+namespace {
+
+struct AnyLayout {};
+using View = KvView<f16, AnyLayout>;
+
+TEST(KvView, LeavesEmptyRunsOut) {
+  View view;
+  EXPECT_TRUE(view.runs().empty());
+  EXPECT_EQ(view.num_rows(), 0);
+  view.add_run({Slot{0}, Pos{0}, 0});
+  view.add_run({Slot{4}, Pos{100}, 7});
+  view.add_run({Slot{0}, Pos{0}, -1});
+  view.add_run({Slot{0}, Pos{107}, 3});
+  ASSERT_EQ(view.runs().size(), 2U);
+  EXPECT_EQ(view.runs()[0].first_pos, Pos{100});
+  EXPECT_EQ(view.runs()[1].first_slot, Slot{0});
+  EXPECT_EQ(view.num_rows(), 10);
+}
+
+TEST(KvView, HasRoomForSinksAndTwoRunsOfARing) {
+  View view;
+  for (std::int64_t i = 0; i < 3; ++i) view.add_run({Slot{i * 10}, Pos{i * 10}, 10});
+  EXPECT_EQ(view.num_rows(), 30);
+}
+
+TEST(KvView, FindsThePageOfASlot) {
+  const std::vector<std::int32_t> table{5, 0, 3};
+  std::vector<std::byte> pages(6 * 64);
+  View view;
+  view.pages = pages.data();
+  view.page_bytes = 64;
+  view.page_table = table.data();
+  view.page_tokens = 16;
+  const auto page = [&](std::int64_t slot) {
+    return (reinterpret_cast<const std::byte*>(view.page_of(Slot{slot})) - pages.data()) / 64;
+  };
+  EXPECT_EQ(page(0), 5);
+  EXPECT_EQ(page(15), 5);
+  EXPECT_EQ(page(16), 0);
+  EXPECT_EQ(page(47), 3);
+}
+
+TEST(KvView, AddressesPagesBeyond32Bits) {
+  // No memory is touched: the last page of the largest pool, 32 KiB a page, slots beyond 2^31.
+  const std::int64_t page_tokens = 1 << 24;
+  const std::int64_t slot = (std::int64_t{1} << 33) + 5;
+  std::vector<std::int32_t> table(static_cast<std::size_t>(slot / page_tokens + 1), -1);
+  table.back() = std::numeric_limits<std::int32_t>::max();
+  View view;
+  view.pages = reinterpret_cast<const std::byte*>(std::uintptr_t{1} << 20);
+  view.page_bytes = std::size_t{32} << 10;
+  view.page_table = table.data();
+  view.page_tokens = static_cast<int>(page_tokens);
+  EXPECT_EQ(
+      reinterpret_cast<std::uintptr_t>(view.page_of(Slot{slot})),
+      (std::uintptr_t{1} << 20) + ((std::uintptr_t{1} << 31) - 1) * (std::uintptr_t{32} << 10));
+
+  view.add_run({Slot{0}, Pos{0}, slot});
+  view.add_run({Slot{0}, Pos{slot}, slot});
+  EXPECT_EQ(view.num_rows(), 2 * slot);
+}
+
+}  // namespace
+}  // namespace headwise
