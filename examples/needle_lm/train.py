@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: MIT
 """Trains needle_lm, finds its retrieval and reasoning heads, and writes everything that the C++
 demo reads.
 

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: MIT
 """Vocabulary and document generators of needle_lm.
 
 Four kinds of documents make induction, retrieval and reasoning heads necessary:

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: MIT
 """Files that the C++ side reads, and reference logits computed without PyTorch.
 
 `ReferenceModel` shares no code with model.py: plain NumPy in float64 from the exported fp16

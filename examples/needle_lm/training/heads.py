@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: MIT
 """Which KV heads matter: DuoAttention gates, RLKV-like gates, RazorAttention scores, and the table
 that compares them.
 

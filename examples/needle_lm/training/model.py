@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: MIT
 """The decoder: Llama layers (RMSNorm, rotary embedding, grouped-query attention, SwiGLU) with
 replaceable attention.
 
