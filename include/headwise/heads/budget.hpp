@@ -33,6 +33,12 @@ struct KeepGrowingWindow {
   /// L_h = max(S0, N / C), in tokens, for a context of `n`.
   constexpr std::int64_t recent(std::int64_t n) const { return std::max(min_recent, n / divisor); }
 
+  /// Nd, the tokens of a context of `n` that the compensation row stands for; 0: there is no row.
+  /// The cache folds whole pages, and so may hold up to a page of them back.
+  constexpr std::int64_t dropped(std::int64_t n) const {
+    return std::max<std::int64_t>(0, n - sink - recent(n));
+  }
+
   friend constexpr bool operator==(KeepGrowingWindow, KeepGrowingWindow) = default;
 };
 

@@ -23,8 +23,10 @@ struct CloseFile {
 };
 using File = std::unique_ptr<std::FILE, CloseFile>;
 
+/// Whether `path` is a file that opens; a directory is none (fopen() opens it, reading fails).
 inline bool can_open(const std::string& path) {
-  return File(std::fopen(path.c_str(), "rb")) != nullptr;
+  const File file(std::fopen(path.c_str(), "rb"));
+  return file && (std::fgetc(file.get()) != EOF || !std::ferror(file.get()));
 }
 
 /// @throws ConfigError when the file cannot be read, FormatError when it is too large.
@@ -56,7 +58,7 @@ inline void save_text(const std::string& path, std::string_view text) {
 inline std::string excerpt(std::string_view piece) {
   constexpr std::size_t kMaxShown = 40;
   std::string text = "'";
-  for (const char c : piece.substr(0, kMaxShown)) text += c >= ' ' && c <= '~' ? c : '?';
+  for (const char c : piece.substr(0, kMaxShown)) text += c >= ' ' && c <= '~' ? c : '#';
   return text + (piece.size() > kMaxShown ? "...'" : "'");
 }
 

@@ -4,9 +4,7 @@
 /// compensation row for all that left it.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
-#include <cstdint>
 
 #include "headwise/core/check.hpp"
 #include "headwise/heads/budget.hpp"
@@ -36,7 +34,7 @@
 /// there is no row (ln 0). The paper leaves open whether the window moves while decoding; here it
 /// does, a page at a time. Prompts are prefilled with dense attention, as in `chunk_causal` mode.
 ///
-/// The budget is KeepGrowingWindow (heads/budget.hpp), the cache folds the rows, and
+/// The budget is KeepGrowingWindow (heads/budget.hpp: L(n), Nd), the cache folds the rows, and
 /// CompensationRow (core/kv_view.hpp) carries their sums to attention.
 namespace headwise::inline v0::razor_attention {
 
@@ -82,22 +80,5 @@ struct Policy {
   }
 };
 static_assert(HeadPolicy<Policy, Scores>);
-
-/// Nd, the tokens of a context of `n` that a head's compensation row stands for. The cache folds
-/// whole pages: it may hold up to a page of them back.
-constexpr std::int64_t num_dropped(const KeepGrowingWindow& budget, std::int64_t n) {
-  return std::max<std::int64_t>(0, n - budget.sink - budget.recent(n));
-}
-
-/// Cache entries kept, over those of the full cache, at a context of `n`: f + (1 - f) kept / n, the
-/// compensation row counted.
-/// @param retrieval_share  f, share of heads that keep everything.
-constexpr double memory_ratio(const KeepGrowingWindow& budget, double retrieval_share,
-                              std::int64_t n) {
-  const std::int64_t dropped = num_dropped(budget, n);
-  const std::int64_t kept = n - dropped + (dropped > 0 ? 1 : 0);
-  return retrieval_share +
-         (1.0 - retrieval_share) * static_cast<double>(kept) / static_cast<double>(n);
-}
 
 }  // namespace headwise::inline v0::razor_attention

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+#include "headwise/heads/share.hpp"
+
+#include <gtest/gtest.h>
+
+#include <vector>
+
+namespace headwise {
+namespace {
+
+/// 100 heads, of which `retrieval` keep everything.
+HeadPlan plan_of(int retrieval, const HeadBudget& streaming) {
+  HeadPlan plan(std::vector<int>{100}, streaming);
+  for (int head = 0; head < retrieval; ++head) plan.set(0, head, KeepEverything{});
+  return plan;
+}
+
+TEST(KeptShare, IsDuoAttentionsMemoryFormula) {
+  const KeepWindow streaming{{64, 256}};
+  EXPECT_NEAR(kept_share(plan_of(50, streaming), 4096), .5391, 5e-5);
+  EXPECT_NEAR(kept_share(plan_of(25, streaming), 4096), .3086, 5e-5);
+  EXPECT_NEAR(kept_share(plan_of(50, streaming), 32000), .5050, 5e-5);
+  EXPECT_NEAR(kept_share(plan_of(25, streaming), 32000), .2575, 5e-5);
+  EXPECT_NEAR(kept_share(plan_of(50, streaming), 100000), .5016, 5e-5);
+  EXPECT_NEAR(kept_share(plan_of(25, streaming), 100000), .2524, 5e-5);
+  EXPECT_EQ(kept_share(plan_of(25, streaming), 320), 1.0);
+}
+
+TEST(KeptShare, IsRazorAttentionsMemoryFormula) {
+  const HeadPlan plan = plan_of(15, KeepGrowingWindow{});
+  EXPECT_EQ(kept_share(plan, 4000), 1.0);
+  EXPECT_NEAR(kept_share(plan, 8192), .5656, 5e-5);
+  EXPECT_NEAR(kept_share(plan, 20000), .32, 5e-4);  // 3.125 times smaller: the paper's figure
+  EXPECT_NEAR(kept_share(plan, 1000000), .32, 5e-5);
+}
+
+TEST(KeptShare, BoundsTheSpeedUpAsRlkvComputesIt) {
+  // W = 80, mean length 3000: RLKV's table of theoretical speed-ups.
+  const KeepWindow streaming{{16, 64}};
+  EXPECT_NEAR(1 / kept_share(plan_of(80, streaming), 3000), 1.2417, 5e-5);
+  EXPECT_NEAR(1 / kept_share(plan_of(60, streaming), 3000), 1.6376, 5e-5);
+  EXPECT_NEAR(1 / kept_share(plan_of(50, streaming), 3000), 1.9481, 5e-5);
+  EXPECT_NEAR(1 / kept_share(plan_of(40, streaming), 3000), 2.4038, 5e-5);
+  EXPECT_NEAR(1 / kept_share(plan_of(20, streaming), 3000), 4.5181, 5e-5);
+}
+
+TEST(NumKept, NeverExceedsTheContext) {
+  for (const HeadBudget& budget :
+       std::vector<HeadBudget>{KeepEverything{}, KeepWindow{{4, 60}}, KeepWindow{{0, 1}},
+                               KeepWindow{{4, Window::kUnbounded}}, KeepGrowingWindow{4, 16, 5}}) {
+    std::int64_t last = 0;
+    for (std::int64_t n = 0; n < 500; ++n) {
+      const std::int64_t kept = num_kept(budget, n);
+      EXPECT_LE(kept, n);
+      EXPECT_GE(kept, last);
+      last = kept;
+    }
+  }
+  EXPECT_EQ(num_kept(KeepWindow{{4, 60}}, 1000000), 64);
+}
+
+}  // namespace
+}  // namespace headwise
