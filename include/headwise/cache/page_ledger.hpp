@@ -176,6 +176,7 @@ class PageLedger {
     }
     step.ledger_ = this;
     step.epoch_ = open_epoch_ = ++last_epoch_;
+    open_step_ = &step;
     open_entries_ = step.entries_;
     for (std::size_t l = 0; l < step.num_layers_; ++l) {
       step.heads_done_[l].store(0, std::memory_order_relaxed);
@@ -219,7 +220,8 @@ class PageLedger {
   }
 
   bool is_open(const Step& step) const {
-    return step.ledger_ == this && open_epoch_ != 0 && step.epoch_ == open_epoch_;
+    return open_epoch_ != 0 && open_step_ == &step && step.ledger_ == this &&
+           step.epoch_ == open_epoch_;
   }
 
   // What views and appends read -------------------------------------------------------------------
@@ -374,6 +376,8 @@ class PageLedger {
   std::vector<StepEntry> open_entries_;  // a copy: the engine's Step may be gone before a drop
   std::uint64_t last_epoch_ = 0;
   std::uint64_t open_epoch_ = 0;  // 0: no step is open
+  const Step* open_step_ =
+      nullptr;  // never read through: a former ledger's step may bear our epoch
 };
 
 }  // namespace headwise::inline v0
