@@ -88,6 +88,19 @@ TEST(Estimate, ResidentBytesAreTheClosedForm) {
   EXPECT_EQ(std::string(e.verdict()), "gain");
 }
 
+TEST(Estimate, BytesOfASequenceFollowItsLength) {
+  const Model model;
+  const auto pages = [&](std::int64_t length) {
+    return sequence_bytes<f16>(model.shape, model.plan, model.options, length) / (64 * 224 * 2);
+  };
+  EXPECT_EQ(pages(0), 0U);
+  EXPECT_EQ(pages(1), 6U) << "a page a head";
+  EXPECT_EQ(pages(64), 6U);
+  EXPECT_EQ(pages(65), 12U);
+  EXPECT_EQ(pages(129), 3U * 3 + 3 * 2) << "rings have all they will ever hold";
+  EXPECT_EQ(pages(5000), 3U * 79 + 3 * 2);
+}
+
 TEST(Estimate, SaysNoGainWhereWindowsAreNoSmallerThanTheContext) {
   Model model;
   model.options.max_context = 128;

@@ -38,6 +38,16 @@ struct Estimate {
   const char* verdict() const { return gains() ? "gain" : "no gain"; }
 };
 
+/// Page bytes that one sequence of `length` tokens holds between steps: KvCache::held_bytes()
+/// beforehand.
+/// @throws ConfigError as KvCache's constructor.
+template <RowElement Row = f16>
+std::size_t sequence_bytes(const ModelShape& shape, const HeadPlan& plan,
+                           const CacheOptions& options, std::int64_t length) {
+  const CacheGeometry geometry(shape, plan, options, sizeof(Row));
+  return static_cast<std::size_t>(geometry.pages_held(length, length)) * geometry.page_bytes();
+}
+
 /// What a KvCache<Row> of these arguments asks its allocator for, and what its steps need.
 /// @param max_chunk  most tokens a sequence gets in one step, in [1, max_context]
 /// @param num_threads  of the executor
