@@ -19,6 +19,9 @@ enum class PrefillMode : std::uint8_t {
   kChunkCausal,
 };
 
+/// Where page memory lies. The host never touches pages that a device owns.
+enum class PageMemory : std::uint8_t { kHost, kDevice };
+
 struct CacheOptions {
   /// Rows of K and of V in a page; a multiple of 16. 64 x 128 x 2 bytes are 16 KiB each.
   int page_tokens = 64;
@@ -35,6 +38,8 @@ struct CacheOptions {
 
   /// Page memory given by the caller, 64-byte aligned, at least `max_bytes`; empty: allocated.
   std::span<std::byte> page_memory = {};
+  /// kDevice: `page_memory` is given and is a device's (cache/cuda/).
+  PageMemory page_memory_place = PageMemory::kHost;
   /// Where page memory (unless given) and metadata come from, one allocation each.
   std::pmr::memory_resource* resource = std::pmr::get_default_resource();
 };

@@ -75,7 +75,8 @@ class PageLedger {
                      pool_bytes() >= PagePool::kHugePage ? PagePool::kHugePage : kCacheLine),
         metadata_(options().resource, layout_.total_bytes, kCacheLine),
         pool_(options().page_memory.empty() ? page_memory_.data() : options().page_memory.data(),
-              geometry_.page_bytes(), carve<std::int32_t>(layout_.free_pages, num_pages())),
+              geometry_.page_bytes(), carve<std::int32_t>(layout_.free_pages, num_pages()),
+              options().page_memory_place),
         sequences_(carve<SequenceState>(layout_.sequences, num_sequences())),
         tables_(carve<std::int32_t>(
             layout_.tables,
@@ -251,6 +252,9 @@ class PageLedger {
     }
     if (pages > std::numeric_limits<std::int32_t>::max()) {
       fail<ConfigError>("a pool has at most 2^31 - 1 pages, asked for ", pages);
+    }
+    if (options.page_memory.empty() && options.page_memory_place == PageMemory::kDevice) {
+      fail<ConfigError>("device pages must be given in page_memory");
     }
     if (!options.page_memory.empty()) {
       const std::size_t needed = static_cast<std::size_t>(pages) * geometry.page_bytes();

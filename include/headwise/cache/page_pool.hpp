@@ -9,6 +9,7 @@
 #include <memory_resource>
 #include <span>
 
+#include "headwise/cache/options.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/config.hpp"
 
@@ -24,8 +25,13 @@ class PagePool {
   static constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
   /// @param free_list  room for `num_pages` numbers, borrowed.
-  PagePool(std::byte* memory, std::size_t page_bytes, std::span<std::int32_t> free_list)
-      : memory_(memory), page_bytes_(page_bytes), free_(free_list), num_free_(free_list.size()) {
+  PagePool(std::byte* memory, std::size_t page_bytes, std::span<std::int32_t> free_list,
+           PageMemory place = PageMemory::kHost)
+      : memory_(memory),
+        page_bytes_(page_bytes),
+        free_(free_list),
+        num_free_(free_list.size()),
+        place_(place) {
     // The lowest page is taken first: a fresh sequence's pages lie in address order.
     for (std::size_t i = 0; i < free_.size(); ++i) {
       free_[i] = static_cast<std::int32_t>(free_.size() - 1 - i);
@@ -55,6 +61,7 @@ class PagePool {
   /// All bits set is a NaN in f32, f16 and bf16: a read of a freed or unwritten row shows.
   void poison([[maybe_unused]] std::int32_t page) {
 #if HEADWISE_HARDENED
+    if (place_ != PageMemory::kHost) return;
     std::memset(memory_ + static_cast<std::size_t>(page) * page_bytes_, 0xFF, page_bytes_);
 #endif
   }
@@ -63,6 +70,7 @@ class PagePool {
   std::size_t page_bytes_;
   std::span<std::int32_t> free_;
   std::size_t num_free_;
+  [[maybe_unused]] PageMemory place_;
 };
 
 /// One allocation of a std::pmr resource, given back on destruction.

@@ -87,8 +87,10 @@ class Step {
   const Scratch& scratch() const { return scratch_; }
 
   /// Notes that one more of `layer`'s heads has its rows in their pages. Any thread.
-  void note_head_done(int layer) const {
-    heads_done_[static_cast<std::size_t>(layer)].fetch_add(1, std::memory_order_release);
+  void note_head_done(int layer) const { note_heads_done(layer, 1); }
+  /// Notes `heads` of them, counted once for each sequence with new tokens.
+  void note_heads_done(int layer, std::int64_t heads) const {
+    heads_done_[static_cast<std::size_t>(layer)].fetch_add(heads, std::memory_order_release);
   }
 
  private:
