@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT
+#include "headwise/cache/row_codec.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "headwise/cache/page_layout.hpp"
+#include "headwise/core/dtype.hpp"
+#include "support/isa_types.hpp"
+
+namespace headwise {
+namespace {
+
+template <class Types>
+class RowCodec : public ::testing::Test {
+ protected:
+  using RowT = typename Types::Row;
+
+  static constexpr PageShape kShapes[] = {{16, 16, 16}, {64, 32, 32}, {32, 80, 96}, {48, 256, 48}};
+
+  std::mt19937 random{11};
+  std::vector<float> floats(int count) {
+    std::vector<float> x(static_cast<std::size_t>(count));
+    for (float& value : x) value = std::uniform_real_distribution<float>(-2.0F, 2.0F)(random);
+    return x;
+  }
+
+  /// A page of NaN, as the pool hands it out in hardened builds.
+  static std::vector<RowT> poisoned(const PageShape& shape) {
+    std::vector<RowT> page(shape.num_elements());
+    std::memset(static_cast<void*>(page.data()), 0xFF, page.size() * sizeof(RowT));
+    return page;
+  }
+
+  static bool same_bits(RowT a, RowT b) { return std::memcmp(&a, &b, sizeof(RowT)) == 0; }
+};
+
+TYPED_TEST_SUITE(RowCodec, test::AllKernels, test::KernelNames);
+
+TYPED_TEST(RowCodec, WritesEveryElementWhereTheLayoutSaysAndNothingElse) {
+  using Row = typename TypeParam::Row;
+  using Layout = typename TypeParam::Layout;
+  for (const PageShape& shape : this->kShapes) {
+    for (const int row : {0, 1, 15, shape.page_tokens - 1}) {
+      const auto r = static_cast<std::size_t>(row);
+      const std::vector<float> k = this->floats(shape.k_dim);
+      const std::vector<float> v = this->floats(shape.v_dim);
+      std::vector<Row> expected = this->poisoned(shape);
+      std::vector<Row> page = expected;
+      for (std::size_t d = 0; d < k.size(); ++d) {
+        expected[Layout::k_offset(shape, r, d)] = from_float<Row>(k[d]);
+      }
+      for (std::size_t d = 0; d < v.size(); ++d) {
+        expected[Layout::v_offset(shape, r, d)] = from_float<Row>(v[d]);
+      }
+      encode_row<typename TypeParam::Isa, Row, Layout>(page.data(), shape, r, k.data(), v.data());
+      EXPECT_EQ(std::memcmp(page.data(), expected.data(), page.size() * sizeof(Row)), 0)
+          << shape.k_dim << " x " << shape.page_tokens << ", row " << row;
+    }
+  }
+}
+
+TYPED_TEST(RowCodec, RoundsLikeTheDefinition) {
+  using Row = typename TypeParam::Row;
+  using Layout = typename TypeParam::Layout;
+  const PageShape shape{16, 16, 16};
+  // Ties, subnormals, overflow, infinity and both zeros, in every format.
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float k[16] = {0.0F,           -0.0F,     1.0F + 0x1p-11F, 1.0F + 0x1.8p-10F,
+                       1.0F + 0x1p-8F, 1e-7F,     -5.96e-8F,       0x1p-25F,
+                       65504.0F,       65520.0F,  -70000.F,        3.0e38F,
+                       infinity,       -infinity, 0x1.FF8p-15F,    1e-30F};
+  std::vector<Row> page = this->poisoned(shape);
+  encode_row<typename TypeParam::Isa, Row, Layout>(page.data(), shape, 5, k, k);
+  for (std::size_t d = 0; d < 16; ++d) {
+    EXPECT_TRUE(this->same_bits(page[Layout::k_offset(shape, 5, d)], from_float<Row>(k[d])))
+        << k[d];
+    EXPECT_TRUE(this->same_bits(page[Layout::v_offset(shape, 5, d)], from_float<Row>(k[d])))
+        << k[d];
+  }
+}
+
+TYPED_TEST(RowCodec, DecodesWhatItEncoded) {
+  using Row = typename TypeParam::Row;
+  using Isa = typename TypeParam::Isa;
+  const std::vector<float> from = this->floats(kCodecStrip);
+  Row rows[kCodecStrip];
+  float back[kCodecStrip];
+  encode_strip<Isa>(from.data(), rows);
+  decode_strip<Isa>(rows, back);
+  for (std::size_t i = 0; i < from.size(); ++i) {
+    EXPECT_EQ(back[i], to_float(from_float<Row>(from[i])));
+  }
+}
+
+TYPED_TEST(RowCodec, AddsExactlyTheRowsAskedFor) {
+  using Row = typename TypeParam::Row;
+  using Layout = typename TypeParam::Layout;
+  for (const PageShape& shape : this->kShapes) {
+    const auto tokens = static_cast<std::size_t>(shape.page_tokens);
+    for (const auto& [first, last] : std::initializer_list<std::pair<std::size_t, std::size_t>>{
+             {0, tokens}, {0, 1}, {4, 7}, {4, tokens}, {15, 16}, {7, tokens - 1}, {3, 3}}) {
+      // Rows outside stay NaN: one of them in a sum would show.
+      std::vector<Row> page = this->poisoned(shape);
+      std::vector<float> k_sum = this->floats(shape.k_dim);
+      std::vector<float> v_sum = this->floats(shape.v_dim);
+      std::vector<double> k_truth(k_sum.begin(), k_sum.end());
+      std::vector<double> v_truth(v_sum.begin(), v_sum.end());
+      for (std::size_t row = first; row < last; ++row) {
+        const std::vector<float> k = this->floats(shape.k_dim);
+        const std::vector<float> v = this->floats(shape.v_dim);
+        encode_row<typename TypeParam::Isa, Row, Layout>(page.data(), shape, row, k.data(),
+                                                         v.data());
+        for (std::size_t d = 0; d < k.size(); ++d) {
+          k_truth[d] += static_cast<double>(to_float(from_float<Row>(k[d])));
+        }
+        for (std::size_t d = 0; d < v.size(); ++d) {
+          v_truth[d] += static_cast<double>(to_float(from_float<Row>(v[d])));
+        }
+      }
+      add_rows<typename TypeParam::Isa, Row, Layout>(page.data(), shape, first, last, k_sum.data(),
+                                                     v_sum.data());
+      const double bound = static_cast<double>(last - first) * 130.0 * 0x1p-24;
+      for (std::size_t d = 0; d < k_sum.size(); ++d) {
+        ASSERT_NEAR(static_cast<double>(k_sum[d]), k_truth[d], bound) << first << " to " << last;
+      }
+      for (std::size_t d = 0; d < v_sum.size(); ++d) {
+        ASSERT_NEAR(static_cast<double>(v_sum[d]), v_truth[d], bound) << first << " to " << last;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace headwise

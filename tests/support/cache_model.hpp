@@ -1,0 +1,417 @@
+// SPDX-License-Identifier: MIT
+/// @file cache_model.hpp
+/// A cache as the published rules describe it: every sequence kept whole, visibility by brute
+/// force. Knows no pages, rings or banks; the real cache is compared with it.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <random>
+#include <set>
+#include <span>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "headwise/cache/kv_cache.hpp"
+#include "headwise/core/dtype.hpp"
+#include "headwise/core/shape.hpp"
+#include "headwise/heads/plan.hpp"
+#include "headwise/simd/simd.hpp"
+
+namespace headwise::test {
+
+// Rows -------------------------------------------------------------------------------------------
+
+/// What a token is made of; its rows follow from it, its position and the head.
+using Token = std::uint64_t;
+
+constexpr std::uint64_t mixed(std::uint64_t x) {
+  x ^= x >> 31;
+  x *= 0x7FB5D329728EA185U;
+  x ^= x >> 27;
+  x *= 0x81DADEF4BC2DD44DU;
+  return x ^ (x >> 33);
+}
+
+enum class Side : std::uint64_t { kK = 1, kV = 2, kQ = 3 };
+
+/// The row of a token in one head: 24 random bits in [-1, 1), so that every format must round.
+inline void fill_row(Token token, std::int64_t pos, int layer, int head, Side side,
+                     std::span<float> row) {
+  std::uint64_t state =
+      mixed(token * 0x9E3779B97F4A7C15U + static_cast<std::uint64_t>(pos)) +
+      mixed(static_cast<std::uint64_t>(layer * 1000 + head) * 4 + static_cast<std::uint64_t>(side));
+  for (float& x : row) {
+    state = state * 6364136223846793005U + 1442695040888963407U;
+    x = static_cast<float>(static_cast<std::int64_t>(state >> 40) - (std::int64_t{1} << 23)) *
+        0x1p-23F;
+  }
+}
+
+inline std::vector<float> row_of(Token token, std::int64_t pos, int layer, int head, Side side,
+                                 int dim) {
+  std::vector<float> row(static_cast<std::size_t>(dim));
+  fill_row(token, pos, layer, head, side, row);
+  return row;
+}
+
+// Rules ------------------------------------------------------------------------------------------
+
+/// How a query sees a key.
+enum class Sight { kNot, kAsRow, kFolded };
+
+/// The published rules, one key at a time.
+/// @param start  length of the sequence when the step began
+inline Sight sight(const HeadBudget& budget, PrefillMode prefill, std::int64_t page_tokens,
+                   Phase phase, std::int64_t start, std::int64_t query, std::int64_t key) {
+  if (key > query) return Sight::kNot;
+  if (const auto* keep = std::get_if<KeepWindow>(&budget)) {
+    const Window& window = keep->window;
+    if (key < window.sink) return Sight::kAsRow;
+    if (phase == Phase::kPrompt && prefill == PrefillMode::kChunkCausal) {
+      // DuoAttention: the sinks and the last `recent` tokens before the chunk, and the chunk
+      // itself.
+      return key >= start || start - key <= window.recent ? Sight::kAsRow : Sight::kNot;
+    }
+    const std::int64_t newest_first = query - key + 1;  // 1: the current token
+    return newest_first <= window.recent ? Sight::kAsRow : Sight::kNot;
+  }
+  if (const auto* growing = std::get_if<KeepGrowingWindow>(&budget)) {
+    // RazorAttention: L = max(S0, N / C) newest stay; whole pages of the others are folded.
+    const std::int64_t kept = std::max(growing->min_recent, start / growing->divisor);
+    const std::int64_t end_of_page = (key / page_tokens + 1) * page_tokens;
+    return key >= growing->sink && end_of_page <= start - kept ? Sight::kFolded : Sight::kAsRow;
+  }
+  return Sight::kAsRow;
+}
+
+// What a cache shows -----------------------------------------------------------------------------
+
+/// A deep copy of what seen() names for one head.
+template <class Row>
+struct SeenCopy {
+  std::vector<std::int64_t> positions;
+  std::vector<Row> rows;  ///< [k_dim] K then [v_dim] V of each
+  std::int64_t folded = 0;
+  std::vector<float> sums;  ///< [k_dim] of K, then [v_dim] of V; empty where nothing is folded
+  Window window;
+
+  friend bool operator==(const SeenCopy&, const SeenCopy&) = default;
+};
+
+template <class Row, class Layout>
+SeenCopy<Row> copy_of(const SeenRows<Row, Layout>& seen) {
+  const KvView<Row, Layout>& view = seen.view;
+  const PageShape shape{view.page_tokens, view.k_dim, view.v_dim};
+  SeenCopy<Row> copy;
+  copy.window = seen.window;
+  for (const KvRun& run : view.runs()) {
+    for (std::int64_t i = 0; i < run.count; ++i) {
+      const Slot slot = run.first_slot + i;
+      const Row* page = view.page_of(slot);
+      const auto row = static_cast<std::size_t>(slot.value % view.page_tokens);
+      copy.positions.push_back(run.first_pos.value + i);
+      for (int d = 0; d < view.k_dim; ++d) {
+        copy.rows.push_back(page[Layout::k_offset(shape, row, static_cast<std::size_t>(d))]);
+      }
+      for (int d = 0; d < view.v_dim; ++d) {
+        copy.rows.push_back(page[Layout::v_offset(shape, row, static_cast<std::size_t>(d))]);
+      }
+    }
+  }
+  copy.folded = view.compensation.count;
+  if (copy.folded != 0) {
+    copy.sums.assign(view.compensation.k_sum, view.compensation.k_sum + view.k_dim);
+    copy.sums.insert(copy.sums.end(), view.compensation.v_sum,
+                     view.compensation.v_sum + view.v_dim);
+  }
+  return copy;
+}
+
+/// What the next step of `num_tokens` tokens would see of a sequence, head by head.
+template <class Row, class Layout>
+std::vector<SeenCopy<Row>> seen_by_next(const KvCache<Row, Layout>& cache, SequenceId id,
+                                        Phase phase, std::int64_t num_tokens = 1) {
+  const std::int64_t length = cache.length(id);
+  const StepEntry entry{id, {length, cache.high_water(id), length + num_tokens}, 0};
+  std::vector<SeenCopy<Row>> copies;
+  const auto& layers = cache.geometry().layers();
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    for (int h = 0; h < layers[l].shape.num_kv_heads; ++h) {
+      copies.push_back(copy_of(cache.seen(entry, phase, static_cast<int>(l), h)));
+    }
+  }
+  return copies;
+}
+
+// The cache under test, and the model beside it --------------------------------------------------
+
+/// A KvCache and, for each of its sequences, all of its tokens.
+template <class Row, class Layout>
+class ModelledCache {
+ public:
+  struct Sequence {
+    std::vector<Token> tokens;
+    std::int64_t high_water = 0;
+  };
+
+  ModelledCache(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
+      : cache(shape, plan, options), shape_(shape), plan_(plan), options_(options) {}
+
+  KvCache<Row, Layout> cache;
+  Step step;
+  std::map<SequenceId, Sequence> sequences;
+
+  const CacheOptions& options() const { return options_; }
+  const HeadPlan& plan() const { return plan_; }
+
+  SequenceId add() {
+    const std::optional<SequenceId> id = cache.add_sequence();
+    EXPECT_TRUE(id.has_value());
+    sequences[*id] = {};
+    return *id;
+  }
+  void release(SequenceId id) {
+    cache.release(id);
+    sequences.erase(id);
+  }
+
+  /// Opens the member `step` for `tokens[i]` of sequence `ids[i]`.
+  StepStatus begin(std::vector<std::pair<SequenceId, std::vector<Token>>> chunks, Phase phase) {
+    std::vector<SequenceChunk> counts;
+    for (const auto& [id, tokens] : chunks) {
+      counts.push_back({id, static_cast<std::int64_t>(tokens.size())});
+    }
+    open_ = std::move(chunks);
+    return cache.begin(step, counts, phase);
+  }
+
+  /// Stores the open step's rows of one layer, as attention does after it has read what is seen.
+  void append_layer(int layer) {
+    const LayerShape& shape = shape_.layer(layer);
+    for (std::size_t e = 0; e < open_.size(); ++e) {
+      const StepEntry& entry = step.entries()[e];
+      const std::vector<Token>& tokens = open_[e].second;
+      if (tokens.empty()) continue;
+      std::vector<float> k(tokens.size() * static_cast<std::size_t>(shape.k_dim));
+      std::vector<float> v(tokens.size() * static_cast<std::size_t>(shape.v_dim));
+      for (int h = 0; h < shape.num_kv_heads; ++h) {
+        for (std::size_t i = 0; i < tokens.size(); ++i) {
+          const std::int64_t pos = entry.lengths.length + static_cast<std::int64_t>(i);
+          const auto kd = static_cast<std::size_t>(shape.k_dim);
+          const auto vd = static_cast<std::size_t>(shape.v_dim);
+          fill_row(tokens[i], pos, layer, h, Side::kK, std::span(k).subspan(i * kd, kd));
+          fill_row(tokens[i], pos, layer, h, Side::kV, std::span(v).subspan(i * vd, vd));
+        }
+        cache.template append<simd::BestIsa>(
+            entry, layer, h, TensorView<const float>::nhd(k.data(), 1, shape.k_dim),
+            TensorView<const float>::nhd(v.data(), 1, shape.v_dim));
+        step.note_head_done(layer);
+      }
+    }
+  }
+  void append() {
+    for (int l = 0; l < shape_.num_layers(); ++l) append_layer(l);
+  }
+
+  StepStatus commit() {
+    const StepStatus status = cache.commit(step);
+    if (status == StepStatus::kOk) {
+      for (const auto& [id, tokens] : open_) {
+        Sequence& sequence = sequences[id];
+        sequence.tokens.insert(sequence.tokens.end(), tokens.begin(), tokens.end());
+        sequence.high_water =
+            std::max(sequence.high_water, static_cast<std::int64_t>(sequence.tokens.size()));
+      }
+    }
+    return status;
+  }
+
+  /// begin, append, commit.
+  void add_tokens(SequenceId id, std::vector<Token> tokens, Phase phase) {
+    ASSERT_EQ(begin({{id, std::move(tokens)}}, phase), StepStatus::kOk);
+    append();
+    ASSERT_EQ(commit(), StepStatus::kOk);
+  }
+
+  StepStatus rollback(SequenceId id, std::int64_t length) {
+    const StepStatus status = cache.rollback(id, length);
+    if (status == StepStatus::kOk) {
+      sequences[id].tokens.resize(static_cast<std::size_t>(length));
+    }
+    return status;
+  }
+
+  /// Compares lengths, and for every head what the sequence's next step of `num_tokens` tokens
+  /// would see, with the rules: positions, the bits of the rows, the compensation row's mean, and
+  /// which query of the step sees which row.
+  ::testing::AssertionResult matches(SequenceId id, Phase phase, std::int64_t num_tokens) const {
+    const Sequence& sequence = sequences.at(id);
+    const auto start = static_cast<std::int64_t>(sequence.tokens.size());
+    if (cache.length(id) != start) {
+      return ::testing::AssertionFailure() << "length " << cache.length(id) << ", not " << start;
+    }
+    if (cache.high_water(id) != sequence.high_water) {
+      return ::testing::AssertionFailure() << "high water " << cache.high_water(id);
+    }
+    const std::vector<SeenCopy<Row>> copies = seen_by_next(cache, id, phase, num_tokens);
+    std::size_t next = 0;
+    for (int l = 0; l < shape_.num_layers(); ++l) {
+      for (int h = 0; h < shape_.layer(l).num_kv_heads; ++h) {
+        std::string fault = fault_in(copies[next++], sequence, l, h, phase, num_tokens);
+        if (!fault.empty()) {
+          return ::testing::AssertionFailure() << "layer " << l << ", head " << h << ", step of "
+                                               << num_tokens << " at " << start << ": " << fault;
+        }
+      }
+    }
+    return ::testing::AssertionSuccess();
+  }
+
+  /// All sequences, as seen by decode steps and by prompt chunks.
+  ::testing::AssertionResult matches() const {
+    for (const auto& [id, sequence] : sequences) {
+      for (const Phase phase : {Phase::kDecode, Phase::kPrompt}) {
+        if (auto result = matches(id, phase, phase == Phase::kDecode ? 1 : 3); !result) {
+          return result;
+        }
+      }
+    }
+    return ::testing::AssertionSuccess();
+  }
+
+  /// What a cache that never saw anything but the sequence's surviving tokens would show.
+  std::vector<SeenCopy<Row>> never_seen(SequenceId id, Phase phase) const {
+    CacheOptions options = options_;
+    options.max_sequences = 1;
+    options.max_bytes = 0;
+    ModelledCache fresh(shape_, plan_, options);
+    const SequenceId only = fresh.add();
+    fresh.add_tokens(only, sequences.at(id).tokens, Phase::kPrompt);
+    return seen_by_next(fresh.cache, only, phase);
+  }
+
+ private:
+  std::string fault_in(const SeenCopy<Row>& seen, const Sequence& sequence, int layer, int head,
+                       Phase phase, std::int64_t num_tokens) const {
+    const auto start = static_cast<std::int64_t>(sequence.tokens.size());
+    const auto how = [&](std::int64_t query, std::int64_t key) {
+      return sight(plan_.budget(layer, head), options_.prefill, options_.page_tokens, phase, start,
+                   query, key);
+    };
+    std::vector<std::int64_t> as_rows;
+    std::vector<std::int64_t> folded;
+    for (std::int64_t key = 0; key < start; ++key) {
+      if (how(start, key) == Sight::kAsRow) as_rows.push_back(key);
+      if (how(start, key) == Sight::kFolded) folded.push_back(key);
+    }
+    if (seen.positions != as_rows) {
+      return "sees positions " + text(seen.positions) + ", not " + text(as_rows);
+    }
+    const std::string rows = fault_in_rows(seen, sequence, layer, head);
+    if (!rows.empty()) return rows;
+    if (seen.folded != static_cast<std::int64_t>(folded.size())) {
+      return "compensation stands for " + std::to_string(seen.folded) + " rows, not " +
+             std::to_string(folded.size());
+    }
+    const std::string mean = fault_in_mean(seen, sequence, folded, layer, head);
+    if (!mean.empty()) return mean;
+
+    std::set<std::int64_t> queries{0, 1, 2, num_tokens / 2, num_tokens - 2, num_tokens - 1};
+    for (const std::int64_t i : queries) {
+      if (i < 0 || i >= num_tokens) continue;
+      const std::int64_t query = start + i;
+      const auto check = [&](std::int64_t key) {
+        return seen.window.sees(Pos{query}, Pos{key}) == (how(query, key) == Sight::kAsRow);
+      };
+      for (const std::int64_t key : seen.positions) {
+        if (!check(key)) return "query " + std::to_string(query) + ", key " + std::to_string(key);
+      }
+      for (std::int64_t own = start; own < start + num_tokens; ++own) {
+        if (!check(own)) return "query " + std::to_string(query) + ", own " + std::to_string(own);
+      }
+    }
+    return "";
+  }
+
+  std::string fault_in_rows(const SeenCopy<Row>& seen, const Sequence& sequence, int layer,
+                            int head) const {
+    const int k_dim = shape_.layer(layer).k_dim;
+    const int v_dim = shape_.layer(layer).v_dim;
+    std::size_t next = 0;
+    for (const std::int64_t pos : seen.positions) {
+      const Token token = sequence.tokens[static_cast<std::size_t>(pos)];
+      for (const Side side : {Side::kK, Side::kV}) {
+        for (const float x :
+             row_of(token, pos, layer, head, side, side == Side::kK ? k_dim : v_dim)) {
+          if (!(seen.rows[next++] == from_float<Row>(x))) {
+            return "wrong row at position " + std::to_string(pos);
+          }
+        }
+      }
+    }
+    return "";
+  }
+
+  std::string fault_in_mean(const SeenCopy<Row>& seen, const Sequence& sequence,
+                            const std::vector<std::int64_t>& folded, int layer, int head) const {
+    if (folded.empty()) return "";
+    const int k_dim = shape_.layer(layer).k_dim;
+    std::vector<double> sums(seen.sums.size(), 0.0);
+    for (const std::int64_t pos : folded) {
+      const Token token = sequence.tokens[static_cast<std::size_t>(pos)];
+      std::size_t d = 0;
+      for (const Side side : {Side::kK, Side::kV}) {
+        const int dim = side == Side::kK ? k_dim : shape_.layer(layer).v_dim;
+        for (const float x : row_of(token, pos, layer, head, side, dim)) {
+          sums[d++] += static_cast<double>(to_float(from_float<Row>(x)));
+        }
+      }
+    }
+    const auto count = static_cast<double>(folded.size());
+    for (std::size_t d = 0; d < sums.size(); ++d) {
+      const double mean = static_cast<double>(seen.sums[d]) / count;
+      // At most `count` roundings of sums below `count`.
+      if (!(std::fabs(mean - sums[d] / count) <= count * 0x1p-24)) {
+        return "compensation mean " + std::to_string(mean) + ", not " +
+               std::to_string(sums[d] / count) + " in dimension " + std::to_string(d);
+      }
+    }
+    return "";
+  }
+
+  static std::string text(const std::vector<std::int64_t>& numbers) {
+    std::string out = "{";
+    for (std::size_t i = 0; i < numbers.size();) {  // runs as first-last
+      std::size_t end = i + 1;
+      while (end < numbers.size() && numbers[end] == numbers[end - 1] + 1) ++end;
+      out += (i == 0 ? "" : " ") + std::to_string(numbers[i]);
+      if (end > i + 1) out += "-" + std::to_string(numbers[end - 1]);
+      i = end;
+    }
+    return out + "}";
+  }
+
+  ModelShape shape_;
+  HeadPlan plan_;
+  CacheOptions options_;
+  std::vector<std::pair<SequenceId, std::vector<Token>>> open_;
+};
+
+/// `count` tokens that no other call has returned.
+inline std::vector<Token> new_tokens(std::int64_t count) {
+  static Token next = 0;
+  std::vector<Token> tokens;
+  for (std::int64_t i = 0; i < count; ++i) tokens.push_back(++next);
+  return tokens;
+}
+
+}  // namespace headwise::test
