@@ -22,18 +22,19 @@ namespace headwise::inline v0 {
 /// A query that sees nothing yields a zero row.
 template <class Row, class Layout>
 struct HeadProblem {
-  KvView<Row, Layout> past;  ///< rows stored before the step; none of them is at or after first_query
-  Window window;             ///< Window::everything() where `past` already says it all
+  KvView<Row, Layout>
+      past;       ///< rows stored before the step; none of them is at or after first_query
+  Window window;  ///< Window::everything() where `past` already says it all
 
   Pos first_query;               ///< position of query 0 and of own row 0
   std::int64_t num_queries = 0;  ///< tokens of this sequence in the step
   int group_size = 1;            ///< query heads that share the KV head
   float scale = 1.0F;            ///< factor on q.k
 
-  TensorView<const float> q;    ///< [num_queries, group_size, k_dim]
+  TensorView<const float> q;      ///< [num_queries, group_size, k_dim]
   TensorView<const float> own_k;  ///< [num_queries, 1, k_dim]
   TensorView<const float> own_v;  ///< [num_queries, 1, v_dim]
-  TensorView<float> out;        ///< [num_queries, group_size, v_dim]
+  TensorView<float> out;          ///< [num_queries, group_size, v_dim]
 };
 
 }  // namespace headwise::inline v0

@@ -26,10 +26,8 @@ struct SoftmaxState {
 
   bool empty() const { return sum == 0.0F; }
 
-  /// Logarithm of the sum of exp(s); -infinity where the set is empty.
-  float lse() const {
-    return empty() ? -std::numeric_limits<float>::infinity() : max + std::log(sum);
-  }
+  /// Logarithm of the sum of exp(s); kNoScore where the set is empty.
+  float lse() const { return empty() ? kNoScore : max + std::log(sum); }
 };
 
 /// Adds the rows of `from` to `into`. An empty side is recognised by its sum, so no arithmetic is

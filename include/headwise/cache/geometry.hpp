@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "headwise/cache/head_store.hpp"
@@ -184,8 +186,9 @@ class CacheGeometry {
           [&](const auto& store) { return store.runs(options_.max_context, false).num_rows(); },
           classes_[static_cast<std::size_t>(class_idx)].store);
     };
-    std::stable_sort(layer.task_order.begin(), layer.task_order.end(),
-                     [&](int a, int b) { return rows_kept(a) > rows_kept(b); });
+    std::sort(layer.task_order.begin(), layer.task_order.end(), [&](int a, int b) {
+      return std::pair(-rows_kept(a), a) < std::pair(-rows_kept(b), b);
+    });
     for (const int h : layer.task_order) {
       const int class_idx = heads_[static_cast<std::size_t>(layer.first_head + h)].class_idx;
       if (layer.runs.empty() || layer.runs.back().class_idx != class_idx) {
