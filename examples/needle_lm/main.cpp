@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: MIT
+// needle_lm: a trained model answers from head-aware KV caches.
+#define EIGEN_USE_THREADS
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <limits>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <unsupported/Eigen/CXX11/ThreadPool>
+#include <vector>
+
+#include "arguments.hpp"
+#include "evaluate.hpp"
+#include "files.hpp"
+#include "headwise/core/check.hpp"
+#include "headwise/core/executor.hpp"
+#include "logits.hpp"
+#include "plans.hpp"
+#include "report.hpp"
+#include "tasks.hpp"
+#include "weights.hpp"
+
+namespace needle_lm {
+namespace {
+
+constexpr const char* kUsage = R"(usage:
+  needle_lm demo [--documents N] [--csv OUT]
+      every policy over held-out documents, as a table
+  needle_lm evaluate --csv OUT [plan] [--documents N] [--batch B] [--data D.safetensors]
+      one plan over held-out documents of 2048 tokens, generating greedily
+  needle_lm logits --tokens IDS.txt --out OUT.tsv [plan] [--prompt N]
+      logits of every position; the first N tokens are the prompt, the rest decode steps
+plan:
+  --policy full|duo_attention|rlkv|razor_attention|uniform|random   (full)
+  --heads SCORES.tsv       (the policy's own file beside the model)
+  --echo SCORES.tsv        RazorAttention's second file
+  --sparsity S             share of KV heads that stream, 0..1   (0.5)
+  --sink A --recent B      what a streaming head keeps   (4, 60)
+  --seed K                 of random heads   (1)
+  --compensation           RazorAttention's growing window and compensation row
+  --prefill windowed|chunk_causal   (windowed)
+  --chunk N                prompt tokens in a step   (512; chunk_causal: all of them)
+for all commands:
+  --model M.safetensors    with config.json beside it   (the trained one of this example)
+  --rows f16|bf16|f32      how the cache stores K and V   (f16; logits: f32)
+  --threads N              (all of the machine's)
+)";
+
+using Pool = Eigen::ThreadPool;
+using PoolExecutor = headwise::PoolExecutor<Pool>;
+
+std::string in_example(const std::string& path) { return std::string(NEEDLE_LM_DIR) + "/" + path; }
+
+const std::vector<std::string_view> kCommonOptions{"--model", "--rows", "--threads"};
+const std::vector<std::string_view> kPlanOptions{"--policy",   "--heads",   "--echo",
+                                                 "--sparsity", "--sink",    "--recent",
+                                                 "--seed",     "--prefill", "--chunk"};
+
+std::vector<std::string_view> operator+(std::vector<std::string_view> some,
+                                        const std::vector<std::string_view>& more) {
+  some.insert(some.end(), more.begin(), more.end());
+  return some;
+}
+
+int thread_count(const Arguments& arguments) {
+  const std::int64_t machine = std::max(1U, std::thread::hardware_concurrency());
+  return static_cast<int>(arguments.integer("--threads", machine, 1, 1024));
+}
+
+/// What every command starts with.
+struct Engine {
+  explicit Engine(const Arguments& arguments)
+      : num_threads(thread_count(arguments)),
+        model(load_model(arguments.text("--model", in_example("model/model.safetensors")))),
+        pool(num_threads - 1),  // the calling thread works too
+        executor(pool) {}
+
+  int num_threads;
+  Model model;
+  Pool pool;
+  PoolExecutor executor;
+};
+
+/// Calls fn.template operator()<Row>() for the row type that --rows names.
+template <class Fn>
+auto with_rows(const Arguments& arguments, const char* otherwise, Fn fn) {
+  const std::string rows = arguments.choice("--rows", otherwise, {"f16", "bf16", "f32"});
+  if (rows == "f32") return fn.template operator()<headwise::f32>();
+  if (rows == "bf16") return fn.template operator()<headwise::bf16>();
+  return fn.template operator()<headwise::f16>();
+}
+
+PlanOptions plan_options(const Arguments& arguments) {
+  constexpr std::int64_t kLongest = 1 << 20;
+  PlanOptions options;
+  options.policy =
+      arguments.choice("--policy", arguments.has("--heads") ? "duo_attention" : "full", kPolicies);
+  for (const char* name : {"--heads", "--echo", "--sparsity", "--sink", "--recent", "--seed"}) {
+    if (options.policy == "full" && arguments.has(name)) {
+      headwise::fail<headwise::ConfigError>(name,
+                                            " needs a --policy; the full cache has no use for it");
+    }
+  }
+  options.sparsity = arguments.real("--sparsity", options.sparsity, 0.0, 1.0);
+  options.window.sink = arguments.integer("--sink", options.window.sink, 0, kLongest);
+  options.window.recent = arguments.integer("--recent", options.window.recent, 1, kLongest);
+  options.seed = static_cast<std::uint64_t>(
+      arguments.integer("--seed", 1, 0, std::numeric_limits<std::int64_t>::max()));
+  options.compensation = arguments.has("--compensation");
+  if (options.compensation && options.policy != "razor_attention") {
+    headwise::fail<headwise::ConfigError>(
+        "--compensation belongs to --policy razor_attention, not ", options.policy);
+  }
+  const bool is_razor = options.policy == "razor_attention";
+  options.heads = arguments.text(
+      "--heads", in_example("heads/" + (is_razor ? "razor_induction" : options.policy) + ".tsv"));
+  options.echo = arguments.text("--echo", in_example("heads/razor_echo.tsv"));
+  return options;
+}
+
+RunOptions run_options(const Arguments& arguments) {
+  constexpr auto kWholePrompt = std::numeric_limits<std::int64_t>::max();
+  RunOptions run;
+  auto chunk = static_cast<std::int64_t>(run.chunk);
+  if (arguments.choice("--prefill", "windowed", {"windowed", "chunk_causal"}) == "chunk_causal") {
+    run.prefill = headwise::PrefillMode::kChunkCausal;
+    chunk = kWholePrompt;  // in one chunk: dense prefill, as the papers have it
+  }
+  run.chunk = static_cast<std::size_t>(arguments.integer("--chunk", chunk, 1, kWholePrompt));
+  run.batch = static_cast<std::size_t>(
+      arguments.integer("--batch", static_cast<std::int64_t>(run.batch), 1, 4096));
+  return run;
+}
+
+Tasks load_tasks(const Arguments& arguments, const ModelConfig& config) {
+  const SafeTensors file(arguments.text("--data", in_example("data/documents.safetensors")));
+  const auto count = static_cast<std::size_t>(arguments.integer("--documents", 32, 1, 1 << 20));
+  return {load_task(file, "passkey", kEndOfNeedle, count, config),
+          load_task(file, "cot", kEndOfSequence, count, config)};
+}
+
+/// Runs the plans one after the other and prints the table.
+std::vector<Result> evaluate_all(Engine& engine, const Tasks& tasks, const RunOptions& run,
+                                 const std::vector<NamedPlan>& plans, const Arguments& arguments) {
+  const std::size_t num_documents = tasks.passkey.documents.size() + tasks.cot.documents.size();
+  Progress progress(plans.size() * num_documents);
+  std::vector<Result> results;
+  for (const NamedPlan& plan : plans) {
+    progress.start(plan.title);
+    results.push_back(with_rows(arguments, "f16", [&]<class Row>() {
+      return evaluate<Row>(engine.model, tasks, plan, run, engine.executor,
+                           [&] { progress.step(); });
+    }));
+    progress.finish_plan();
+  }
+  print_table(results, stdout);
+  std::printf(
+      "\nKV: pages that a sequence of %d tokens holds, equal to the library's estimate.\n"
+      "%zu documents a task, %s prefill, %s rows; %zu sequences, %d threads.\n",
+      static_cast<int>(kMeasuredTokens), tasks.cot.documents.size(),
+      arguments.text("--prefill", "windowed").c_str(), arguments.text("--rows", "f16").c_str(),
+      run.batch, engine.num_threads);
+  return results;
+}
+
+/// The table's rows: each policy at 50 % and at 33 % retrieval heads, all with the same window.
+std::vector<NamedPlan> demo_plans(const headwise::ModelShape& shape) {
+  std::vector<NamedPlan> plans;
+  const auto add = [&](const std::string& title, const PlanOptions& options) {
+    const std::string seed = options.policy == "random" ? "_" + std::to_string(options.seed) : "";
+    plans.push_back({options.policy + seed, title, make_plan(options, shape)});
+  };
+  const auto add_both_shares = [&](const std::string& title, PlanOptions options) {
+    options.sparsity = 1.0 / 2.0;
+    add(title + " 50%", options);
+    options.sparsity = 2.0 / 3.0;
+    add(title + " 33%", options);
+  };
+  const auto scores = [](const std::string& name) { return in_example("heads/" + name + ".tsv"); };
+
+  add("full cache", {.policy = "full"});
+  add_both_shares("DuoAttention", {.policy = "duo_attention", .heads = scores("duo_attention")});
+  add_both_shares("RLKV", {.policy = "rlkv", .heads = scores("rlkv")});
+  add_both_shares("RazorAttention heads", {.policy = "razor_attention",
+                                           .heads = scores("razor_induction"),
+                                           .echo = scores("razor_echo")});
+  for (const std::uint64_t seed : {1U, 2U, 3U}) {
+    add_both_shares("random heads, " + std::to_string(seed), {.policy = "random", .seed = seed});
+  }
+  add("all heads stream", {.policy = "uniform"});
+  return plans;
+}
+
+void run_demo(const Arguments& arguments) {
+  Engine engine(arguments);
+  const RunOptions run = run_options(arguments);
+  const Tasks tasks = load_tasks(arguments, engine.model.config);
+  const std::vector<NamedPlan> plans = demo_plans(engine.model.config.shape());
+  std::optional<OutputFile> csv;
+  if (arguments.has("--csv")) csv.emplace(arguments.required_text("--csv"));
+  const std::vector<Result> results = evaluate_all(engine, tasks, run, plans, arguments);
+  if (csv) {
+    write_csv(csv->stream(), results);
+    csv->finish();
+  }
+}
+
+void run_evaluate(const Arguments& arguments) {
+  OutputFile csv(arguments.required_text("--csv"));
+  const PlanOptions options = plan_options(arguments);
+  const RunOptions run = run_options(arguments);
+  Engine engine(arguments);
+  const Tasks tasks = load_tasks(arguments, engine.model.config);
+  const NamedPlan plan{options.policy, options.policy,
+                       make_plan(options, engine.model.config.shape())};
+  write_csv(csv.stream(), evaluate_all(engine, tasks, run, {plan}, arguments));
+  csv.finish();
+}
+
+void run_logits(const Arguments& arguments) {
+  const std::string tokens_path = arguments.required_text("--tokens");
+  OutputFile out(arguments.required_text("--out"));
+  const PlanOptions options = plan_options(arguments);
+  const RunOptions run = run_options(arguments);
+  Engine engine(arguments);
+  const ModelConfig& config = engine.model.config;
+  const std::vector<Token> tokens = read_tokens(tokens_path, config.vocab_size);
+  const auto num_tokens = static_cast<std::int64_t>(tokens.size());
+  const auto prompt =
+      static_cast<std::size_t>(arguments.integer("--prompt", num_tokens, 0, num_tokens));
+  const headwise::HeadPlan plan = make_plan(options, config.shape());
+  with_rows(arguments, "f32", [&]<class Row>() {
+    for_each_logits<Row>(engine.model, plan, run, tokens, prompt, engine.executor,
+                         [&](const Matrix& logits) { write_logits(out.stream(), logits); });
+  });
+  out.finish();
+}
+
+int run(std::span<const char* const> words) {
+  const std::string_view command = words.empty() ? "" : words.front();
+  if (command == "--help" || command == "-h" || command == "help") {
+    std::fputs(kUsage, stdout);
+    return 0;
+  }
+  const std::vector<std::string_view> tasks{"--documents", "--data", "--batch", "--csv"};
+  const std::vector<std::string_view> flags{"--compensation"};
+  const auto options = words.empty() ? words : words.subspan(1);
+  if (command == "demo") {
+    run_demo(Arguments(options, kCommonOptions + tasks));
+  } else if (command == "evaluate") {
+    run_evaluate(Arguments(options, kCommonOptions + kPlanOptions + tasks, flags));
+  } else if (command == "logits") {
+    run_logits(Arguments(options,
+                         kCommonOptions + kPlanOptions +
+                             std::vector<std::string_view>{"--tokens", "--out", "--prompt"},
+                         flags));
+  } else {
+    std::fputs(kUsage, stderr);
+    return 2;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace needle_lm
+
+int main(int argc, char** argv) {
+  try {
+    return needle_lm::run(
+        std::span<const char* const>(argv, static_cast<std::size_t>(argc)).subspan(1));
+  } catch (const headwise::ConfigError& error) {
+    std::fprintf(stderr, "needle_lm: %s\n", error.what());
+    return 2;
+  } catch (const headwise::FormatError& error) {
+    std::fprintf(stderr, "needle_lm: %s\n", error.what());
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "needle_lm: %s\n", error.what());
+    return 1;
+  }
+}

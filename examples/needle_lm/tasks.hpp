@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: MIT
+/// @file tasks.hpp
+/// The two tasks, their held-out documents, and how an answer is judged.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "decoder.hpp"
+#include "headwise/core/check.hpp"
+#include "safetensors.hpp"
+
+namespace needle_lm {
+
+// The words of the model's vocabulary that judging needs; train.py has them all.
+inline constexpr Token kEndOfSequence = 2;
+inline constexpr Token kEndOfNeedle = 6;  ///< `;`
+inline constexpr Token kAnswer = 14;      ///< `ANS`, before a variable and its value
+
+struct Document {
+  std::vector<Token> tokens;  ///< the prompt, the right answer, perhaps more
+  std::size_t prompt_length = 0;
+  std::size_t answer_length = 0;
+
+  std::span<const Token> prompt() const { return std::span(tokens).first(prompt_length); }
+  std::span<const Token> answer() const {
+    return std::span(tokens).subspan(prompt_length, answer_length);
+  }
+};
+
+/// Passkey: a needle's 12 values and `;`. Chain of thought: a program's evaluation line by line,
+/// then `ANS variable value EOS`.
+struct Task {
+  std::string name;
+  Token stop{};  ///< last token of every right answer
+  std::vector<Document> documents;
+};
+
+/// The first `count` documents of a task.
+/// @throws ConfigError when there are fewer, FormatError for tokens or lengths out of range.
+inline Task load_task(const SafeTensors& file, const std::string& name, Token stop,
+                      std::size_t count, const ModelConfig& config) {
+  const std::string tokens_name = name + ".tokens";
+  const SafeTensors::Shape shape = file.shape(tokens_name);
+  const std::int64_t available = shape.empty() ? 0 : shape[0];
+  if (count < 1 || count > static_cast<std::size_t>(available)) {
+    headwise::fail<headwise::ConfigError>("--documents ", count, ": there are ", available,
+                                          " of task ", name);
+  }
+  const std::int64_t width = shape.size() == 2 ? shape[1] : 0;
+  const auto tokens = file.integers(tokens_name, {available, width});
+  const auto prompts = file.integers(name + ".prompt_length", {available});
+  const auto answers = file.integers(name + ".answer_length", {available});
+
+  Task task{name, stop, {}};
+  for (std::size_t i = 0; i < count; ++i) {
+    if (prompts[i] < 1 || answers[i] < 1 || prompts[i] > width - answers[i]) {
+      headwise::fail<headwise::FormatError>(name, " document ", i, ": prompt of ", prompts[i],
+                                            " and answer of ", answers[i], " in ", width,
+                                            " tokens");
+    }
+    const auto row = std::span(tokens).subspan(i * static_cast<std::size_t>(width),
+                                               static_cast<std::size_t>(width));
+    const auto wrong = std::find_if(row.begin(), row.end(), [&](Token token) {
+      return token < 0 || token >= config.vocab_size;
+    });
+    if (wrong != row.end()) {
+      headwise::fail<headwise::FormatError>(name, " document ", i, ": token ", *wrong,
+                                            ", the vocabulary has ", config.vocab_size);
+    }
+    task.documents.push_back({{row.begin(), row.end()},
+                              static_cast<std::size_t>(prompts[i]),
+                              static_cast<std::size_t>(answers[i])});
+  }
+  return task;
+}
+
+/// Whether the output is the right answer, token by token, and ends where it ends.
+inline bool is_exact(std::span<const Token> output, const Document& document) {
+  return std::ranges::equal(output, document.answer());
+}
+
+/// The value after the first `ANS variable`; nothing where the output has none.
+inline std::optional<Token> final_value(std::span<const Token> output) {
+  const auto answer = std::find(output.begin(), output.end(), kAnswer);
+  if (output.end() - answer < 3) return std::nullopt;
+  return answer[2];
+}
+
+/// Whether the chain of thought, right or wrong, ends in the right value.
+inline bool has_right_value(std::span<const Token> output, const Document& document) {
+  const auto value = final_value(output);
+  return value && value == final_value(document.answer());
+}
+
+}  // namespace needle_lm
