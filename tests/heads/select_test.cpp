@@ -4,7 +4,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <set>
+#include <cmath>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -141,6 +142,9 @@ TEST(SelectTop, KeepsTheHighestOfUnequalLayersAndTakesAnyBudget) {
 TEST(SelectAtLeast, IncludesTheThreshold) {
   const HeadScores scores = HeadScores::dense(1, 4, std::vector<double>{.1, .09, 1.88, 0});
   EXPECT_EQ(mask_of(select_at_least(scores, .1, KeepWindow{kWindow})), "1010");
+  EXPECT_EQ(message_of<ConfigError>(
+                [&] { (void)select_at_least(scores, std::nan(""), KeepWindow{kWindow}); }),
+            "a threshold must be finite, got nan");
 }
 
 template <class Scores>

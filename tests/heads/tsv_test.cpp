@@ -5,6 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
+#include <cctype>
+#include <cmath>
 #include <cstdio>
 #include <limits>
 #include <vector>

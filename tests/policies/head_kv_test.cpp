@@ -68,7 +68,8 @@ TEST(HeadKv, RefusesWhatCannotBeShared) {
   };
   EXPECT_EQ(capacities({.beta = 1}), "beta must be > 1, got 1");
   EXPECT_EQ(capacities({.capacity = 7}),
-            "capacity (7) must be at least the observation window (8), and that at least 0");
+            "capacity must be in [8 (the observation window), 1099511627776], got 7");
+  EXPECT_EQ(capacities({.observation_window = -1}), "observation_window must be >= 0, got -1");
 }
 
 TEST(HeadKv, HasThePublishedTablesOfLlama3) {

@@ -67,6 +67,7 @@ class HeadTable {
   std::size_t num_heads() const { return values_.size(); }
   std::vector<int> heads_per_layer() const {
     std::vector<int> heads;
+    heads.reserve(first_.size() - 1);
     for (int layer = 0; layer < num_layers(); ++layer) heads.push_back(num_heads(layer));
     return heads;
   }

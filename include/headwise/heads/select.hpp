@@ -13,6 +13,7 @@
 #include "headwise/core/check.hpp"
 #include "headwise/core/window.hpp"
 #include "headwise/heads/count_rule.hpp"
+#include "headwise/heads/numbers.hpp"
 #include "headwise/heads/plan.hpp"
 #include "headwise/heads/scores.hpp"
 #include "headwise/heads/splitmix64.hpp"
@@ -68,8 +69,10 @@ inline HeadPlan select_top(const HeadScores& scores, std::size_t num_retrieval,
 }
 
 /// Heads whose raw score is at least `threshold` keep everything, the others `streaming`.
+/// @throws ConfigError for a threshold that is not finite, or `streaming` out of range.
 inline HeadPlan select_at_least(const HeadScores& scores, double threshold,
                                 const HeadBudget& streaming) {
+  if (!is_finite(threshold)) fail<ConfigError>("a threshold must be finite, got ", threshold);
   HeadPlan plan(scores.heads_per_layer(), streaming);
   for (int layer = 0; layer < scores.num_layers(); ++layer) {
     for (int head = 0; head < scores.num_heads(layer); ++head) {

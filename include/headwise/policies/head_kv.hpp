@@ -77,9 +77,13 @@ struct Policy {
   /// @throws ConfigError for a capacity below the observation window, a beta not above 1, and what
   ///   importance() refuses.
   std::vector<std::int64_t> capacities(const QueryHeadScores& mean_scores) const {
-    if (observation_window < 0 || capacity < observation_window) {
-      fail<ConfigError>("capacity (", capacity, ") must be at least the observation window (",
-                        observation_window, "), and that at least 0");
+    constexpr std::int64_t kMost = std::int64_t{1} << 40;  // no context is longer
+    if (observation_window < 0) {
+      fail<ConfigError>("observation_window must be >= 0, got ", observation_window);
+    }
+    if (capacity < observation_window || capacity > kMost) {
+      fail<ConfigError>("capacity must be in [", observation_window, " (the observation window), ",
+                        kMost, "], got ", capacity);
     }
     if (!is_finite(beta) || beta <= 1.0) fail<ConfigError>("beta must be > 1, got ", beta);
     const auto base = static_cast<double>(capacity - observation_window);
