@@ -49,10 +49,11 @@ inline void fill_row(Token token, std::int64_t pos, int layer, int head, Side si
   std::uint64_t state =
       mixed(token * 0x9E3779B97F4A7C15U + static_cast<std::uint64_t>(pos)) +
       mixed(static_cast<std::uint64_t>(layer * 1000 + head) * 4 + static_cast<std::uint64_t>(side));
-  for (float& x : row) {
+  float* const end = row.data() + row.size();
+  for (float* x = row.data(); x != end; ++x) {
     state = state * 6364136223846793005U + 1442695040888963407U;
-    x = static_cast<float>(static_cast<std::int64_t>(state >> 40) - (std::int64_t{1} << 23)) *
-        0x1p-23F;
+    *x = static_cast<float>(static_cast<std::int64_t>(state >> 40) - (std::int64_t{1} << 23)) *
+         0x1p-23F;
   }
 }
 
@@ -113,18 +114,18 @@ SeenCopy<Row> copy_of(const SeenRows<Row, Layout>& seen) {
   const PageShape shape{view.page_tokens, view.k_dim, view.v_dim};
   SeenCopy<Row> copy;
   copy.window = seen.window;
+  const auto k_dim = static_cast<std::size_t>(view.k_dim);
+  const auto v_dim = static_cast<std::size_t>(view.v_dim);
+  copy.rows.resize(static_cast<std::size_t>(view.num_rows()) * (k_dim + v_dim));
+  Row* to = copy.rows.data();
   for (const KvRun& run : view.runs()) {
     for (std::int64_t i = 0; i < run.count; ++i) {
       const Slot slot = run.first_slot + i;
       const Row* page = view.page_of(slot);
       const auto row = static_cast<std::size_t>(slot.value % view.page_tokens);
       copy.positions.push_back(run.first_pos.value + i);
-      for (int d = 0; d < view.k_dim; ++d) {
-        copy.rows.push_back(page[Layout::k_offset(shape, row, static_cast<std::size_t>(d))]);
-      }
-      for (int d = 0; d < view.v_dim; ++d) {
-        copy.rows.push_back(page[Layout::v_offset(shape, row, static_cast<std::size_t>(d))]);
-      }
+      for (std::size_t d = 0; d < k_dim; ++d) *to++ = page[Layout::k_offset(shape, row, d)];
+      for (std::size_t d = 0; d < v_dim; ++d) *to++ = page[Layout::v_offset(shape, row, d)];
     }
   }
   copy.folded = view.compensation.count;
@@ -344,15 +345,16 @@ class ModelledCache {
 
   std::string fault_in_rows(const SeenCopy<Row>& seen, const Sequence& sequence, int layer,
                             int head) const {
-    const int k_dim = shape_.layer(layer).k_dim;
-    const int v_dim = shape_.layer(layer).v_dim;
-    std::size_t next = 0;
+    float row[512];
+    const Row* stored = seen.rows.data();
     for (const std::int64_t pos : seen.positions) {
       const Token token = sequence.tokens[static_cast<std::size_t>(pos)];
       for (const Side side : {Side::kK, Side::kV}) {
-        for (const float x :
-             row_of(token, pos, layer, head, side, side == Side::kK ? k_dim : v_dim)) {
-          if (!(seen.rows[next++] == from_float<Row>(x))) {
+        const LayerShape& shape = shape_.layer(layer);
+        const int dim = side == Side::kK ? shape.k_dim : shape.v_dim;
+        fill_row(token, pos, layer, head, side, std::span(row, static_cast<std::size_t>(dim)));
+        for (int d = 0; d < dim; ++d) {
+          if (!(*stored++ == from_float<Row>(row[d]))) {
             return "wrong row at position " + std::to_string(pos);
           }
         }
@@ -405,6 +407,40 @@ class ModelledCache {
   CacheOptions options_;
   std::vector<std::pair<SequenceId, std::vector<Token>>> open_;
 };
+
+// Cases ------------------------------------------------------------------------------------------
+
+/// Three layers of unlike widths; the second will have no retrieval head, the third no other.
+inline const ModelShape& mixed_shape() {
+  static const ModelShape shape({{4, 1, 32, 16}, {3, 1, 16, 16}, {1, 1, 16, 48}});
+  return shape;
+}
+
+/// Heads of every kind that the prefill mode allows, with small windows around a page of 16.
+inline HeadPlan mixed_plan(PrefillMode prefill) {
+  HeadPlan plan(mixed_shape());
+  plan.set(0, 1, KeepWindow{{4, 12}});
+  plan.set(0, 2, KeepWindow{{0, 1}});
+  plan.set(0, 3, KeepWindow{{17, 30}});
+  plan.set(1, 0, KeepWindow{{3, 33}});
+  plan.set(1, 1, KeepWindow{{4, 12}});
+  plan.set(1, 2, KeepWindow{{16, 16}});
+  if (prefill == PrefillMode::kChunkCausal) {
+    plan.set(0, 3, KeepGrowingWindow{4, 40, 3});
+    plan.set(1, 2, KeepGrowingWindow{20, 36, 2});
+  }
+  return plan;
+}
+
+inline CacheOptions mixed_options(PrefillMode prefill, std::int64_t max_rollback) {
+  CacheOptions options;
+  options.page_tokens = 16;
+  options.max_sequences = 3;
+  options.max_context = 500;
+  options.max_rollback = max_rollback;
+  options.prefill = prefill;
+  return options;
+}
 
 /// `count` tokens that no other call has returned.
 inline std::vector<Token> new_tokens(std::int64_t count) {
