@@ -66,7 +66,9 @@ Entries entries(const std::array<EntryRange, 2>& ranges) {
 Entries entries(const EntryRange& range) { return entries(std::array<EntryRange, 2>{range, {}}); }
 
 TEST(HeadStore, ChangesLeadFromWhatIsHeldToWhatIsHeld) {
-  for (const auto& [budget, options] : store_cases()) {
+  for (const StoreCase& store_case : store_cases()) {
+    const HeadBudget& budget = store_case.budget;
+    const CacheOptions& options = store_case.options;
     std::visit(
         [&](const auto& store) {
           for (std::int64_t length = 0; length <= 120; length += 3) {
@@ -99,7 +101,9 @@ TEST(HeadStore, ChangesLeadFromWhatIsHeldToWhatIsHeld) {
 }
 
 TEST(HeadStore, RollbackGivesBackExactlyWhatIsNoLongerHeld) {
-  for (const auto& [budget, options] : store_cases()) {
+  for (const StoreCase& store_case : store_cases()) {
+    const HeadBudget& budget = store_case.budget;
+    const CacheOptions& options = store_case.options;
     std::visit(
         [&](const auto& store) {
           for (std::int64_t high_water = 0; high_water <= 150; ++high_water) {
@@ -121,7 +125,9 @@ TEST(HeadStore, RollbackGivesBackExactlyWhatIsNoLongerHeld) {
 }
 
 TEST(HeadStore, HoldsThePageOfEveryRowThatAnyPermittedLengthMaySee) {
-  for (const auto& [budget, options] : store_cases()) {
+  for (const StoreCase& store_case : store_cases()) {
+    const HeadBudget& budget = store_case.budget;
+    const CacheOptions& options = store_case.options;
     std::visit(
         [&](const auto& store) {
           for (std::int64_t high_water = 0; high_water <= 300; ++high_water) {
@@ -147,7 +153,9 @@ TEST(HeadStore, HoldsThePageOfEveryRowThatAnyPermittedLengthMaySee) {
 }
 
 TEST(HeadStore, RunsAreOldestFirstAndEndAtTheLength) {
-  for (const auto& [budget, options] : store_cases()) {
+  for (const StoreCase& store_case : store_cases()) {
+    const HeadBudget& budget = store_case.budget;
+    const CacheOptions& options = store_case.options;
     std::visit(
         [&](const auto& store) {
           for (std::int64_t length = 0; length <= 200; ++length) {
@@ -201,7 +209,9 @@ TEST(StreamingStore, NeverHoldsMoreThanTheContext) {
 }
 
 TEST(StreamingStore, WritesInPlaceOnlyOverRowsThatNobodyMayAskFor) {
-  for (const auto& [budget, options] : store_cases()) {
+  for (const StoreCase& store_case : store_cases()) {
+    const HeadBudget& budget = store_case.budget;
+    const CacheOptions& options = store_case.options;
     if (!std::holds_alternative<KeepWindow>(budget)) continue;
     const Window window = std::get<KeepWindow>(budget).window;
     const StreamingStore store = streaming(window, options);
@@ -232,7 +242,9 @@ TEST(StreamingStore, WritesInPlaceOnlyOverRowsThatNobodyMayAskFor) {
 }
 
 TEST(StreamingStore, DecodeNeverNeedsASecondRing) {
-  for (const auto& [budget, options] : store_cases()) {
+  for (const StoreCase& store_case : store_cases()) {
+    const HeadBudget& budget = store_case.budget;
+    const CacheOptions& options = store_case.options;
     if (!std::holds_alternative<KeepWindow>(budget)) continue;
     const StreamingStore store = streaming(std::get<KeepWindow>(budget).window, options);
     for (std::int64_t high_water = 0; high_water < 300; ++high_water) {

@@ -18,12 +18,12 @@
 namespace headwise {
 namespace {
 
+constexpr PageShape kShapes[] = {{16, 16, 16}, {64, 32, 32}, {32, 80, 96}, {48, 256, 48}};
+
 template <class Types>
 class RowCodec : public ::testing::Test {
  protected:
   using RowT = typename Types::Row;
-
-  static constexpr PageShape kShapes[] = {{16, 16, 16}, {64, 32, 32}, {32, 80, 96}, {48, 256, 48}};
 
   std::mt19937 random{11};
   std::vector<float> floats(int count) {
@@ -47,7 +47,7 @@ TYPED_TEST_SUITE(RowCodec, test::AllKernels, test::KernelNames);
 TYPED_TEST(RowCodec, WritesEveryElementWhereTheLayoutSaysAndNothingElse) {
   using Row = typename TypeParam::Row;
   using Layout = typename TypeParam::Layout;
-  for (const PageShape& shape : this->kShapes) {
+  for (const PageShape& shape : kShapes) {
     for (const int row : {0, 1, 15, shape.page_tokens - 1}) {
       const auto r = static_cast<std::size_t>(row);
       const std::vector<float> k = this->floats(shape.k_dim);
@@ -103,7 +103,7 @@ TYPED_TEST(RowCodec, DecodesWhatItEncoded) {
 TYPED_TEST(RowCodec, AddsExactlyTheRowsAskedFor) {
   using Row = typename TypeParam::Row;
   using Layout = typename TypeParam::Layout;
-  for (const PageShape& shape : this->kShapes) {
+  for (const PageShape& shape : kShapes) {
     const auto tokens = static_cast<std::size_t>(shape.page_tokens);
     for (const auto& [first, last] : std::initializer_list<std::pair<std::size_t, std::size_t>>{
              {0, tokens}, {0, 1}, {4, 7}, {4, tokens}, {15, 16}, {7, tokens - 1}, {3, 3}}) {
