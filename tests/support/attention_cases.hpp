@@ -149,6 +149,12 @@ inline std::vector<AttentionCase> attention_cases() {
   return cases;
 }
 
+/// K [n, k_dim] and V [n, v_dim] of a whole sequence.
+struct DenseRows {
+  std::vector<float> k;
+  std::vector<float> v;
+};
+
 /// An AttentionCase with random rows, laid out in pages at random places. Every row that no run
 /// names, and every page in no list, is NaN: a kernel that lets one of them through is caught.
 template <class Row, class Layout>
@@ -184,6 +190,14 @@ class PagedHead {
   }
 
   const std::vector<float>& out() const { return out_; }
+
+  /// Past and own rows, rounded to the row format.
+  DenseRows dense_rows() const {
+    DenseRows rows{k_, v_};
+    for (float& x : rows.k) x = to_float(from_float<Row>(x));
+    for (float& x : rows.v) x = to_float(from_float<Row>(x));
+    return rows;
+  }
 
  private:
   std::vector<float> random_rows(std::size_t rows, int dim, float sigma) {

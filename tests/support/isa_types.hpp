@@ -23,7 +23,7 @@ struct KernelTypes {
   using Layout = LayoutT;
 };
 
-namespace detail {
+namespace type_lists {
 
 template <class Isa>
 using IfCompiled = std::conditional_t<simd::CompiledIsa<Isa>, std::tuple<Isa>, std::tuple<>>;
@@ -50,10 +50,10 @@ std::string row_name() {
   if constexpr (std::is_same_v<Row, bf16>) return "bf16";
 }
 
-}  // namespace detail
+}  // namespace type_lists
 
-using AllIsas = decltype(detail::as_types(detail::Isas{}));
-using AllKernels = decltype(detail::as_types(detail::all_kernel_types(detail::Isas{})));
+using AllIsas = decltype(type_lists::as_types(type_lists::Isas{}));
+using AllKernels = decltype(type_lists::as_types(type_lists::all_kernel_types(type_lists::Isas{})));
 
 struct IsaNames {
   template <class Isa>
@@ -66,7 +66,7 @@ struct KernelNames {
   template <class T>
   static std::string GetName(int) {
     return std::string(simd::isa_name<typename T::Isa>()) + "_" +
-           detail::row_name<typename T::Row>() +
+           type_lists::row_name<typename T::Row>() +
            (std::is_same_v<typename T::Layout, PlainLayout> ? "_plain" : "_tiled");
   }
 };

@@ -50,8 +50,8 @@ TYPED_TEST(CpuPrefill, GivesTheSameForEveryTile) {
 }
 
 TEST(PrefillTileQueries, IsNeverZero) {
-  EXPECT_EQ(prefill_tile_queries(4), 48);
-  EXPECT_EQ(prefill_tile_queries(1), 192);
+  EXPECT_EQ(prefill_tile_queries(4), 96);
+  EXPECT_EQ(prefill_tile_queries(1), 384);
   EXPECT_EQ(prefill_tile_queries(1000), 1);
 }
 

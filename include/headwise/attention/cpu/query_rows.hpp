@@ -159,28 +159,32 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
   return shrink;
 }
 
-/// Attends all query rows over one block: scores, softmax, output.
+/// Attends those query rows that see something of a block: scores, softmax, output.
 /// @tparam kFetch  prefetch V while K is read, and the next block's K while V is read
 template <class Isa, bool kFetch, class Element>
 void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexcept {
   const int tile_begin = block.first / kTile;
   const int tile_end = (block.last + kTile - 1) / kTile;
+  const SeeingQueries queries =
+      seeing_queries(rows.window, rows.first_query, rows.num_queries, block.row0 + block.first,
+                     block.row0 + (block.last - 1));
+  const std::ptrdiff_t first_row = std::ptrdiff_t{queries.first} * rows.group_size;
 
   TileProduct<Element> scores;
-  scores.a = rows.q;
+  scores.a = rows.q + first_row * rows.k_dim;
   scores.a_stride = rows.k_dim;
   scores.b_stride = static_cast<std::ptrdiff_t>(rows.k_dim) * kTile;
   scores.b = block.k + tile_begin * scores.b_stride;
-  scores.c = rows.scores + tile_begin * kTile;
+  scores.c = rows.scores + first_row * kBlockRows + tile_begin * kTile;
   scores.c_stride = kBlockRows;
-  scores.num_rows = rows.num_rows();
+  scores.num_rows = (queries.last - queries.first) * rows.group_size;
   scores.num_tiles = tile_end - tile_begin;
   scores.depth = rows.k_dim;
   scores.fetch_ahead = block.fetch_from_k;
   multiply_tiles<Isa, kFetch>(scores);
 
-  int row = 0;
-  for (int i = 0; i < rows.num_queries; ++i) {
+  std::ptrdiff_t row = first_row;
+  for (int i = queries.first; i < queries.last; ++i) {
     const VisibleRows seen =
         visible_rows(rows.window, rows.first_query + i, block.row0, block.first, block.last);
     for (int g = 0; g < rows.group_size; ++g, ++row) {
@@ -190,14 +194,14 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   }
 
   TileProduct<Element> output;
-  output.a = rows.scores + block.first;
+  output.a = rows.scores + first_row * kBlockRows + block.first;
   output.a_stride = kBlockRows;
   output.b = block.v + block.first * kTile;
   output.b_stride = block.v_stride;
-  output.c = rows.out;
+  output.c = rows.out + first_row * rows.v_dim;
   output.c_stride = rows.v_dim;
-  output.rescale = rows.rescale;
-  output.num_rows = rows.num_rows();
+  output.rescale = rows.rescale + first_row;
+  output.num_rows = scores.num_rows;
   output.num_tiles = rows.v_dim / kTile;
   output.depth = block.last - block.first;
   output.fetch_ahead = block.fetch_from_v;

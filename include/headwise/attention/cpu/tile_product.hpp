@@ -120,43 +120,47 @@ void multiply_block(const TileProduct<Element>& p, int row, int tile) noexcept {
   }
 }
 
-/// All tiles for `kRows` rows: as many side by side as the registers hold, then fewer.
+/// Tiles [tile, tile_end) for `kRows` rows: as many side by side as the registers hold, then fewer.
 template <class Isa, bool kFetch, int kRows, class Element>
-void multiply_rows(const TileProduct<Element>& p, int row) noexcept {
+void multiply_rows(const TileProduct<Element>& p, int row, int tile, int tile_end) noexcept {
   constexpr int kMost = max_block_tiles<Isa, kRows>();
-  int tile = 0;
-  for (; tile + kMost <= p.num_tiles; tile += kMost) {
+  for (; tile + kMost <= tile_end; tile += kMost) {
     multiply_block<Isa, kFetch, kRows, kMost>(p, row, tile);
   }
   if constexpr (kMost > 2) {
-    for (; tile + 2 <= p.num_tiles; tile += 2) multiply_block<Isa, kFetch, kRows, 2>(p, row, tile);
+    for (; tile + 2 <= tile_end; tile += 2) multiply_block<Isa, kFetch, kRows, 2>(p, row, tile);
   }
   if constexpr (kMost > 1) {
-    for (; tile < p.num_tiles; ++tile) multiply_block<Isa, kFetch, kRows, 1>(p, row, tile);
+    for (; tile < tile_end; ++tile) multiply_block<Isa, kFetch, kRows, 1>(p, row, tile);
   }
 }
 
-/// Turns a run-time number of rows in [1, kMaxBlockRows] into a template argument.
+/// Turns a run-time number of rows in [1, kRows] into a template argument.
 template <class Isa, bool kFetch, int kRows, class Element>
-HEADWISE_ALWAYS_INLINE void multiply_num_rows(const TileProduct<Element>& p, int row,
-                                              int num_rows) noexcept {
+HEADWISE_ALWAYS_INLINE void multiply_num_rows(const TileProduct<Element>& p, int row, int num_rows,
+                                              int tile, int tile_end) noexcept {
   if (num_rows == kRows) {
-    multiply_rows<Isa, kFetch, kRows>(p, row);
+    multiply_rows<Isa, kFetch, kRows>(p, row, tile, tile_end);
   } else if constexpr (kRows > 1) {
-    multiply_num_rows<Isa, kFetch, kRows - 1>(p, row, num_rows);
+    multiply_num_rows<Isa, kFetch, kRows - 1>(p, row, num_rows, tile, tile_end);
   }
 }
 
-/// Reads b once per block of rows: from memory the first time, from the nearest cache afterwards.
+/// Few rows: every tile is read once. Many rows: a panel of tiles that fits the nearest cache
+/// beside a block of rows is kept there while all rows pass by.
 template <class Isa, bool kFetch, class Element>
 void multiply_tiles(const TileProduct<Element>& p) noexcept {
-  constexpr int kMost = kMaxBlockRows<Isa>;
-  for (int row = 0; row < p.num_rows;) {
-    // Rows left over are shared out: 9 rows are 5 + 4, not 8 + 1.
-    const int blocks = (p.num_rows - row + kMost - 1) / kMost;
-    const int num_rows = (p.num_rows - row + blocks - 1) / blocks;
-    multiply_num_rows<Isa, kFetch, kMost>(p, row, num_rows);
-    row += num_rows;
+  constexpr int kMostRows = kMaxBlockRows<Isa>;
+  const int blocks = (p.num_rows + kMostRows - 1) / kMostRows;
+  const int panel = blocks == 1 ? p.num_tiles : max_block_tiles<Isa, kMostRows>();
+  for (int tile = 0; tile < p.num_tiles; tile += panel) {
+    const int tile_end = std::min(tile + panel, p.num_tiles);
+    for (int block = 0; block < blocks; ++block) {
+      // Rows are shared out evenly: 9 are 4 + 5, not 8 + 1.
+      const int row = block * p.num_rows / blocks;
+      const int row_end = (block + 1) * p.num_rows / blocks;
+      multiply_num_rows<Isa, kFetch, kMostRows>(p, row, row_end - row, tile, tile_end);
+    }
   }
 }
 

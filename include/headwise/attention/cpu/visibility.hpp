@@ -39,6 +39,27 @@ HEADWISE_ALWAYS_INLINE VisibleRows visible_rows(const Window& window, Pos query,
   return rows;
 }
 
+/// Queries [first, last) of a step: those that see any row of a block.
+struct SeeingQueries {
+  int first = 0;
+  int last = 0;
+};
+
+/// Of `num_queries` queries from `first_query` on, those that may see a row at a position in
+/// [oldest, newest].
+HEADWISE_ALWAYS_INLINE SeeingQueries seeing_queries(const Window& window, Pos first_query,
+                                                    int num_queries, Pos oldest, Pos newest) {
+  const auto within = [&](std::int64_t query, int low) {
+    return static_cast<int>(std::clamp<std::int64_t>(query, low, num_queries));
+  };
+  SeeingQueries queries;
+  queries.first = within(oldest - first_query, 0);
+  const bool forgotten = window.bounded() && oldest.value >= window.sink;
+  queries.last =
+      forgotten ? within(newest - first_query + window.recent, queries.first) : num_queries;
+  return queries;
+}
+
 /// Calls `fn(begin, end)` for the at most two ranges of rows that some query of [oldest, newest]
 /// may see, of `count` rows at positions from `first_pos` on.
 template <class Fn>

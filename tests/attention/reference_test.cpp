@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: MIT
+#include "headwise/attention/reference.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "support/attention_cases.hpp"
+
+namespace headwise::test {
+namespace {
+
+TEST(Reference, AveragesValuesWhenScoresAreEqual) {
+  const float q[16] = {};
+  const std::vector<float> k(3 * 16, 0.7F);
+  std::vector<float> v(3 * 16, 0.0F);
+  v[0] = 1.0F;
+  v[16] = 2.0F;
+  v[32] = 6.0F;
+  const auto all = [](std::int64_t) { return true; };
+  EXPECT_DOUBLE_EQ(reference_attention(q, k.data(), v.data(), 3, 16, 16, 1.0F, all)[0], 3.0);
+  const auto not_the_last = [](std::int64_t j) { return j < 2; };
+  EXPECT_DOUBLE_EQ(reference_attention(q, k.data(), v.data(), 3, 16, 16, 1.0F, not_the_last)[0],
+                   1.5);
+}
+
+TEST(Reference, IsZeroWhereNothingIsSeen) {
+  const float q[16] = {1.0F};
+  const auto none = [](std::int64_t) { return false; };
+  const std::vector<float> x(16, 1.0F);
+  EXPECT_EQ(reference_attention(q, x.data(), x.data(), 1, 16, 16, 1.0F, none),
+            std::vector<double>(16, 0.0));
+}
+
+TEST(Reference, WeighsARowByWhatItStandsFor) {
+  const float q[1] = {2.0F};
+  ReferenceRow once(q, 1.0), thrice(q, 1.0);
+  once.add({0.0}, {1.0});
+  thrice.add({0.0}, {1.0});
+  once.add({0.5}, {4.0}, std::log(3.0));
+  for (int i = 0; i < 3; ++i) thrice.add({0.5}, {4.0});
+  EXPECT_NEAR(once.output(1)[0], thrice.output(1)[0], 1e-14);
+}
+
+/// The reading of a paged problem and the reading of the dense history are independent code: they
+/// must agree on every case whose rows are all in the history.
+template <class Layout>
+void paged_equals_dense() {
+  for (const AttentionCase& c : attention_cases()) {
+    if (c.compensation > 0 || c.kept == Kept::kSecondRun) continue;
+    PagedHead<f16, Layout> head(c);
+    const auto problem = head.problem();
+    const std::vector<double> paged = reference_attention(problem);
+    const DenseRows dense = head.dense_rows();
+    for (std::int64_t i = 0; i < c.queries; ++i) {
+      for (int g = 0; g < c.group_size; ++g) {
+        const auto sees = [&](std::int64_t j) { return c.window.sees(Pos{c.past + i}, Pos{j}); };
+        const std::vector<double> row =
+            reference_attention(problem.q.row(i, g), dense.k.data(), dense.v.data(),
+                                c.past + c.queries, c.k_dim, c.v_dim, problem.scale, sees);
+        for (int d = 0; d < c.v_dim; ++d) {
+          const auto at = static_cast<std::size_t>((i * c.group_size + g) * c.v_dim + d);
+          ASSERT_NEAR(paged[at], row[static_cast<std::size_t>(d)], 1e-12) << c.name;
+        }
+      }
+    }
+  }
+}
+
+TEST(Reference, ReadsPlainPagesLikeADenseHistory) { paged_equals_dense<PlainLayout>(); }
+TEST(Reference, ReadsTiledPagesLikeADenseHistory) { paged_equals_dense<TiledLayout>(); }
+
+}  // namespace
+}  // namespace headwise::test
