@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT
+// A serving engine's loop: sequences of unequal length in one step, a prompt that waits for pages,
+// speculation that is taken back, and pages that serve the next sequence at once.
+#include <cstdint>
+#include <cstdio>
+#include <vector>
+
+#include "../stand_in/model.hpp"
+#include "headwise/headwise.hpp"
+
+namespace {
+
+using namespace headwise;
+
+/// Tokens of one request that go into the next step.
+struct Work {
+  SequenceId sequence;
+  std::uint32_t text;
+  std::int64_t num_tokens;
+  std::int64_t num_wrong = 0;  ///< the last ones: a draft model's, of another text
+};
+
+/// KV head 1 of every layer keeps everything, the others stream.
+HeadPlan make_plan(const ModelShape& shape) {
+  HeadPlan plan(shape, KeepWindow{{.sink = 4, .recent = 60}});
+  for (int layer = 0; layer < shape.num_layers(); ++layer) plan.set(layer, 1, KeepEverything{});
+  return plan;
+}
+
+class Engine {
+ public:
+  // Once, so that no step allocates: chunks of up to 256 tokens, one thread.
+  Engine() { reserve_scratch(step_, cache_, 256, 1); }
+
+  /// All of the batch, or nothing of it.
+  StepStatus forward(const std::vector<Work>& batch, Phase phase) {
+    chunks_.clear();
+    rows_.clear();
+    checked_.clear();
+    for (const auto& [sequence, text, num_tokens, num_wrong] : batch) {
+      chunks_.push_back({sequence, num_tokens});
+      // RoPE positions of new tokens: from the sequence's length on, whatever its heads keep.
+      const std::int64_t first = cache_.length(sequence);
+      stand_in::add_tokens(rows_, text, first, num_tokens - num_wrong);
+      checked_.push_back(rows_.size() - 1);
+      stand_in::add_tokens(rows_, text + 100, first + num_tokens - num_wrong, num_wrong);
+    }
+    const StepStatus begun = cache_.begin(step_, chunks_, phase);
+    if (begun != StepStatus::kOk) return begun;
+    for (int layer = 0; layer < plan_.num_layers(); ++layer) {
+      model_.project(layer, rows_);
+      attend(cache_, step_, layer, model_.q(), model_.k(), model_.v(), model_.out());
+      for (const std::size_t row : checked_) {
+        const double error = model_.error(layer, row, rows_[row], plan_);
+        worst_error_ = error <= worst_error_ ? worst_error_ : error;
+      }
+    }
+    return cache_.commit(step_);
+  }
+
+  KvCache<f16>& cache() { return cache_; }
+  double worst_error() const { return worst_error_; }
+
+ private:
+  stand_in::Model model_{2, 4, 2, 64};
+  HeadPlan plan_ = make_plan(model_.shape());
+  KvCache<f16> cache_{model_.shape(),
+                      plan_,
+                      {.page_tokens = 16,
+                       .max_bytes = 80 * std::size_t{16 * 2 * 64} * sizeof(f16),  // 80 pages
+                       .max_sequences = 4,
+                       .max_context = 512,
+                       .max_rollback = 8}};
+  Step step_;  // one object for all steps: its memory is kept
+  std::vector<SequenceChunk> chunks_;
+  std::vector<stand_in::Token> rows_;
+  std::vector<std::size_t> checked_;  // the last right row of every sequence
+  double worst_error_ = 0.0;
+};
+
+bool all_right = true;
+
+void expect(const char* what, StepStatus got, StepStatus expected, const KvCache<f16>& cache) {
+  std::printf("%-34s %-24s %3lld pages free\n", what, to_string(got),
+              static_cast<long long>(cache.free_pages()));
+  all_right = all_right && got == expected;
+}
+
+}  // namespace
+
+int main() {
+  using enum StepStatus;
+  Engine engine;
+  KvCache<f16>& cache = engine.cache();
+  const SequenceId a = *cache.add_sequence();
+  const SequenceId b = *cache.add_sequence();
+  const SequenceId c = *cache.add_sequence();
+
+  // Ragged: 200 and 90 tokens of two prompts in one step, then a second chunk of the first.
+  expect("prompts of 200 and 90 tokens", engine.forward({{a, 1, 200}, {b, 2, 90}}, Phase::kPrompt),
+         kOk, cache);
+  expect("100 more of the first", engine.forward({{a, 1, 100}}, Phase::kPrompt), kOk, cache);
+
+  // Decode: one token of each sequence.
+  for (int i = 0; i < 5; ++i) {
+    expect("decode a and b", engine.forward({{a, 1, 1}, {b, 2, 1}}, Phase::kDecode), kOk, cache);
+  }
+
+  // Speculation: 6 drafted tokens of a, beside b's next one; the model agrees with 2 of them.
+  const std::int64_t before = cache.length(a);
+  expect("6 drafted tokens of a", engine.forward({{a, 1, 6, 4}, {b, 2, 1}}, Phase::kDecode), kOk,
+         cache);
+  expect("4 of them taken back", cache.rollback(a, before + 2), kOk, cache);
+  expect("decode a and b", engine.forward({{a, 1, 1}, {b, 2, 1}}, Phase::kDecode), kOk, cache);
+  expect("too far back", cache.rollback(a, before - 3), kTooFarBack, cache);
+
+  // A prompt that finds no room leaves no trace; the engine ends or preempts another, and retries.
+  expect("a prompt of 300 tokens", engine.forward({{c, 3, 300}}, Phase::kPrompt), kOutOfPages,
+         cache);
+  cache.release(a);
+  expect("again, when a has ended", engine.forward({{c, 3, 300}}, Phase::kPrompt), kOk, cache);
+  expect("decode b and c", engine.forward({{b, 2, 1}, {c, 3, 1}}, Phase::kDecode), kOk, cache);
+  expect("no room for so long a text", engine.forward({{c, 3, 300}}, Phase::kPrompt),
+         kContextTooLong, cache);
+
+  // A step that fails half-way (an error elsewhere in the engine) is dropped, without a trace.
+  Step step;
+  expect("begin", cache.begin(step, {{b, 4}}, Phase::kDecode), kOk, cache);
+  expect("commit, no layer attended", cache.commit(step), kIncomplete, cache);
+  expect("drop", cache.drop(step), kOk, cache);
+  expect("commit a dropped step", cache.commit(step), kStale, cache);
+
+  const bool exact = engine.worst_error() < 1e-5;
+  std::printf("largest error against plain attention: %.1e\n", engine.worst_error());
+  std::puts(exact && all_right ? "ok" : "WRONG");
+  return exact && all_right ? 0 : 1;
+}
