@@ -17,8 +17,8 @@ namespace headwise::inline v0 {
 
 /// Scratch of the largest step: bytes and counters.
 struct ScratchSize {
-  std::size_t num_bytes = 0;
-  std::size_t num_counters = 0;
+  std::size_t num_bytes = 0;     ///< of the step's Scratch
+  std::size_t num_counters = 0;  ///< one for every head of every sequence
 };
 
 /// What any step over all sequences of a cache may need, of at most `max_chunk` tokens a sequence,

@@ -30,6 +30,7 @@ class SingleSequence {
   StepStatus begin(std::int64_t num_tokens) {
     return begin(num_tokens, length() == 0 || num_tokens > 1 ? Phase::kPrompt : Phase::kDecode);
   }
+  /// Opens a step of `num_tokens` in the phase given; see KvCache::begin().
   StepStatus begin(std::int64_t num_tokens, Phase phase) {
     return cache_.begin(step_, {{id_, num_tokens}}, phase);
   }
@@ -41,12 +42,18 @@ class SingleSequence {
     headwise::attend<Isa>(cache_, step_, layer, q, k, v, out, std::forward<E>(executor));
   }
 
+  /// See KvCache::commit().
   StepStatus commit() { return cache_.commit(step_); }
+  /// See KvCache::rollback().
   StepStatus rollback(std::int64_t new_length) { return cache_.rollback(id_, new_length); }
 
+  /// Tokens committed; the position of the next one.
   std::int64_t length() const { return cache_.length(id_); }
+  /// The cache behind the face.
   const KvCache<Row, Layout>& cache() const { return cache_; }
+  /// The sequence in cache().
   SequenceId id() const { return id_; }
+  /// The step in use, open or not; reserve_scratch() takes it.
   Step& step() { return step_; }
 
  private:

@@ -24,6 +24,7 @@ struct SoftmaxState {
   float sum = 0.0F;      ///< sum of exp(s - max); 0 exactly where the set is empty
   float* out = nullptr;  ///< [v_dim] sum of exp(s - max) * v; zeros where the set is empty
 
+  /// Whether no row was seen.
   bool empty() const { return sum == 0.0F; }
 
   /// Logarithm of the sum of exp(s); kNoScore where the set is empty.

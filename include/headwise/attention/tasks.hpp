@@ -39,6 +39,7 @@ struct HeadCut {
   std::int64_t num_parts = 0;  ///< 0 for a sequence without new tokens
   std::int64_t part_size = 0;  ///< past rows or queries
 
+  /// @param past_rows  stored rows that some query of the step may see
   static constexpr HeadCut of(std::int64_t num_queries, int group_size, std::int64_t past_rows) {
     if (num_queries == 0) return {};
     if (num_queries * group_size <= kMaxDecodeRows) {
@@ -90,6 +91,7 @@ class AttendTasks {
     thread_floats_ = thread_scratch_floats(place_.shape);
   }
 
+  /// Number of tasks.
   std::size_t size() const { return static_cast<std::size_t>(num_tasks_); }
 
   /// Runs one task; each exactly once, in any order, at once on different threads.

@@ -21,26 +21,27 @@ namespace headwise::inline v0 {
 
 /// Heads with equal budgets behave alike: they are counted, grown and cut together.
 struct HeadClass {
-  HeadStore store;
+  HeadStore store;             ///< how each of these heads lays its rows into pages
   std::int64_t num_heads = 0;  ///< in all layers
 };
 
 /// One KV head: its class and where its metadata lie in a sequence's share.
 struct HeadPlace {
-  int class_idx = 0;
+  int class_idx = 0;                     ///< in CacheGeometry::classes()
   std::int64_t table_offset = 0;         ///< int32 entries
   std::int64_t compensation_offset = 0;  ///< floats
 };
 
 /// Neighbouring heads of one layer in task order (longest first) that share a class.
 struct ClassRun {
-  int class_idx = 0;
-  int num_heads = 0;
+  int class_idx = 0;  ///< in CacheGeometry::classes()
+  int num_heads = 0;  ///< >= 1
 };
 
+/// One layer: its page geometry, heads and the order in which they are attended.
 struct LayerPlace {
-  LayerShape shape;
-  PageShape page;
+  LayerShape shape;  ///< as the model has it
+  PageShape page;    ///< of this layer's rows; the pool's pages are those of the widest layer
   std::int64_t first_head = 0;  ///< index of KV head 0 in heads()
   std::vector<int> task_order;  ///< KV heads, those that keep most first
   std::vector<ClassRun> runs;   ///< classes along task_order
@@ -60,19 +61,27 @@ class CacheGeometry {
     for (int l = 0; l < shape.num_layers(); ++l) add_layer(shape.layer(l), plan, l, budgets);
   }
 
+  /// As given.
   const CacheOptions& options() const { return options_; }
+  /// One for each budget that the plan has, in order of appearance.
   const std::vector<HeadClass>& classes() const { return classes_; }
+  /// [num_layers]
   const std::vector<LayerPlace>& layers() const { return layers_; }
+  /// One head's place.
   const HeadPlace& head(int layer, int kv_head) const {
     return heads_[static_cast<std::size_t>(layers_[static_cast<std::size_t>(layer)].first_head +
                                            kv_head)];
   }
+  /// All heads, layer by layer.
   const std::vector<HeadPlace>& heads() const { return heads_; }
 
   /// Bytes of a page: `page_tokens` rows of the widest layer, rounded up to a cache line.
   std::size_t page_bytes() const { return page_bytes_; }
+  /// Page-table entries (int32) of one sequence, all heads together.
   std::int64_t entries_per_sequence() const { return entries_; }
+  /// Floats of compensation rows of one sequence, all heads together.
   std::int64_t compensation_floats_per_sequence() const { return compensation_floats_; }
+  /// KV heads of the layer that has most.
   int max_heads_per_layer() const { return max_heads_per_layer_; }
 
   /// Pages that one sequence of `length` tokens holds (`high_water`: the longest it ever was).

@@ -24,17 +24,19 @@ namespace headwise::inline v0 {
 
 /// Entries [first, last) of one head's page table.
 struct EntryRange {
-  std::int64_t first = 0;
-  std::int64_t last = 0;
+  std::int64_t first = 0;  ///< the first entry
+  std::int64_t last = 0;   ///< one after the last; at or below first: nothing
+  /// Entries, 0 where last lies below first.
   constexpr std::int64_t count() const { return std::max<std::int64_t>(0, last - first); }
   friend constexpr bool operator==(EntryRange, EntryRange) = default;
 };
 
 /// A sequence before a step (`length`, `high_water`) and after it (`next`).
 struct StepLengths {
-  std::int64_t length = 0;
-  std::int64_t high_water = 0;
-  std::int64_t next = 0;
+  std::int64_t length = 0;      ///< tokens committed before the step
+  std::int64_t high_water = 0;  ///< the longest length ever committed
+  std::int64_t next = 0;        ///< tokens once the step is committed
+  /// High water once the step is committed.
   constexpr std::int64_t next_high_water() const { return std::max(high_water, next); }
 };
 
@@ -47,29 +49,37 @@ struct PageChanges {
 
 /// Runs of a head's stored rows, oldest first.
 struct StoredRuns {
-  std::array<KvRun, 3> runs{};
-  std::int64_t folded = 0;  ///< tokens that a compensation row stands for
+  std::array<KvRun, 3> runs{};  ///< unused ones have count 0
+  std::int64_t folded = 0;      ///< tokens that a compensation row stands for
 
+  /// Rows in all runs.
   constexpr std::int64_t num_rows() const { return runs[0].count + runs[1].count + runs[2].count; }
 };
 
 /// A retrieval head: page after page, slot == pos.
 struct RetrievalStore {
-  std::int64_t page_tokens = 0;
-  std::int64_t max_context = 0;
+  std::int64_t page_tokens = 0;  ///< CacheOptions::page_tokens
+  std::int64_t max_context = 0;  ///< CacheOptions::max_context
 
+  /// Entries of one head's page table, all banks together.
   constexpr std::int64_t table_entries() const { return ceil_div(max_context, page_tokens); }
+  /// Rows of sums that one head needs, all banks together.
   constexpr std::int64_t compensation_rows() const { return 0; }
 
+  /// Entries that hold a page between steps, at most two ranges, given the sequence's length, high
+  /// water and valid bank.
   constexpr std::array<EntryRange, 2> held(std::int64_t length, std::int64_t, int) const {
     return {{{0, ceil_div(length, page_tokens)}, {}}};
   }
+  /// What a step takes, releases and flips.
   constexpr PageChanges changes(const StepLengths& step, int) const {
     return {{ceil_div(step.length, page_tokens), ceil_div(step.next, page_tokens)}, {}, false};
   }
+  /// Entries that a rollback from length `from` to `to` gives back.
   constexpr EntryRange rolled_back(std::int64_t from, std::int64_t to, int) const {
     return {ceil_div(to, page_tokens), ceil_div(from, page_tokens)};
   }
+  /// Stored rows that some query of a step starting at `length` may see.
   constexpr StoredRuns runs(std::int64_t length, bool /*chunk_causal*/) const {
     return {{{{Slot{0}, Pos{0}, length}}}, 0};
   }
@@ -79,11 +89,11 @@ struct RetrievalStore {
 /// rollback needs. A chunk that would overwrite rows that may still be read (by its own queries,
 /// after a drop, or after a permitted rollback) fills a second ring, and commit switches over.
 struct StreamingStore {
-  std::int64_t page_tokens = 0;
-  std::int64_t max_rollback = 0;
-  std::int64_t recent = 0;
+  std::int64_t page_tokens = 0;   ///< CacheOptions::page_tokens
+  std::int64_t max_rollback = 0;  ///< CacheOptions::max_rollback
+  std::int64_t recent = 0;        ///< the window's, at most the context in whole pages
   std::int64_t past = 0;  ///< recent tokens that a step's first query may see besides itself
-  Ring ring;
+  Ring ring;              ///< of each bank
 
   /// rows = round_up(sink + recent + max_rollback, page_tokens), one more token where prompts are
   /// chunk_causal, because such a chunk starts with `recent` tokens besides its own; never more
@@ -100,8 +110,11 @@ struct StreamingStore {
     return store;
   }
 
+  /// Pages of one ring.
   constexpr std::int64_t pages_per_bank() const { return ring.rows / page_tokens; }
+  /// @copydoc RetrievalStore::table_entries
   constexpr std::int64_t table_entries() const { return 2 * pages_per_bank(); }
+  /// @copydoc RetrievalStore::compensation_rows
   constexpr std::int64_t compensation_rows() const { return 0; }
 
   /// Whether the step's rows overwrite nothing that anybody may still ask for.
@@ -111,9 +124,11 @@ struct StreamingStore {
            step.next - ring.turn() <= std::max(ring.sink, lowest_length - past);
   }
 
+  /// @copydoc RetrievalStore::held
   constexpr std::array<EntryRange, 2> held(std::int64_t length, std::int64_t, int bank) const {
     return {{{first_entry(bank), end_entry(length, bank)}, {}}};
   }
+  /// @copydoc RetrievalStore::changes
   constexpr PageChanges changes(const StepLengths& step, int bank) const {
     if (in_place(step)) {
       return {{end_entry(step.length, bank), end_entry(step.next, bank)}, {}, false};
@@ -122,6 +137,7 @@ struct StreamingStore {
             {first_entry(bank), end_entry(step.length, bank)},
             true};
   }
+  /// @copydoc RetrievalStore::rolled_back
   constexpr EntryRange rolled_back(std::int64_t from, std::int64_t to, int bank) const {
     return {end_entry(to, bank), end_entry(from, bank)};
   }
@@ -135,7 +151,9 @@ struct StreamingStore {
     return {{{{Slot{0}, Pos{0}, std::min(ring.sink, length)}, older, newer}}, 0};
   }
 
+  /// The bank's first entry.
   constexpr std::int64_t first_entry(int bank) const { return bank * pages_per_bank(); }
+  /// One after the bank's last entry that holds a page at `length`.
   constexpr std::int64_t end_entry(std::int64_t length, int bank) const {
     return first_entry(bank) + ceil_div(std::min(length, ring.rows), page_tokens);
   }
@@ -148,10 +166,10 @@ struct StreamingStore {
 /// permitted rollback can reach a length that still sees its rows; up to one page more than the
 /// paper's buffer stays visible. Folding adds a *new* row of sums: nothing is ever subtracted.
 struct FoldingStore {
-  std::int64_t page_tokens = 0;
-  std::int64_t max_context = 0;
-  std::int64_t max_rollback = 0;
-  KeepGrowingWindow budget;
+  std::int64_t page_tokens = 0;   ///< CacheOptions::page_tokens
+  std::int64_t max_context = 0;   ///< CacheOptions::max_context
+  std::int64_t max_rollback = 0;  ///< CacheOptions::max_rollback
+  KeepGrowingWindow budget;       ///< the window's sizes
 
   /// @throws ConfigError where rollback could reach behind the buffer.
   static FoldingStore make(const KeepGrowingWindow& budget, const CacheOptions& options) {
@@ -173,6 +191,7 @@ struct FoldingStore {
     return fold(std::max<std::int64_t>(0, high_water - max_rollback));
   }
 
+  /// @copydoc RetrievalStore::table_entries
   constexpr std::int64_t table_entries() const { return ceil_div(max_context, page_tokens); }
   /// The fold after `fold`: one page more, the first one just behind the sinks.
   constexpr std::int64_t next_fold(std::int64_t fold) const {
@@ -180,17 +199,21 @@ struct FoldingStore {
   }
   /// Folds that differ within reach of a rollback: rows of sums in one bank.
   constexpr std::int64_t versions() const { return ceil_div(max_rollback, page_tokens) + 1; }
+  /// Which of a bank's rows of sums belongs to `fold`.
   constexpr std::int64_t version_index(std::int64_t fold) const {
     return fold / page_tokens % versions();
   }
+  /// @copydoc RetrievalStore::compensation_rows
   constexpr std::int64_t compensation_rows() const { return 2 * versions(); }
 
+  /// @copydoc RetrievalStore::held
   constexpr std::array<EntryRange, 2> held(std::int64_t length, std::int64_t high_water,
                                            int) const {
     const std::int64_t end = ceil_div(length, page_tokens);
     const std::int64_t sinks = std::min(sink_pages(), end);
     return {{{0, sinks}, {std::max(sinks, settled_entry(high_water)), end}}};
   }
+  /// @copydoc RetrievalStore::changes
   constexpr PageChanges changes(const StepLengths& step, int) const {
     const std::int64_t next_high_water = step.next_high_water();
     return {{ceil_div(step.length, page_tokens), ceil_div(step.next, page_tokens)},
@@ -198,10 +221,12 @@ struct FoldingStore {
             fold(step.high_water) != fold(next_high_water) ||
                 settled_fold(step.high_water) != settled_fold(next_high_water)};
   }
+  /// @copydoc RetrievalStore::rolled_back
   constexpr EntryRange rolled_back(std::int64_t from, std::int64_t to, int) const {
     return {ceil_div(to, page_tokens), ceil_div(from, page_tokens)};
   }
 
+  /// @copydoc RetrievalStore::runs
   constexpr StoredRuns runs(std::int64_t length, bool /*chunk_causal*/) const {
     const std::int64_t end = fold(length);
     if (end == 0) return {{{{Slot{0}, Pos{0}, length}}}, 0};
@@ -209,6 +234,7 @@ struct FoldingStore {
             end - budget.sink};
   }
 
+  /// Pages that hold the sinks; never released.
   constexpr std::int64_t sink_pages() const { return ceil_div(budget.sink, page_tokens); }
   /// First entry behind the sinks that is still held.
   constexpr std::int64_t settled_entry(std::int64_t high_water) const {
@@ -216,6 +242,7 @@ struct FoldingStore {
   }
 };
 
+/// A store for each kind of HeadBudget.
 using HeadStore = std::variant<RetrievalStore, StreamingStore, FoldingStore>;
 
 /// The store for a budget.

@@ -27,8 +27,8 @@ namespace headwise::inline v0 {
 /// The stored rows that a step's queries may see, and the rule that says which query sees which.
 template <class Row, class Layout>
 struct SeenRows {
-  KvView<Row, Layout> view;
-  Window window;
+  KvView<Row, Layout> view;  ///< rows stored before the step
+  Window window;             ///< Window::everything() where the view already says it all
 };
 
 /// K and V of many independent sequences, head by head as the plan says.
@@ -73,14 +73,18 @@ class KvCache {
   StepStatus commit(Step& step) { return ledger_.commit(step); }
   /// Closes the step without a trace.
   StepStatus drop(Step& step) { return ledger_.drop(step); }
+  /// Whether `step` is the one that this cache has open.
   bool is_open(const Step& step) const { return ledger_.is_open(step); }
 
   /// Bytes of page memory that the sequence holds.
   std::size_t held_bytes(SequenceId id) const {
     return static_cast<std::size_t>(ledger_.pages_held(id)) * geometry().page_bytes();
   }
+  /// Pages that the sequence holds, those of an open step not counted.
   std::int64_t pages_held(SequenceId id) const { return ledger_.pages_held(id); }
+  /// Pages that nobody holds.
   std::int64_t free_pages() const { return ledger_.pool().num_free(); }
+  /// What follows from shape, plan and options.
   const CacheGeometry& geometry() const { return ledger_.geometry(); }
 
   // For attention ---------------------------------------------------------------------------------

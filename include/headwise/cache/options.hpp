@@ -22,6 +22,7 @@ enum class PrefillMode : std::uint8_t {
 /// Where page memory lies. The host never touches pages that a device owns.
 enum class PageMemory : std::uint8_t { kHost, kDevice };
 
+/// What a cache is built with; max_context is the one option without a default that works.
 struct CacheOptions {
   /// Rows of K and of V in a page; a multiple of 16. 64 x 128 x 2 bytes are 16 KiB each.
   int page_tokens = 64;
@@ -29,11 +30,13 @@ struct CacheOptions {
   /// 0: what `max_sequences` sequences of `max_context` tokens hold at once (a later chunk of a
   /// long prompt may need a second ring for a while: see estimate).
   std::size_t max_bytes = 0;
+  /// Sequences that may live at once; >= 1.
   int max_sequences = 1;
   /// Longest sequence in tokens.
   std::int64_t max_context = 0;
   /// Tokens that rollback may take back below the longest length committed.
   std::int64_t max_rollback = 0;
+  /// The rule of prompt chunks on streaming heads.
   PrefillMode prefill = PrefillMode::kWindowed;
 
   /// Page memory given by the caller, 64-byte aligned, at least `max_bytes`; empty: allocated.

@@ -10,10 +10,11 @@ namespace headwise::inline v0 {
 
 /// Geometry of one page: `page_tokens` K rows, then as many V rows.
 struct PageShape {
-  int page_tokens = 64;
-  int k_dim = 0;
-  int v_dim = 0;
+  int page_tokens = 64;  ///< rows of K and of V
+  int k_dim = 0;         ///< elements of a K row
+  int v_dim = 0;         ///< elements of a V row
 
+  /// Elements of K and V in a page.
   constexpr std::size_t num_elements() const {
     return static_cast<std::size_t>(page_tokens) * static_cast<std::size_t>(k_dim + v_dim);
   }
@@ -22,9 +23,11 @@ struct PageShape {
 
 /// K [page_tokens][k_dim], V [page_tokens][v_dim]: what CUDA and foreign kernels read.
 struct PlainLayout {
+  /// Elements from the page's begin to element `dim` of K row `row`.
   static constexpr std::size_t k_offset(const PageShape& shape, std::size_t row, std::size_t dim) {
     return row * static_cast<std::size_t>(shape.k_dim) + dim;
   }
+  /// Elements from the page's begin to element `dim` of V row `row`.
   static constexpr std::size_t v_offset(const PageShape& shape, std::size_t row, std::size_t dim) {
     return static_cast<std::size_t>(shape.page_tokens) * static_cast<std::size_t>(shape.k_dim) +
            row * static_cast<std::size_t>(shape.v_dim) + dim;
@@ -38,10 +41,12 @@ struct PlainLayout {
 struct TiledLayout {
   static constexpr std::size_t kTile = 16;  ///< 16 floats: one AVX-512 register, two AVX2 ones
 
+  /// @copydoc PlainLayout::k_offset
   static constexpr std::size_t k_offset(const PageShape& shape, std::size_t row, std::size_t dim) {
     return (row / kTile) * kTile * static_cast<std::size_t>(shape.k_dim) + dim * kTile +
            row % kTile;
   }
+  /// @copydoc PlainLayout::v_offset
   static constexpr std::size_t v_offset(const PageShape& shape, std::size_t row, std::size_t dim) {
     const auto page_tokens = static_cast<std::size_t>(shape.page_tokens);
     return page_tokens * static_cast<std::size_t>(shape.k_dim) +
@@ -49,6 +54,7 @@ struct TiledLayout {
   }
 };
 
+/// Where an element lies inside a page: one of the two above.
 template <class L>
 concept PageLayout = std::same_as<L, PlainLayout> || std::same_as<L, TiledLayout>;
 

@@ -25,23 +25,24 @@ namespace headwise::inline v0 {
 
 /// Where the ledger's metadata lie in their one allocation; their sum is part of estimate().
 struct MetadataLayout {
-  std::size_t sequences = 0;
-  std::size_t tables = 0;
-  std::size_t compensation = 0;
-  std::size_t banks = 0;
-  std::size_t free_pages = 0;
-  std::size_t free_sequences = 0;
-  std::size_t total_bytes = 0;
+  std::size_t sequences = 0;       ///< offset of SequenceState [max_sequences]
+  std::size_t tables = 0;          ///< of int32 [max_sequences][entries_per_sequence]
+  std::size_t compensation = 0;    ///< of float [max_sequences][compensation_floats_per_sequence]
+  std::size_t banks = 0;           ///< of uint8 [max_sequences][classes]
+  std::size_t free_pages = 0;      ///< of int32 [num_pages]
+  std::size_t free_sequences = 0;  ///< of int32 [max_sequences]
+  std::size_t total_bytes = 0;     ///< of the allocation; sections start on cache lines
 
+  /// The layout for a cache of this geometry.
   explicit MetadataLayout(const CacheGeometry& geometry);
 };
 
 /// One sequence's state. Everything else about it follows from the two lengths.
 struct SequenceState {
-  std::int64_t length = 0;
+  std::int64_t length = 0;           ///< tokens committed
   std::int64_t high_water = 0;       ///< the longest length committed
   std::int64_t pending_length = -1;  ///< after the open step; -1: in no open step
-  bool live = false;
+  bool live = false;                 ///< between add_sequence and release
 };
 
 inline MetadataLayout::MetadataLayout(const CacheGeometry& geometry) {
@@ -98,8 +99,11 @@ class PageLedger {
   PageLedger(const PageLedger&) = delete;
   PageLedger& operator=(const PageLedger&) = delete;
 
+  /// What follows from shape, plan and options.
   const CacheGeometry& geometry() const { return geometry_; }
+  /// As given.
   const CacheOptions& options() const { return geometry_.options(); }
+  /// The pages and how many are free.
   const PagePool& pool() const { return pool_; }
 
   // Sequences -------------------------------------------------------------------------------------
@@ -128,12 +132,14 @@ class PageLedger {
     free_sequences_[num_free_sequences_++] = static_cast<std::int32_t>(id);
   }
 
+  /// Whether `id` was added and not released since.
   bool is_live(SequenceId id) const {
     const auto i = static_cast<std::int64_t>(id);
     return i >= 0 && i < options().max_sequences && state(id).live;
   }
   /// Tokens committed; the position of the sequence's next token.
   std::int64_t length(SequenceId id) const { return state(id).length; }
+  /// The longest length ever committed.
   std::int64_t high_water(SequenceId id) const { return state(id).high_water; }
 
   /// Pages that the sequence holds, those of an open step not counted.
@@ -220,6 +226,7 @@ class PageLedger {
     return StepStatus::kOk;
   }
 
+  /// Whether `step` is the one that this ledger has open.
   bool is_open(const Step& step) const {
     return open_epoch_ != 0 && open_step_ == &step && step.ledger_ == this &&
            step.epoch_ == open_epoch_;
@@ -238,6 +245,7 @@ class PageLedger {
            static_cast<std::int64_t>(id) * geometry_.compensation_floats_per_sequence() +
            head.compensation_offset;
   }
+  /// Which bank of a class holds the committed rows: 0 or 1.
   int bank(SequenceId id, std::size_t class_idx) const { return banks_of(id)[class_idx]; }
 
  private:

@@ -22,6 +22,7 @@ namespace headwise::inline v0 {
 /// Hands out page numbers; never touches a page's rows (hardened builds fill freed pages with NaN).
 class PagePool {
  public:
+  /// Bytes of a huge page where ordinary ones have 4 KiB.
   static constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
   /// @param free_list  room for `num_pages` numbers, borrowed.
@@ -38,9 +39,13 @@ class PagePool {
     }
   }
 
+  /// Page 0.
   std::byte* memory() const { return memory_; }
+  /// From one page to the next.
   std::size_t page_bytes() const { return page_bytes_; }
+  /// Pages, free or not.
   std::int64_t num_pages() const { return static_cast<std::int64_t>(free_.size()); }
+  /// Pages that take() may still hand out.
   std::int64_t num_free() const { return static_cast<std::int64_t>(num_free_); }
 
   /// @pre num_free() > 0.
@@ -51,6 +56,7 @@ class PagePool {
     return page;
   }
 
+  /// @param page  taken and not given back since.
   void give_back(std::int32_t page) {
     HEADWISE_ASSERT(num_free_ < free_.size(), "a page was given back twice");
     poison(page);
@@ -76,6 +82,7 @@ class PagePool {
 /// One allocation of a std::pmr resource, given back on destruction.
 class Allocation {
  public:
+  /// Throws what the resource throws; asks for nothing where `bytes` is 0.
   Allocation(std::pmr::memory_resource* resource, std::size_t bytes, std::size_t alignment)
       : resource_(resource), bytes_(bytes), alignment_(alignment) {
     if (bytes_ != 0) data_ = static_cast<std::byte*>(resource_->allocate(bytes_, alignment_));
@@ -86,6 +93,7 @@ class Allocation {
   Allocation(const Allocation&) = delete;
   Allocation& operator=(const Allocation&) = delete;
 
+  /// The bytes; null where there are none.
   std::byte* data() const { return data_; }
 
   /// Asks the kernel for huge pages: attention streams through more 4 KiB pages than a TLB holds.

@@ -12,14 +12,17 @@
 
 namespace headwise::inline v0 {
 
+/// a / b rounded up, for a >= 0 and b > 0.
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+/// The least multiple of b that is no less than a, for a >= 0 and b > 0.
 constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 /// `rows` slots: the first `sink` positions stay in place, all later ones share the rest in turn.
 struct Ring {
-  std::int64_t sink = 0;
+  std::int64_t sink = 0;  ///< first positions, which keep their slots
   std::int64_t rows = 0;  ///< > sink
 
+  /// Slots that are shared in turn.
   constexpr std::int64_t turn() const { return rows - sink; }
 
   /// The one place where a position becomes a slot of a streaming head.

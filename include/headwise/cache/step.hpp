@@ -20,10 +20,11 @@ enum class SequenceId : std::int32_t {};
 
 /// New tokens of one sequence in a step.
 struct SequenceChunk {
-  SequenceId sequence{};
-  std::int64_t num_tokens = 0;
+  SequenceId sequence{};        ///< live, named once a step
+  std::int64_t num_tokens = 0;  ///< >= 0
 };
 
+/// Which rule a step's queries follow.
 enum class Phase : std::uint8_t {
   kPrompt,  ///< streaming heads follow CacheOptions::prefill
   kDecode,  ///< streaming heads follow the window rule; any number of tokens (speculation)
@@ -40,6 +41,7 @@ enum class [[nodiscard]] StepStatus : std::uint8_t{
     kTooFarBack,      ///< rollback below high_water - max_rollback, or forward
 };
 
+/// A few words for a log or a message.
 constexpr const char* to_string(StepStatus status) {
   switch (status) {
     case StepStatus::kOk:
@@ -62,9 +64,10 @@ constexpr const char* to_string(StepStatus status) {
 
 /// One sequence's part of a step.
 struct StepEntry {
-  SequenceId sequence{};
-  StepLengths lengths;
+  SequenceId sequence{};       ///< whose rows these are
+  StepLengths lengths;         ///< before and after the step
   std::int64_t first_row = 0;  ///< of this sequence in q, k, v and out
+  /// New tokens.
   std::int64_t num_tokens() const { return lengths.next - lengths.length; }
 };
 
@@ -75,7 +78,9 @@ class Step {
   Step(const Step&) = delete;
   Step& operator=(const Step&) = delete;
 
+  /// The sequences of the step, in the order of its chunks; empty after a refused begin.
   std::span<const StepEntry> entries() const { return entries_; }
+  /// As given to begin.
   Phase phase() const { return phase_; }
   /// Rows of q, k, v and out.
   std::int64_t num_rows() const {
@@ -84,6 +89,7 @@ class Step {
 
   /// Memory that attention keeps between the step's tasks.
   Scratch& scratch() { return scratch_; }
+  /// @copydoc scratch()
   const Scratch& scratch() const { return scratch_; }
 
   /// Notes that one more of `layer`'s heads has its rows in their pages. Any thread.

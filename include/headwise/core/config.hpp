@@ -19,12 +19,18 @@
 #define HEADWISE_FATAL(message) ::headwise::detail::fatal(message)
 #endif
 
+/// @def HEADWISE_HAS_EXCEPTIONS
+/// 1 where errors at set-up are thrown; 0: HEADWISE_FATAL is called instead. Follows the compiler.
 #if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
 #define HEADWISE_HAS_EXCEPTIONS 1
 #else
 #define HEADWISE_HAS_EXCEPTIONS 0
 #endif
 
+/// @def HEADWISE_ALWAYS_INLINE
+/// Inlined even where the compiler would not: kernels keep their sums in registers.
+/// @def HEADWISE_RESTRICT
+/// The pointer's memory is reached through no other pointer.
 #if defined(__GNUC__) || defined(__clang__)
 #define HEADWISE_ALWAYS_INLINE inline __attribute__((always_inline))
 #define HEADWISE_RESTRICT __restrict__

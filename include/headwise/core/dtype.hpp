@@ -9,18 +9,19 @@
 
 namespace headwise::inline v0 {
 
+/// IEEE binary32.
 using f32 = float;
 
 /// IEEE binary16 bits. Storage only: std::bit_cast to Eigen::half or __half where arithmetic is
 /// due.
 struct f16 {
-  std::uint16_t bits = 0;
+  std::uint16_t bits = 0;  ///< sign, 5 bits of exponent, 10 of mantissa
   friend constexpr bool operator==(f16, f16) = default;
 };
 
 /// bfloat16 bits: the upper half of a float.
 struct bf16 {
-  std::uint16_t bits = 0;
+  std::uint16_t bits = 0;  ///< sign, 8 bits of exponent, 7 of mantissa
   friend constexpr bool operator==(bf16, bf16) = default;
 };
 
@@ -28,12 +29,15 @@ struct bf16 {
 template <class T>
 concept RowElement = std::same_as<T, f32> || std::same_as<T, f16> || std::same_as<T, bf16>;
 
+/// The value as a float: exact for every row type.
 constexpr float to_float(f32 x) { return x; }
 
+/// The value as a float: exact for every row type.
 constexpr float to_float(bf16 x) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
 }
 
+/// The value as a float: exact for every row type.
 constexpr float to_float(f16 x) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000U) << 16;
   const std::uint32_t exponent = (x.bits >> 10) & 0x1FU;

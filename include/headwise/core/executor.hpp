@@ -26,7 +26,9 @@ concept Executor = requires(E& executor, std::size_t num_tasks,
 
 /// Everything on the calling thread; the default.
 struct SerialExecutor {
+  /// 1: the caller.
   static constexpr std::size_t num_threads() { return 1; }
+  /// Tasks 0, 1, ... in order.
   template <class Fn>
   void for_each(std::size_t num_tasks, Fn&& fn) {
     for (std::size_t task = 0; task < num_tasks; ++task) fn(task, std::size_t{0});
@@ -42,8 +44,10 @@ class PoolExecutor {
   /// @param pool  borrowed; must outlive the executor.
   explicit PoolExecutor(Pool& pool) : pool_(pool) {}
 
+  /// The pool's threads and the caller.
   std::size_t num_threads() const { return static_cast<std::size_t>(pool_.NumThreads()) + 1; }
 
+  /// Runs every task; allocates only where the pool's Schedule() does.
   template <class Fn>
   void for_each(std::size_t num_tasks, Fn&& fn) {
     Round<std::remove_reference_t<Fn>> round{fn, num_tasks};
@@ -90,11 +94,14 @@ class PoolExecutor {
 /// An OpenMP team of `num_threads` (0: the runtime's default); tasks are dealt dynamically.
 class OpenMpExecutor {
  public:
+  /// @param num_threads  of every team; 0: omp_get_max_threads() at this moment.
   explicit OpenMpExecutor(int num_threads = 0)
       : num_threads_(num_threads > 0 ? num_threads : omp_get_max_threads()) {}
 
+  /// Threads of a team.
   std::size_t num_threads() const { return static_cast<std::size_t>(num_threads_); }
 
+  /// One parallel region; returns when all tasks are done.
   template <class Fn>
   void for_each(std::size_t num_tasks, Fn&& fn) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads_)

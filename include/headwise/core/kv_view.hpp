@@ -14,9 +14,9 @@ namespace headwise::inline v0 {
 
 /// Consecutive positions in consecutive slots. Log weight 0.
 struct KvRun {
-  Slot first_slot;
-  Pos first_pos;
-  std::int64_t count = 0;
+  Slot first_slot;         ///< of the first row
+  Pos first_pos;           ///< of the first row
+  std::int64_t count = 0;  ///< rows; 0: an empty run
 };
 
 /// One f32 row that stands for `count` rows: mean K, mean V and a log weight of ln(count)
@@ -36,20 +36,22 @@ struct KvView {
   /// Sinks and at most two runs of a ring.
   static constexpr std::size_t kMaxRuns = 3;
 
-  const std::byte* pages = nullptr;          ///< page 0; 64-byte aligned
-  std::size_t page_bytes = 0;                ///< from one page to the next
-  const std::int32_t* page_table = nullptr;  ///< [slot / page_tokens] -> page
-  int page_tokens = 0;                       ///< rows in a page, a multiple of 16
-  int k_dim = 0;
-  int v_dim = 0;
-  std::array<KvRun, kMaxRuns> run_storage{};
-  int num_runs = 0;
-  CompensationRow compensation{};
+  const std::byte* pages = nullptr;           ///< page 0; 64-byte aligned
+  std::size_t page_bytes = 0;                 ///< from one page to the next
+  const std::int32_t* page_table = nullptr;   ///< [slot / page_tokens] -> page
+  int page_tokens = 0;                        ///< rows in a page, a multiple of 16
+  int k_dim = 0;                              ///< width of a K row, a multiple of 16
+  int v_dim = 0;                              ///< width of a V row, a multiple of 16
+  std::array<KvRun, kMaxRuns> run_storage{};  ///< the first num_runs are in use
+  int num_runs = 0;                           ///< none of them empty, if add_run() made them
+  CompensationRow compensation{};             ///< count 0: there is none
 
+  /// The runs in use.
   std::span<const KvRun> runs() const {
     return {run_storage.data(), static_cast<std::size_t>(num_runs)};
   }
 
+  /// Appends a run unless it is empty; kMaxRuns at most.
   void add_run(KvRun run) {
     if (run.count > 0) run_storage[static_cast<std::size_t>(num_runs++)] = run;
   }

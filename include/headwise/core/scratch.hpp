@@ -28,11 +28,16 @@ class Scratch {
     }
   }
 
+  /// [num_bytes()], aligned to kAlignment; null while there are none.
   std::byte* bytes() const { return bytes_.get(); }
+  /// Bytes there are.
   std::size_t num_bytes() const { return num_bytes_; }
+  /// Counters there are.
   std::size_t num_counters() const { return num_counters_; }
+  /// Counter `i`, in [0, num_counters()).
   std::atomic<std::int64_t>& counter(std::size_t i) const { return counters_[i]; }
 
+  /// Sets every counter to 0.
   void clear_counters() {
     for (std::size_t i = 0; i < num_counters_; ++i) {
       counters_[i].store(0, std::memory_order_relaxed);

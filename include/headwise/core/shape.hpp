@@ -14,13 +14,15 @@ namespace headwise::inline v0 {
 
 /// One attention layer. Query head `h` is served by KV head `h / group_size`.
 struct LayerShape {
-  int num_kv_heads = 0;
+  int num_kv_heads = 0;   ///< units of storage and of policy
   int group_size = 1;     ///< query heads per KV head
   int k_dim = 0;          ///< width of a K row (head_dim), a multiple of 16
   int v_dim = 0;          ///< width of a V row, a multiple of 16
   float sm_scale = 0.0F;  ///< factor on q.k; 0 means 1 / sqrt(k_dim)
 
+  /// Query heads, which are also output heads.
   constexpr int num_qo_heads() const { return num_kv_heads * group_size; }
+  /// The factor on q.k that attention uses.
   float scale() const {
     return sm_scale != 0.0F ? sm_scale : 1.0F / std::sqrt(static_cast<float>(k_dim));
   }
@@ -53,8 +55,11 @@ class ModelShape {
     return ModelShape(std::vector<LayerShape>(static_cast<std::size_t>(num_layers), layer));
   }
 
+  /// Attention layers.
   int num_layers() const { return static_cast<int>(layers_.size()); }
+  /// Layer `i`, in [0, num_layers()).
   const LayerShape& layer(int i) const { return layers_[static_cast<std::size_t>(i)]; }
+  /// All layers, the first one first.
   std::span<const LayerShape> layers() const { return layers_; }
 
   friend bool operator==(const ModelShape&, const ModelShape&) = default;

@@ -10,7 +10,7 @@ namespace headwise::inline v0 {
 /// Rows of `dim` contiguous elements, one per (token, head); strides in elements.
 template <class T>
 struct TensorView {
-  T* data = nullptr;
+  T* data = nullptr;          ///< row (0, 0); borrowed
   std::int64_t stride_n = 0;  ///< from one token to the next
   std::int64_t stride_h = 0;  ///< from one head to the next
 
@@ -19,10 +19,12 @@ struct TensorView {
     return {data, heads * dim, dim};
   }
 
+  /// The `dim` elements of one token and head.
   constexpr T* row(std::int64_t token, std::int64_t head) const {
     return data + token * stride_n + head * stride_h;
   }
 
+  /// The same tensor, read-only.
   constexpr operator TensorView<const T>() const { return {data, stride_n, stride_h}; }
 };
 

@@ -30,8 +30,10 @@ struct Window {
     return {sink, past + 1};
   }
 
+  /// Whether anything is ever forgotten.
   constexpr bool bounded() const { return recent != kUnbounded; }
 
+  /// The rule itself.
   constexpr bool sees(Pos query, Pos key) const {
     return key <= query && (key.value < sink || query - key < recent);
   }

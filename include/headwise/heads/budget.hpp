@@ -18,7 +18,7 @@ struct KeepEverything {
 
 /// A streaming head: the window rule of core/window.hpp.
 struct KeepWindow {
-  Window window;
+  Window window;  ///< bounded: recent >= 1, sink >= 0
   friend constexpr bool operator==(KeepWindow, KeepWindow) = default;
 };
 
@@ -26,9 +26,9 @@ struct KeepWindow {
 /// buffer of `recent(n)` newest ones that grows with the context, and one compensation row that
 /// stands for all the others. The defaults are the paper's N0, S0 and C.
 struct KeepGrowingWindow {
-  std::int64_t sink = 4;
-  std::int64_t min_recent = 4000;
-  std::int64_t divisor = 5;
+  std::int64_t sink = 4;           ///< N0, tokens
+  std::int64_t min_recent = 4000;  ///< S0, tokens; >= 1
+  std::int64_t divisor = 5;        ///< C; >= 1
 
   /// L_h = max(S0, N / C), in tokens, for a context of `n`.
   constexpr std::int64_t recent(std::int64_t n) const { return std::max(min_recent, n / divisor); }
@@ -42,8 +42,10 @@ struct KeepGrowingWindow {
   friend constexpr bool operator==(KeepGrowingWindow, KeepGrowingWindow) = default;
 };
 
+/// What one KV head may keep; default: everything.
 using HeadBudget = std::variant<KeepEverything, KeepWindow, KeepGrowingWindow>;
 
+/// Whether the head keeps everything.
 constexpr bool is_retrieval(const HeadBudget& budget) {
   return std::holds_alternative<KeepEverything>(budget);
 }

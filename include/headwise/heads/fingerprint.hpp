@@ -14,8 +14,8 @@ namespace headwise::inline v0 {
 
 /// 128 bits; equal plans have equal ones on every platform and in every run.
 struct Fingerprint {
-  std::uint64_t high = 0;
-  std::uint64_t low = 0;
+  std::uint64_t high = 0;  ///< bits 64 to 127
+  std::uint64_t low = 0;   ///< bits 0 to 63
 
   /// 32 lower-case hexadecimal digits, the highest first.
   std::string to_string() const {

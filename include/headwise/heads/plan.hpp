@@ -17,8 +17,8 @@ namespace headwise::inline v0 {
 
 /// One KV head of a model.
 struct HeadId {
-  int layer = 0;
-  int kv_head = 0;
+  int layer = 0;    ///< from 0
+  int kv_head = 0;  ///< from 0 in its layer
   friend constexpr auto operator<=>(HeadId, HeadId) = default;
 };
 
@@ -47,7 +47,9 @@ class HeadPlan {
   explicit HeadPlan(const ModelShape& shape, const HeadBudget& budget = {})
       : HeadPlan(heads_of(shape), budget) {}
 
+  /// Layers of the model.
   int num_layers() const { return static_cast<int>(first_.size()) - 1; }
+  /// KV heads of one layer.
   int num_kv_heads(int layer) const {
     const auto l = static_cast<std::size_t>(layer);
     return static_cast<int>(first_[l + 1] - first_[l]);
@@ -55,6 +57,7 @@ class HeadPlan {
   /// KV heads of all layers.
   std::size_t num_heads() const { return budgets_.size(); }
 
+  /// What one head keeps.
   const HeadBudget& budget(int layer, int kv_head) const { return budgets_[index(layer, kv_head)]; }
   /// All budgets, layer by layer.
   std::span<const HeadBudget> budgets() const { return budgets_; }

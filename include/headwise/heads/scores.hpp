@@ -26,6 +26,7 @@ enum class HeadAxis { kKv, kQuery };
 template <HeadAxis kAxis>
 class HeadTable {
  public:
+  /// Which heads the table is about.
   static constexpr HeadAxis kHeadAxis = kAxis;
 
   /// @param heads_per_layer  [num_layers], each >= 1.
@@ -58,13 +59,16 @@ class HeadTable {
     return HeadTable(heads, std::vector<double>(std::begin(values), std::end(values)));
   }
 
+  /// Layers of the model.
   int num_layers() const { return static_cast<int>(first_.size()) - 1; }
+  /// Heads of one layer.
   int num_heads(int layer) const {
     const auto l = static_cast<std::size_t>(layer);
     return static_cast<int>(first_[l + 1] - first_[l]);
   }
   /// Heads of all layers.
   std::size_t num_heads() const { return values_.size(); }
+  /// [num_layers()], as the constructor takes it.
   std::vector<int> heads_per_layer() const {
     std::vector<int> heads;
     heads.reserve(first_.size() - 1);
@@ -72,6 +76,7 @@ class HeadTable {
     return heads;
   }
 
+  /// One head's value; finite.
   double value(int layer, int head) const { return row(layer)[static_cast<std::size_t>(head)]; }
   /// The values of one layer, [num_heads(layer)].
   std::span<const double> row(int layer) const {

@@ -82,11 +82,12 @@ inline HeadPlan select_at_least(const HeadScores& scores, double threshold,
   return plan;
 }
 
+/// What select() needs besides scores.
 struct SelectOptions {
   double sparsity = 0.0;  ///< share of KV heads that stream, in [0, 1]
   Window window{};        ///< what a streaming head keeps; must be given, no score file says it
-  CountRule count_rule = CountRule::kQuantile;
-  std::optional<std::uint64_t> jitter_seed{};  ///< see streaming_order()
+  CountRule count_rule = CountRule::kQuantile;  ///< see num_streaming()
+  std::optional<std::uint64_t> jitter_seed{};   ///< see streaming_order()
 };
 
 /// The lowest scores stream, over all layers together, as many as the count rule says: exactly that

@@ -12,8 +12,10 @@ namespace headwise::inline v0 {
 /// from one implementation to the next, so that none is used.
 class SplitMix64 {
  public:
+  /// Equal seeds give equal streams.
   explicit constexpr SplitMix64(std::uint64_t seed) : state_(seed) {}
 
+  /// The next 64 uniform bits.
   constexpr std::uint64_t next() {
     std::uint64_t z = (state_ += 0x9E3779B97F4A7C15U);  // 2^64 / golden ratio
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9U;

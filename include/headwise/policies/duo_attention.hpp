@@ -35,11 +35,14 @@ inline HeadScores load(const std::string& path) {
   return load_tsv(detail::can_open(inside) ? inside : path);
 }
 
+/// The published selection with its parameters.
 struct Policy {
   /// Share of KV heads that stream. The paper keeps 50 % of the heads of GQA models, 25 % of MHA.
   double sparsity = 0.5;
-  Window window = kDeployWindow;
+  Window window = kDeployWindow;  ///< what a streaming head keeps
 
+  /// The lowest gates stream; see select().
+  /// @throws ConfigError for a sparsity outside [0, 1].
   HeadPlan plan(const HeadScores& gates) const {
     return select(gates, {.sparsity = sparsity, .window = window});
   }

@@ -60,6 +60,7 @@ inline QueryHeadScores importance(const QueryHeadScores& mean_scores, double tem
   return QueryHeadScores(mean_scores.heads_per_layer(), std::move(shares));
 }
 
+/// The published allocation with its parameters.
 struct Policy {
   std::int64_t capacity = 128;          ///< mean entries per query head, the next ones included
   std::int64_t observation_window = 8;  ///< last prompt tokens, always kept ("alpha" in the paper)

@@ -14,7 +14,7 @@ namespace headwise::inline v0::pinned {
 /// Composes with any plan: `pinned::Policy{{{13, 2}}}.plan(select(scores, options))`. The other
 /// heads keep the budgets they had, so that the plan's sparsity may fall.
 struct Policy {
-  std::vector<HeadId> heads;
+  std::vector<HeadId> heads;  ///< each may be named more than once
 
   /// @throws ConfigError for a head that the plan does not have.
   HeadPlan plan(HeadPlan plan) const {

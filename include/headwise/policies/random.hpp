@@ -32,10 +32,12 @@ inline HeadScores scores(const ModelShape& shape, std::uint64_t seed) {
 /// Random scores through the very selection the real ones go through: as many heads stream, and
 /// for one seed the plans of two sparsities are nested.
 struct Policy {
-  double sparsity = 0.5;  ///< share of KV heads that stream
-  Window window{};        ///< must be given: that of the policy it is compared with
-  std::uint64_t seed = 0;
+  double sparsity = 0.5;   ///< share of KV heads that stream
+  Window window{};         ///< must be given: that of the policy it is compared with
+  std::uint64_t seed = 0;  ///< of scores()
 
+  /// select() over scores().
+  /// @throws ConfigError for a sparsity outside [0, 1], or a window that was not given.
   HeadPlan plan(const ModelShape& shape) const {
     return select(scores(shape, seed), {.sparsity = sparsity, .window = window});
   }

@@ -40,16 +40,17 @@ namespace headwise::inline v0::razor_attention {
 
 /// Evidence: how much attention every KV head spends on either pattern, in [0, 1].
 struct Scores {
-  HeadScores induction;
-  HeadScores echo;
+  HeadScores induction;  ///< attention to the token after an earlier occurrence
+  HeadScores echo;       ///< attention to the earlier occurrence itself
 };
 
+/// The published selection with its parameters.
 struct Policy {
   /// Shares of all KV heads. The authors' advice: 0.15 to 0.20 by induction suits most open models;
   /// where quality is short, 0.03 more at a time.
   double induction_share = 0.14;
-  double echo_share = 0.01;
-  KeepGrowingWindow budget{};
+  double echo_share = 0.01;    ///< as induction_share
+  KeepGrowingWindow budget{};  ///< what the other heads keep
 
   /// Union of the round(share * heads) best by either score, halves to even; in a model of 50 heads
   /// or fewer 1 % is no echo head at all. Ties are cut by order, so that the counts are exact; the

@@ -72,9 +72,9 @@ class CopyScore {
 /// Not in the paper, which masks heads but caches everything: KV heads with a retrieval head in
 /// their group keep everything, the others stream.
 struct Policy {
-  double threshold = kThreshold;
-  int group_size = 1;  ///< query heads per KV head
-  Window window{};     ///< must be given: no published value
+  double threshold = kThreshold;  ///< least mean score of a retrieval head
+  int group_size = 1;             ///< query heads per KV head
+  Window window{};                ///< must be given: no published value
 
   /// @throws ConfigError when the window was not given or the group does not divide the heads.
   HeadPlan plan(const QueryHeadScores& mean_scores) const {

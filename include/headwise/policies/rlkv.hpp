@@ -36,11 +36,14 @@ inline HeadScores load(const std::string& path) {
   return load_tsv(path);
 }
 
+/// The published selection with its parameters.
 struct Policy {
   /// Share of KV heads that stream; near lossless up to 0.4, in the paper's tables.
   double sparsity = 0.4;
-  Window window = kDeployWindow;
+  Window window = kDeployWindow;  ///< what a streaming head keeps
 
+  /// The lowest gates stream; see select().
+  /// @throws ConfigError for a sparsity outside [0, 1].
   HeadPlan plan(const HeadScores& gates) const {
     return select(gates, {.sparsity = sparsity, .window = window});
   }

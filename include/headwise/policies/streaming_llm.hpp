@@ -20,9 +20,11 @@ namespace headwise::inline v0::streaming_llm {
 /// `recent` counts: 1021.
 inline constexpr Window kWindow = Window::from_exclusive(4, 1020);
 
+/// One window for every head.
 struct Policy {
-  Window window = kWindow;
+  Window window = kWindow;  ///< what every head keeps
 
+  /// @throws ConfigError when the window is out of range (HeadPlan::set()).
   HeadPlan plan(const ModelShape& shape) const { return HeadPlan(shape, KeepWindow{window}); }
 };
 static_assert(HeadPolicy<Policy, ModelShape>);

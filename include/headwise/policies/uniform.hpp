@@ -10,9 +10,11 @@
 
 namespace headwise::inline v0::uniform {
 
+/// One budget for every head.
 struct Policy {
-  HeadBudget budget = KeepEverything{};
+  HeadBudget budget = KeepEverything{};  ///< what every head keeps
 
+  /// @throws ConfigError when the budget is out of range (HeadPlan::set()).
   HeadPlan plan(const ModelShape& shape) const { return HeadPlan(shape, budget); }
 };
 static_assert(HeadPolicy<Policy, ModelShape>);

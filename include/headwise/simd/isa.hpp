@@ -12,11 +12,12 @@
 
 namespace headwise::inline v0::simd {
 
-struct Scalar {};
+struct Scalar {};  ///< portable C++, one float at a time
 struct Avx2 {};    ///< AVX2 + FMA + F16C
 struct Avx512 {};  ///< AVX-512 F, BW, DQ, VL
 struct Neon {};    ///< AArch64 Advanced SIMD
 
+/// "scalar", "avx2", "avx512" or "neon".
 template <class Isa>
 constexpr std::string_view isa_name() {
   if constexpr (std::same_as<Isa, Scalar>) return "scalar";
