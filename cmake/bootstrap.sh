@@ -93,9 +93,9 @@ case $command in
       name=$(basename "$program")
       "$program" --benchmark_out="build/bench/$name.json" --benchmark_out_format=json "$@"
     done
-    if [ -f bench/plot/plot.py ]; then
-      python3 bench/plot/plot.py build/bench
-    fi
+    python=python3  # or else the system's, whose matplotlib the package is
+    "$python" -c 'import matplotlib' 2>/dev/null || python=/usr/bin/python3
+    "$python" bench/plot/plot.py build/bench
     ;;
   packages)
     install_packages "$@"
