@@ -15,6 +15,7 @@
 #include "headwise/heads/plan.hpp"
 #include "headwise/heads/select.hpp"
 #include "headwise/heads/shard.hpp"
+#include "headwise/heads/share.hpp"
 #include "headwise/heads/tsv.hpp"
 #include "headwise/policies/duo_attention.hpp"
 #include "headwise/policies/head_kv.hpp"
