@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: MIT
+/// @file attend.cuh
+/// DeviceAttention: attends the layers of a DeviceCache's steps, prompt or decode.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "headwise/attention/cuda/decode.cuh"
+#include "headwise/attention/cuda/decode_work.cuh"
+#include "headwise/attention/cuda/head_dims.cuh"
+#include "headwise/attention/cuda/prefill.cuh"
+#include "headwise/cache/cuda/append.cuh"
+#include "headwise/cache/cuda/device.cuh"
+#include "headwise/cache/cuda/device_cache.cuh"
+#include "headwise/core/tensor_view.hpp"
+
+namespace headwise::inline v0::cuda {
+
+/// Which of a layer's heads a call attends: an engine may keep its own kernel for the dense ones.
+enum class HeadsWanted : std::uint8_t { kAll, kRetrieval, kStreaming };
+
+/// Attention over one DeviceCache. Allocates everything at construction.
+///
+///     cache.begin(step, chunks, phase, stream);
+///     attention.plan(step, stream);                              // cuts the decode work, once a
+///     step attention.attend(step, layer, q, k, v, out, stream);       // per layer
+///     cache.commit(step);
+///
+/// plan and attend may be captured in a graph, for steps of one token a sequence: a replay follows
+/// begin, reads what it sent and is followed by commit_replayed. q, k, v and out then need room for
+/// max_sequences rows, and may not move.
+///
+/// @tparam Dims  head widths to compile kernels for.
+template <DeviceRow Row, class Dims = AllHeadDims>
+class DeviceAttention {
+ public:
+  /// @throws ConfigError for a head width that is not one of Dims.
+  /// @throws CudaError when memory cannot be allocated.
+  explicit DeviceAttention(const DeviceCache<Row>& cache)
+      : cache_(cache), limits_(DeviceLimits::current()) {
+    for (int l = 0; l < static_cast<int>(cache.geometry().layers().size()); ++l) add_layer(l);
+    allocate();
+  }
+
+  /// Bytes of device memory, all of it taken at construction.
+  std::size_t device_bytes() const { return memory_.num_bytes(); }
+
+  /// Cuts the step's decode work into equal shares. One small launch; needed before attend wherever
+  /// a sequence of the step has one new token.
+  /// @param max_stripes  how finely warps interleave over a long head; see Piece.
+  cudaError_t plan(cudaStream_t stream, int max_stripes = kMaxStripes) const {
+    const auto smem = static_cast<std::size_t>(most_warps_ + 1 + limits_.num_sms) * sizeof(int);
+    return launch_chained(cut_decode_kernel<>, dim3(static_cast<unsigned>(kinds_.size())),
+                          dim3(detail::kCutThreads), smem, stream, limits_.chains_launches,
+                          cache_.device_step(), device_kinds_, device_work_, max_stripes);
+  }
+
+  /// Stores the step's K and V of one layer and attends its queries: sequences of one new token in
+  /// one launch over all heads, chunks in another.
+  /// @param q    [rows, num_qo_heads, dim], 16-byte aligned, strides multiples of 8 elements
+  /// @param k,v  [rows, num_kv_heads, dim], likewise; keys after RoPE
+  /// @param out  [rows, num_qo_heads, dim], likewise; may not overlap the others
+  cudaError_t attend(const Step& step, int layer, TensorView<const Row> q, TensorView<const Row> k,
+                     TensorView<const Row> v, TensorView<Row> out, cudaStream_t stream) const {
+    HEADWISE_ASSERT(cache_.is_open(step), "attend needs an open step");
+    if (const cudaError_t e = append(step, layer, k, v, stream); e != cudaSuccess) return e;
+    const auto entries = step.entries();
+    const auto is_one = [](const StepEntry& entry) { return entry.num_tokens() == 1; };
+    const auto is_chunk = [](const StepEntry& entry) { return entry.num_tokens() > 1; };
+    if (std::any_of(entries.begin(), entries.end(), is_one)) {
+      if (const cudaError_t e = decode(layer, q, out, stream); e != cudaSuccess) return e;
+    }
+    if (std::any_of(entries.begin(), entries.end(), is_chunk)) {
+      return prefill(step, layer, q, k, v, out, HeadsWanted::kAll, stream);
+    }
+    return cudaSuccess;
+  }
+
+  /// Stores the step's K and V of one layer in their pages.
+  cudaError_t append(const Step& step, int layer, TensorView<const Row> k, TensorView<const Row> v,
+                     cudaStream_t stream) const {
+    const Layer& place = layers_[static_cast<std::size_t>(layer)];
+    const std::int64_t most_rows = cache_.most_appended_rows(step);
+    // A graph of one-token steps is captured once for every batch size.
+    const std::int64_t most_entries = most_rows <= 1
+                                          ? cache_.geometry().options().max_sequences
+                                          : static_cast<std::int64_t>(step.entries().size());
+    cache_.note_attended(step, layer, place.heads.num_heads);
+    return cuda::append(cache_.device_step(), place.heads, bits(k), bits(v), place.dim,
+                        std::max<std::int64_t>(most_rows, 1), most_entries, limits_.chains_launches,
+                        stream);
+  }
+
+  /// The decode launch alone, for sequences of one new token whose rows are appended.
+  cudaError_t decode(int layer, TensorView<const Row> q, TensorView<Row> out,
+                     cudaStream_t stream) const {
+    const Layer& place = layers_[static_cast<std::size_t>(layer)];
+    const DecodeArgs args{
+        cache_.device_step(), place.heads,         place.work, scratch_, bits(q), bits(out),
+        place.group_size,     place.scale * kLog2E};
+    return cuda::decode<Row, Dims>(args, place.dim,
+                                   kinds_[static_cast<std::size_t>(place.kind)].grid,
+                                   limits_.chains_launches, stream);
+  }
+
+  /// The prefill launch alone, for sequences of more than one new token; before or after append.
+  /// Heads that are not wanted are left as they are in `out`.
+  cudaError_t prefill(const Step& step, int layer, TensorView<const Row> q, TensorView<const Row> k,
+                      TensorView<const Row> v, TensorView<Row> out, HeadsWanted wanted,
+                      cudaStream_t stream) const {
+    const Layer& place = layers_[static_cast<std::size_t>(layer)];
+    PrefillArgs args{
+        cache_.device_step(), place.heads,         bits(q), bits(k), bits(v), bits(out),
+        place.group_size,     place.scale * kLog2E};
+    if (wanted != HeadsWanted::kAll) {
+      args.heads = cache_.layer_heads(layer, [&](const HeadStore& store) {
+        return std::holds_alternative<RetrievalStore>(store) == (wanted == HeadsWanted::kRetrieval);
+      });
+    }
+    std::int64_t tiles = 0;
+    for (const StepEntry& entry : step.entries()) {
+      tiles += prefill_tiles(entry.num_tokens(), place.group_size, place.dim);
+    }
+    return cuda::prefill<Row, Dims>(args, place.dim, tiles, stream);
+  }
+
+ private:
+  /// Measured on an H200: bench/results/notes.
+  static constexpr int kMaxStripes = 16;
+
+  struct Layer {
+    LayerHeads heads;
+    DecodeWork work;
+    int kind = 0;
+    int dim = 0;
+    int group_size = 1;
+    float scale = 1.0F;
+  };
+
+  static TensorView<const std::uint16_t> bits(TensorView<const Row> x) {
+    return {reinterpret_cast<const std::uint16_t*>(x.data), x.stride_n, x.stride_h};
+  }
+  static TensorView<std::uint16_t> bits(TensorView<Row> x) {
+    return {reinterpret_cast<std::uint16_t*>(x.data), x.stride_n, x.stride_h};
+  }
+
+  void add_layer(int l) {
+    const LayerShape& shape = cache_.geometry().layers()[static_cast<std::size_t>(l)].shape;
+    if (!Dims::contains(shape.k_dim)) {
+      fail<ConfigError>("layer ", l, ": no device kernel for head width ", shape.k_dim);
+    }
+    Layer layer{cache_.layer_heads(l), {}, 0, shape.k_dim, shape.group_size, shape.scale()};
+    LayerKind kind;
+    kind.num_heads = layer.heads.num_heads;
+    kind.query_tiles = (shape.group_size + kItemQueries - 1) / kItemQueries;
+    kind.grid = {limits_.num_sms, decode_warps_per_block(shape.k_dim, limits_)};
+    std::copy(std::begin(layer.heads.class_idx), std::end(layer.heads.class_idx),
+              std::begin(kind.class_idx));
+    require(prepare_decode<Row, Dims>(shape.k_dim, kind.grid.warps_per_block), "decode kernel");
+    require(prepare_prefill<Row, Dims>(shape.k_dim), "prefill kernel");
+    const auto same = [&](const LayerKind& other) {
+      return std::memcmp(&kind, &other, sizeof kind) == 0;
+    };
+    const auto found = std::find_if(kinds_.begin(), kinds_.end(), same);
+    layer.kind = static_cast<int>(found - kinds_.begin());
+    if (found == kinds_.end()) kinds_.push_back(kind);
+    most_warps_ = std::max(most_warps_, kind.grid.num_warps());
+    widest_ = std::max(widest_, shape.k_dim);
+    layers_.push_back(layer);
+  }
+
+  /// One allocation: partial results, then each kind's lists, then the kinds and lists themselves.
+  void allocate() {
+    const auto blocks = static_cast<std::size_t>(limits_.num_sms);
+    const auto warps = static_cast<std::size_t>(most_warps_);
+    const std::size_t partial =
+        static_cast<std::size_t>(detail::partial_floats(widest_)) * sizeof(float);
+    std::size_t bytes = 0;
+    const auto section = [&](std::size_t size) {
+      const std::size_t begin = bytes;
+      bytes += (size + 255) / 256 * 256;
+      return begin;
+    };
+    const std::size_t block_partials = section(2 * blocks * partial);
+    const std::size_t warp_partials = section(warps * partial);
+    const std::size_t arrived = section(blocks * sizeof(unsigned));
+    struct Lists {
+      std::size_t items, item_begin, warps;
+    };
+    std::vector<Lists> lists;
+    for (const LayerKind& kind : kinds_) {
+      const std::size_t items =
+          static_cast<std::size_t>(cache_.geometry().options().max_sequences) *
+          static_cast<std::size_t>(kind.num_heads * kind.query_tiles);
+      lists.push_back(
+          {section(items * sizeof(Piece)), section((items + 1) * sizeof(std::int32_t)),
+           section(static_cast<std::size_t>(kind.grid.num_warps()) * sizeof(WarpWork))});
+    }
+    const std::size_t kinds = section(kinds_.size() * sizeof(LayerKind));
+    const std::size_t work = section(kinds_.size() * sizeof(DecodeWork));
+
+    memory_ = DeviceMemory(bytes);
+    std::byte* base = memory_.data();
+    scratch_ = {reinterpret_cast<float*>(base + block_partials),
+                reinterpret_cast<float*>(base + warp_partials),
+                reinterpret_cast<unsigned*>(base + arrived)};
+    std::vector<DecodeWork> host_work;
+    for (const Lists& l : lists) {
+      host_work.push_back({reinterpret_cast<Piece*>(base + l.items),
+                           reinterpret_cast<std::int32_t*>(base + l.item_begin),
+                           reinterpret_cast<WarpWork*>(base + l.warps)});
+    }
+    for (Layer& layer : layers_) layer.work = host_work[static_cast<std::size_t>(layer.kind)];
+    device_kinds_ = reinterpret_cast<const LayerKind*>(base + kinds);
+    device_work_ = reinterpret_cast<const DecodeWork*>(base + work);
+    require(cudaMemset(base, 0, bytes), "cudaMemset");
+    require(cudaMemcpy(base + kinds, kinds_.data(), kinds_.size() * sizeof(LayerKind),
+                       cudaMemcpyHostToDevice),
+            "cudaMemcpy");
+    require(cudaMemcpy(base + work, host_work.data(), host_work.size() * sizeof(DecodeWork),
+                       cudaMemcpyHostToDevice),
+            "cudaMemcpy");
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+
+  const DeviceCache<Row>& cache_;
+  DeviceLimits limits_;
+  std::vector<Layer> layers_;
+  std::vector<LayerKind> kinds_;
+  int most_warps_ = 0;
+  int widest_ = 0;
+  DeviceMemory memory_;
+  DecodeScratch scratch_;
+  const LayerKind* device_kinds_ = nullptr;
+  const DecodeWork* device_work_ = nullptr;
+};
+
+}  // namespace headwise::inline v0::cuda

@@ -1,0 +1,649 @@
+// SPDX-License-Identifier: MIT
+/// @file decode.cuh
+/// Decode: one new token of many sequences over heads of unequal length, in one launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "headwise/attention/cuda/decode_work.cuh"
+#include "headwise/attention/cuda/head_dims.cuh"
+#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/cache/cuda/device.cuh"
+#include "headwise/cache/cuda/device_cache.cuh"
+#include "headwise/cache/cuda/step_state.cuh"
+#include "headwise/core/tensor_view.hpp"
+
+namespace headwise::inline v0::cuda {
+
+/// Partial results between the blocks of a launch; free again when it ends, counters back at 0.
+struct DecodeScratch {
+  float* block_partials = nullptr;  ///< [2 num_blocks][detail::partial_floats(dim)]
+  float* warp_partials = nullptr;   ///< [num_warps][detail::partial_floats(dim)]
+  unsigned* arrived = nullptr;      ///< [num_blocks]
+};
+
+/// One layer's decode as a kernel's parameters.
+struct DecodeArgs {
+  DeviceStep step;
+  LayerHeads heads;
+  DecodeWork work;
+  DecodeScratch scratch;
+  TensorView<const std::uint16_t> q;  ///< [rows, num_qo_heads, dim]
+  TensorView<std::uint16_t> out;      ///< [rows, num_qo_heads, dim]
+  std::int32_t group_size = 1;
+  float scale_log2 = 1.0F;  ///< softmax scale x log2(e)
+};
+
+namespace detail {
+
+/// Tiles of a warp between copy and use, one of them in use. Two on the way are 128 KiB a
+/// multiprocessor with 8 warps of width 128; 4.6 TB/s x 1 us over 132 of them are 35 KiB.
+inline constexpr int kDecodeStages = 3;
+
+template <int kDim>
+inline constexpr int kDecodeTileElements = 2 * kTileRows* kPaddedDim<kDim>;  // K, then V
+
+/// Warps of a block: as many as make the rings about equally large for every width.
+constexpr int decode_max_warps(int dim) { return dim <= 64 ? 16 : dim <= 128 ? 8 : 4; }
+
+constexpr std::size_t decode_warp_bytes(int dim) {
+  return static_cast<std::size_t>(kDecodeStages) * 2 * kTileRows *
+         static_cast<std::size_t>(dim + 8) * 2;
+}
+
+/// One partial result: (maximum, sum) of 8 queries, then 8 rows of unnormalised output.
+__host__ __device__ constexpr int partial_floats(int dim) { return kItemQueries * (dim + 2); }
+
+/// What the copying half of a warp needs to know of the next tile.
+struct TileSource {
+  std::int32_t page = 0;
+  std::int32_t row = 0;  ///< of the tile in its page
+  std::int32_t low = 0;  ///< rows [low, high) of the tile exist and are seen; none: skip it
+  std::int32_t high = 0;
+  bool ends_piece = false;
+  bool exists = false;
+};
+
+/// Walks over a warp's tiles in order: the part at its head, whole items, the part at its tail.
+class TileWalk {
+ public:
+  __device__ TileWalk(const DecodeArgs& args, const WarpWork& work) : args_(args), work_(work) {
+    step_ = work.head.count > 0 ? 0 : 1;
+    open_next();
+  }
+
+  __device__ TileSource next() {
+    TileSource tile;
+    if (!open_) return tile;
+    tile.exists = true;
+    const int index = stripe_ * piece_.stripe_tiles + column_;
+    const int tiles0 = tiles_of(piece_.slot_begin[0], piece_.slot_end[0]);
+    const bool second = index >= tiles0;
+    const int begin = second ? piece_.slot_begin[1] : piece_.slot_begin[0];
+    const int end = second ? piece_.slot_end[1] : piece_.slot_end[0];
+    const int first_slot = (begin / kTileRows + (second ? index - tiles0 : index)) * kTileRows;
+    tile.low = max(begin - first_slot, 0);
+    tile.high = max(min(end - first_slot, kTileRows), 0);
+    tile.row = first_slot % kPageTokens;
+    if (tile.low < tile.high) {
+      tile.page = args_.step.page_table[table_ + first_slot / kPageTokens];
+    }
+    --left_;
+    tile.ends_piece = left_ == 0;
+    if (left_ == 0) {
+      open_next();
+    } else {
+      ++column_;
+      while (column_ >= column_end()) {
+        ++stripe_;
+        column_ = column_begin();
+      }
+    }
+    return tile;
+  }
+
+ private:
+  // A piece's tiles [first, first + count) are, in stripe j, the columns [ceil((first - j) /
+  // stripes), ceil((first + count - j) / stripes)).
+  __device__ int column_begin() const {
+    return (piece_.first - stripe_ + piece_.stripes - 1) / piece_.stripes;
+  }
+  __device__ int column_end() const {
+    return (piece_.first + piece_.count - stripe_ + piece_.stripes - 1) / piece_.stripes;
+  }
+
+  /// Steps: 0 the head, 1 .. num_whole whole items, then the tail.
+  __device__ void open_next() {
+    const int step = step_++;
+    if (step == 0) {
+      piece_ = work_.head;
+    } else if (step <= work_.num_whole) {
+      piece_ = args_.work.items[work_.first_whole + step - 1];
+    } else if (step == work_.num_whole + 1) {
+      piece_ = work_.tail;
+    } else {
+      piece_.count = 0;
+    }
+    open_ = piece_.count > 0;
+    if (!open_) return;
+    table_ = piece_.table + args_.heads.table_offset[piece_.head];
+    left_ = piece_.count;
+    stripe_ = 0;
+    column_ = column_begin();
+    while (column_ >= column_end()) {
+      ++stripe_;
+      column_ = column_begin();
+    }
+  }
+
+  const DecodeArgs& args_;
+  const WarpWork& work_;
+  Piece piece_;
+  std::int64_t table_ = 0;
+  int step_ = 0;
+  int left_ = 0;
+  int stripe_ = 0;
+  int column_ = 0;
+  bool open_ = false;
+};
+
+/// A warp's ring of tiles: copies run kDecodeStages - 1 tiles ahead, page numbers two further.
+template <int kDim>
+class TileRing {
+ public:
+  __device__ TileRing(const DecodeArgs& args, const WarpWork& work, std::uint16_t* memory)
+      : args_(args), walk_(args, work), memory_(memory) {
+    ahead_[0] = walk_.next();
+    ahead_[1] = walk_.next();
+#pragma unroll
+    for (int i = 0; i < kDecodeStages - 1; ++i) copy_next(i);
+  }
+
+  /// The next tile, as the warp that copied it sees it: K rows, then V rows, padded.
+  struct Tile {
+    std::uint32_t k = 0;  ///< shared-memory address
+    int low = 0;
+    int high = 0;
+    bool ends_piece = false;
+  };
+  __device__ Tile take() {
+    wait_copies<kDecodeStages - 2>();
+    __syncwarp();  // every lane's copies have landed, and the tile before is no longer read
+    const int use = stage_;
+    stage_ = stage_ + 1 == kDecodeStages ? 0 : stage_ + 1;
+    const int info = info_[0];
+    const Tile tile{shared_address(memory_ + use * kDecodeTileElements<kDim>), info & 0xFF,
+                    info >> 8 & 0xFF, (info >> 16 & 1) != 0};
+#pragma unroll
+    for (int i = 0; i + 1 < kDecodeStages - 1; ++i) info_[i] = info_[i + 1];
+    copy_next(kDecodeStages - 2, use == 0 ? kDecodeStages - 1 : use - 1);
+    return tile;
+  }
+
+ private:
+  __device__ void copy_next(int i) { copy_next(i, i); }
+
+  /// Starts the copy of the tile after the last one into `stage`; rows that do not exist are read
+  /// from one that does, so that what is multiplied by zero is a number.
+  __device__ void copy_next(int info_at, int stage) {
+    const TileSource tile = ahead_[0];
+    ahead_[0] = ahead_[1];
+    ahead_[1] = walk_.next();
+    info_[info_at] = tile.low | tile.high << 8 | (tile.ends_piece ? 1 << 16 : 0);
+    if (tile.exists && tile.low < tile.high) {
+      constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
+      const int lane = static_cast<int>(threadIdx.x % 32);
+      const auto* k_rows =
+          reinterpret_cast<const std::uint16_t*>(
+              args_.step.pages + static_cast<std::size_t>(tile.page) * args_.step.page_bytes) +
+          tile.row * kDim;
+      const std::uint16_t* v_rows = k_rows + kPageTokens * kDim;
+      const std::uint32_t to = shared_address(memory_ + stage * kDecodeTileElements<kDim>);
+#pragma unroll
+      for (int i = 0; i < kTileRows * kChunks / 32; ++i) {
+        const int chunk = lane + 32 * i;
+        const int row = chunk / kChunks;
+        const int column = chunk % kChunks * 8;
+        const int from = min(max(row, tile.low), tile.high - 1) * kDim + column;
+        const int at = (row * kPaddedDim<kDim> + column) * 2;
+        copy_async_16(to + at, k_rows + from);
+        copy_async_16(to + kTileRows * kPaddedDim<kDim> * 2 + at, v_rows + from);
+      }
+    }
+    commit_copies();
+  }
+
+  const DecodeArgs& args_;
+  TileWalk walk_;
+  std::uint16_t* memory_;
+  TileSource ahead_[2];
+  int info_[kDecodeStages - 1] = {};
+  int stage_ = 0;
+};
+
+/// Attention of up to 8 queries over the tiles of one piece, transposed: scores are [keys,
+/// queries], the output [dims, queries], so that 16 keys or dims fill a tensor core's rows and the
+/// few queries of a group its 8 columns. Lane 4g + t has queries 2t and 2t + 1.
+template <class Row, int kDim>
+class DecodeState {
+ public:
+  /// @param q  the group's first query row of this item; `count` of them, `stride` elements apart.
+  __device__ void start(const std::uint16_t* q, std::int64_t stride, int count) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int query = lane / 4;
+    const std::uint16_t* row = q + query * stride + lane % 4 * 2;
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+      q_[b][0] = query < count ? *reinterpret_cast<const std::uint32_t*>(row + b * 16) : 0U;
+      q_[b][1] = query < count ? *reinterpret_cast<const std::uint32_t*>(row + b * 16 + 8) : 0U;
+    }
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_[b][i] = 0.0F;
+    }
+    max_[0] = max_[1] = kMasked;
+    sum_[0] = sum_[1] = 0.0F;
+  }
+
+  /// Adds the rows [low, high) of a tile at shared-memory address `k`.
+  __device__ void add(std::uint32_t k, int low, int high, float scale_log2) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    constexpr int kRowBytes = kPaddedDim<kDim> * 2;
+    const std::uint32_t k_at = k + (lane % 16) * kRowBytes + lane / 16 * 16;
+    float even[4] = {};
+    float odd[4] = {};  // two chains of products: half the latency
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+      std::uint32_t rows[4];
+      load_matrices(rows, k_at + b * 32);
+      TensorCore<Row>::multiply(b % 2 == 0 ? even : odd, rows, q_[b][0], q_[b][1]);
+    }
+    float score[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) score[i] = (even[i] + odd[i]) * scale_log2;
+    const int g = lane / 4;
+    if (g < low || g >= high) score[0] = score[1] = kMasked;
+    if (g + 8 < low || g + 8 >= high) score[2] = score[3] = kMasked;
+
+    float top[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) {
+      top[0] = fmaxf(top[0], __shfl_xor_sync(kWholeWarp, top[0], d));
+      top[1] = fmaxf(top[1], __shfl_xor_sync(kWholeWarp, top[1], d));
+    }
+    top[0] = fmaxf(top[0], max_[0]);
+    top[1] = fmaxf(top[1], max_[1]);
+    if (__any_sync(kWholeWarp, top[0] > max_[0] || top[1] > max_[1])) rescale(top);
+
+    const float p[4] = {exp2_fast(score[0] - max_[0]), exp2_fast(score[1] - max_[1]),
+                        exp2_fast(score[2] - max_[0]), exp2_fast(score[3] - max_[1])};
+    sum_[0] += p[0] + p[2];
+    sum_[1] += p[1] + p[3];
+    const std::uint32_t p0 = transposed(TensorCore<Row>::pack(p[0], p[1]));
+    const std::uint32_t p1 = transposed(TensorCore<Row>::pack(p[2], p[3]));
+    const std::uint32_t v_at =
+        k + (kTileRows + lane % 8 + lane / 16 * 8) * kRowBytes + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+      std::uint32_t columns[4];
+      load_matrices_transposed(columns, v_at + b * 32);
+      TensorCore<Row>::multiply(out_[b], columns, p0, p1);
+    }
+  }
+
+  /// Sums over the keys that other lanes have; after the last add().
+  __device__ void finish() {
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) {
+      sum_[0] += __shfl_xor_sync(kWholeWarp, sum_[0], d);
+      sum_[1] += __shfl_xor_sync(kWholeWarp, sum_[1], d);
+    }
+  }
+
+  /// The finished output of `count` queries, `stride` elements apart.
+  __device__ void store(std::uint16_t* out, std::int64_t stride, int count) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const float inverse[2] = {sum_[0] > 0.0F ? 1.0F / sum_[0] : 0.0F,
+                              sum_[1] > 0.0F ? 1.0F / sum_[1] : 0.0F};
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const std::uint32_t pair = transposed(TensorCore<Row>::pack(
+            out_[b][2 * half] * inverse[0], out_[b][2 * half + 1] * inverse[1]));
+        if (lane / 4 < count) {
+          *reinterpret_cast<std::uint32_t*>(out + lane / 4 * stride + b * 16 + half * 8 +
+                                            lane % 4 * 2) = pair;
+        }
+      }
+    }
+  }
+
+  /// The state itself, as partial_floats() lays it out.
+  __device__ void store_partial(float* partial) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int g = lane / 4;
+    const int t = lane % 4;
+    if (g < 2) {
+      *reinterpret_cast<float2*>(partial + 2 * (2 * t + g)) =
+          g == 0 ? make_float2(max_[0], sum_[0]) : make_float2(max_[1], sum_[1]);
+    }
+    float* rows = partial + 2 * kItemQueries;
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        rows[(2 * t + i % 2) * kDim + b * 16 + g + i / 2 * 8] = out_[b][i];
+      }
+    }
+  }
+
+ private:
+  __device__ void rescale(const float (&top)[2]) {
+    const float factor[2] = {exp2_fast(max_[0] - top[0]), exp2_fast(max_[1] - top[1])};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      max_[i] = top[i];
+      sum_[i] *= factor[i];
+    }
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_[b][i] *= factor[i % 2];
+    }
+  }
+
+  std::uint32_t q_[kDim / 16][2];
+  float out_[kDim / 16][4];
+  float max_[2];
+  float sum_[2];
+};
+
+/// Where an item's queries and output are.
+struct ItemRows {
+  std::int64_t row = 0;
+  int first_head = 0;
+  int count = 0;
+};
+__device__ inline ItemRows rows_of(const DecodeArgs& args, const Piece& piece) {
+  const int first = piece.query_tile * kItemQueries;
+  return {piece.query_row, args.heads.kv_head[piece.head] * args.group_size + first,
+          min(args.group_size - first, kItemQueries)};
+}
+
+/// Partial results of the items that cross a warp's ends: [2 x warps of the block], in line order.
+struct BlockParts {
+  const float* data[2 * 16];   // 16: the most warps of a block
+  const Piece* piece[2 * 16];  // null: none
+};
+
+template <class Row>
+__device__ void store_row(std::uint16_t* to, float sum, const float4& x) {
+  const float inverse = sum > 0.0F ? 1.0F / sum : 0.0F;
+  *reinterpret_cast<uint2*>(to) = make_uint2(TensorCore<Row>::pack(x.x * inverse, x.y * inverse),
+                                             TensorCore<Row>::pack(x.z * inverse, x.w * inverse));
+}
+
+/// Merges an item whose `num_blocks` partial results all lie in block_partials. The first of them
+/// is in its block's second place, all others in their block's first.
+template <class Row, int kDim>
+__device__ void merge_blocks(const DecodeArgs& args, const Piece& piece, float* shared) {
+  constexpr int kVectors = kDim / 4;
+  const ItemRows rows = rows_of(args, piece);
+  const int num_threads = static_cast<int>(blockDim.x);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int count = piece.num_blocks;
+  const auto partial = [&](int p) {
+    const int place = p == 0 ? 2 * piece.first_rank + 1 : 2 * (piece.first_rank + p);
+    return args.scratch.block_partials + static_cast<std::int64_t>(place) * partial_floats(kDim);
+  };
+  // Weights of the parts: [count][8] at most, then the threads' sums.
+  float* weights = shared;
+  float* sums = shared + (count * kItemQueries + 3) / 4 * 4;
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  for (int query = warp; query < rows.count; query += num_threads / 32) {
+    float top = kMasked;
+    for (int p = lane; p < count; p += 32) top = fmaxf(top, __ldcg(partial(p) + 2 * query));
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kWholeWarp, top, d));
+    float sum = 0.0F;
+    for (int p = lane; p < count; p += 32) {
+      const float2 state = __ldcg(reinterpret_cast<const float2*>(partial(p)) + query);
+      const float weight = exp2_fast(state.x - top);
+      weights[p * kItemQueries + query] = weight;
+      sum += weight * state.y;
+    }
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, d);
+    const float inverse = sum > 0.0F ? 1.0F / sum : 0.0F;
+    __syncwarp();
+    for (int p = lane; p < count; p += 32) weights[p * kItemQueries + query] *= inverse;
+  }
+  __syncthreads();
+
+  // Each part of the threads takes every num_parts-th partial; their sums are added in order.
+  const int vectors = rows.count * kVectors;
+  const int num_parts = max(1, min(num_threads / vectors, count));
+  for (int first = 0; first < vectors; first += num_threads) {
+    const int i = first + thread % min(vectors, num_threads);
+    const int part = num_parts > 1 ? thread / vectors : 0;
+    float4 out = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+    const int query = i / kVectors;
+    const int column = i % kVectors * 4;
+    if (i < vectors && part < num_parts) {
+#pragma unroll 8
+      for (int p = part; p < count; p += num_parts) {
+        const float weight = weights[p * kItemQueries + query];
+        const float4 x = __ldcg(
+            reinterpret_cast<const float4*>(partial(p) + 2 * kItemQueries + query * kDim + column));
+        out.x += weight * x.x;
+        out.y += weight * x.y;
+        out.z += weight * x.z;
+        out.w += weight * x.w;
+      }
+      if (part > 0) *reinterpret_cast<float4*>(sums + ((part - 1) * vectors + i) * 4) = out;
+    }
+    __syncthreads();
+    if (i < vectors && part == 0 && thread < vectors) {
+      for (int p = 1; p < num_parts; ++p) {
+        const float4 x = *reinterpret_cast<const float4*>(sums + ((p - 1) * vectors + i) * 4);
+        out.x += x.x;
+        out.y += x.y;
+        out.z += x.z;
+        out.w += x.w;
+      }
+      store_row<Row>(row_at(args.out, rows.row, rows.first_head + query) + column, 1.0F, out);
+    }
+  }
+  __syncthreads();
+}
+
+/// Merges the parts [begin, end) of one item that the block's warps left over: into the output, or
+/// into block_partials where other blocks share the item.
+template <class Row, int kDim>
+__device__ void merge_parts(const DecodeArgs& args, const BlockParts& parts, int begin, int end) {
+  constexpr int kVectors = kDim / 4;
+  const Piece& piece = *parts.piece[begin];
+  const ItemRows rows = rows_of(args, piece);
+  const int place = 2 * piece.block_rank + (piece.block_rank == piece.first_rank ? 1 : 0);
+  float* to = args.scratch.block_partials + static_cast<std::int64_t>(place) * partial_floats(kDim);
+  for (int i = static_cast<int>(threadIdx.x); i < rows.count * kVectors;
+       i += static_cast<int>(blockDim.x)) {
+    const int query = i / kVectors;
+    const int column = i % kVectors * 4;
+    float top = kMasked;
+    for (int p = begin; p < end; ++p) {
+      if (parts.piece[p] != nullptr) top = fmaxf(top, parts.data[p][2 * query]);
+    }
+    float sum = 0.0F;
+    float4 out = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+    for (int p = begin; p < end; ++p) {
+      if (parts.piece[p] == nullptr) continue;
+      const float* partial = parts.data[p];
+      const float weight = exp2_fast(partial[2 * query] - top);
+      const float4 x =
+          *reinterpret_cast<const float4*>(partial + 2 * kItemQueries + query * kDim + column);
+      sum += weight * partial[2 * query + 1];
+      out.x += weight * x.x;
+      out.y += weight * x.y;
+      out.z += weight * x.z;
+      out.w += weight * x.w;
+    }
+    if (piece.num_blocks == 1) {
+      store_row<Row>(row_at(args.out, rows.row, rows.first_head + query) + column, sum, out);
+    } else {
+      if (column == 0) *reinterpret_cast<float2*>(to + 2 * query) = make_float2(top, sum);
+      *reinterpret_cast<float4*>(to + 2 * kItemQueries + query * kDim + column) = out;
+    }
+  }
+}
+
+/// Merges what the block's warps left over, and finishes what other blocks have left to it.
+template <class Row, int kDim>
+__device__ void merge_warps(const DecodeArgs& args, const BlockParts& parts, float* shared) {
+  __shared__ const Piece* handed_on[2];  // only a block's first and last items can be shared
+  __shared__ bool finishes[2];
+  const int slots = 2 * static_cast<int>(blockDim.x / 32);
+  int num_handed_on = 0;
+  for (int begin = 0; begin < slots;) {
+    const Piece* piece = parts.piece[begin];
+    if (piece == nullptr) {
+      ++begin;
+      continue;
+    }
+    int end = begin + 1;
+    while (end < slots && (parts.piece[end] == nullptr || parts.piece[end]->item == piece->item)) {
+      ++end;
+    }
+    merge_parts<Row, kDim>(args, parts, begin, end);
+    if (piece->num_blocks > 1) {
+      if (threadIdx.x == 0) handed_on[num_handed_on] = piece;
+      ++num_handed_on;
+    }
+    begin = end;
+  }
+  if (num_handed_on == 0) return;
+
+  __syncthreads();  // the block's partials are written, its shared memory is free
+  if (static_cast<int>(threadIdx.x) < num_handed_on) {
+    const Piece& piece = *handed_on[threadIdx.x];
+    const auto last = static_cast<unsigned>(piece.num_blocks - 1);
+    __threadfence();
+    // Wraps to 0 with the last arrival: ready for the next launch.
+    finishes[threadIdx.x] = atomicInc(args.scratch.arrived + piece.first_rank, last) == last;
+    __threadfence();
+  }
+  __syncthreads();
+  for (int i = 0; i < num_handed_on; ++i) {
+    if (finishes[i]) merge_blocks<Row, kDim>(args, *handed_on[i], shared);
+  }
+}
+
+/// One block a multiprocessor, all of them there for the whole launch; each warp streams its share
+/// of the rows and the block merges once, at the end.
+///
+/// Traffic: each K and V row that is seen once for every 8 query heads of its group, 4 bytes of
+/// page table for 16 rows, partial results of at most two items a block. Aims at the time that
+/// reading the rows takes.
+template <class Row, int kDim>
+__global__ void __launch_bounds__(decode_max_warps(kDim) * 32, 1)
+    decode_kernel(const __grid_constant__ DecodeArgs args) {
+  extern __shared__ __align__(128) std::uint16_t ring_memory[];
+  __shared__ BlockParts parts;
+  wait_for_previous();
+  release_next();
+
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int warp_idx = static_cast<int>(blockIdx.x * (blockDim.x / 32)) + warp;
+  const WarpWork& work = args.work.warps[warp_idx];
+  const bool has_more = work.num_whole > 0 || work.tail.count > 0;
+  std::uint16_t* memory = ring_memory + warp * kDecodeStages * kDecodeTileElements<kDim>;
+  TileRing<kDim> ring(args, work, memory);
+  DecodeState<Row, kDim> state;
+  if (threadIdx.x % 32 < 2) parts.piece[2 * warp + threadIdx.x % 32] = nullptr;
+  __syncwarp();
+
+  const int last_step = work.num_whole + 1;
+  for (int step = 0; step <= last_step; ++step) {
+    const Piece& piece = step == 0           ? work.head
+                         : step == last_step ? work.tail
+                                             : args.work.items[work.first_whole + step - 1];
+    if (piece.count == 0) continue;
+    const ItemRows rows = rows_of(args, piece);
+    state.start(row_at(args.q, rows.row, rows.first_head), args.q.stride_h, rows.count);
+    for (bool more = true; more;) {
+      const auto tile = ring.take();
+      if (tile.low < tile.high) state.add(tile.k, tile.low, tile.high, args.scale_log2);
+      more = !tile.ends_piece;
+    }
+    state.finish();
+    if (step > 0 && step < last_step) {
+      state.store(row_at(args.out, rows.row, rows.first_head), args.out.stride_h, rows.count);
+      continue;
+    }
+    // The ring is still in use behind the part at the head of more work.
+    float* partial =
+        args.scratch.warp_partials + static_cast<std::int64_t>(warp_idx) * partial_floats(kDim);
+    if (step == last_step || !has_more) {
+      wait_copies<0>();
+      __syncwarp();
+      partial = reinterpret_cast<float*>(memory);
+    }
+    state.store_partial(partial);
+    if (threadIdx.x % 32 == 0) {
+      const int slot = 2 * warp + (step == 0 ? 0 : 1);
+      parts.data[slot] = partial;
+      parts.piece[slot] = &piece;
+    }
+  }
+  __syncthreads();
+  merge_warps<Row, kDim>(args, parts, reinterpret_cast<float*>(ring_memory));
+}
+
+}  // namespace detail
+
+/// Warps of a decode block for rows of `dim` elements on a device of these limits.
+inline int decode_warps_per_block(int dim, const DeviceLimits& limits) {
+  constexpr std::size_t kStaticBytes = 1024;  // of the kernel, with room to spare
+  const std::size_t fit = (static_cast<std::size_t>(limits.smem_per_block) - kStaticBytes) /
+                          detail::decode_warp_bytes(dim);
+  return std::min(detail::decode_max_warps(dim), static_cast<int>(fit));
+}
+
+/// Lets the kernel for `dim` use its shared memory; once, at set-up.
+/// @return cudaErrorInvalidValue where `dim` is not one of Dims.
+template <DeviceRow Row, class Dims = AllHeadDims>
+cudaError_t prepare_decode(int dim, int warps_per_block) {
+  return with_head_dim(Dims{}, dim, [&](auto d) {
+    constexpr int kDim = decltype(d)::value;
+    return cudaFuncSetAttribute(detail::decode_kernel<Row, kDim>,
+                                cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(static_cast<std::size_t>(warps_per_block) *
+                                                 detail::decode_warp_bytes(kDim)));
+  });
+}
+
+/// Attends one layer's decode tokens over everything their heads keep; their own rows have been
+/// appended before. Safe in a graph: lengths and work come from device memory.
+/// @pre q and out are 16-byte aligned, their strides multiples of 8 elements; args.work was cut for
+///   `grid` since the step began.
+template <DeviceRow Row, class Dims = AllHeadDims>
+cudaError_t decode(const DecodeArgs& args, int dim, DecodeGrid grid, bool chains_launches,
+                   cudaStream_t stream) {
+  return with_head_dim(Dims{}, dim, [&](auto d) {
+    constexpr int kDim = decltype(d)::value;
+    return launch_chained(
+        detail::decode_kernel<Row, kDim>, dim3(static_cast<unsigned>(grid.num_blocks)),
+        dim3(static_cast<unsigned>(grid.warps_per_block) * 32),
+        static_cast<std::size_t>(grid.warps_per_block) * detail::decode_warp_bytes(kDim), stream,
+        chains_launches, args);
+  });
+}
+
+}  // namespace headwise::inline v0::cuda

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: MIT
+/// @file tensor_core.cuh
+/// The instructions that attention is made of: asynchronous copies, matrix loads and products.
+///
+/// Fragment shapes are those of mma.m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"): lane
+/// 4g + t holds rows g and g + 8, columns 2t and 2t + 1 (and 8 more) of its operands.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "headwise/core/dtype.hpp"
+
+namespace headwise::inline v0::cuda {
+
+inline constexpr unsigned kWholeWarp = 0xFFFFFFFFU;
+inline constexpr float kLog2E = 1.4426950408889634F;
+/// Below every score, yet finite: exp2 of it is 0, and a difference of two is not NaN.
+inline constexpr float kMasked = -1e30F;
+
+/// A shared-memory address as instructions take it.
+__device__ __forceinline__ std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+}
+
+/// Copies 16 bytes past the registers and the L1 cache. Plain loads stop at 4.3 TB/s where these
+/// reach 4.6 on an H200 (bench/results).
+__device__ __forceinline__ void copy_async_16(std::uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
+               : "memory");
+}
+/// As copy_async_16; zeros where `valid` is false, and nothing is read.
+__device__ __forceinline__ void copy_async_16(std::uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Waits until at most `kPending` of the committed groups are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+/// Four 8x8 matrices; lane 8i + r gives the address of row r of matrix i.
+__device__ __forceinline__ void load_matrices(std::uint32_t (&m)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(address)
+               : "memory");
+}
+/// As load_matrices, each matrix transposed.
+__device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&m)[4],
+                                                         std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(address)
+               : "memory");
+}
+/// An 8x8 matrix of two-byte elements held by a warp, transposed.
+__device__ __forceinline__ std::uint32_t transposed(std::uint32_t matrix) {
+  std::uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(matrix));
+  return out;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Products and conversions of one element type, accumulated in f32.
+template <class Row>
+struct TensorCore;
+
+template <>
+struct TensorCore<f16> {
+  static __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)[4],
+                                                  std::uint32_t b0, std::uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+  static __device__ __forceinline__ std::uint32_t pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const std::uint32_t*>(&pair);
+  }
+};
+
+template <>
+struct TensorCore<bf16> {
+  static __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)[4],
+                                                  std::uint32_t b0, std::uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+  static __device__ __forceinline__ std::uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const std::uint32_t*>(&pair);
+  }
+};
+
+/// A tile's rows in shared memory: 8 elements of padding make a row an odd number of 16-byte
+/// chunks, so that the eight rows of a matrix load lie in different banks, whatever the width.
+template <int kDim>
+inline constexpr int kPaddedDim = kDim + 8;
+
+}  // namespace headwise::inline v0::cuda

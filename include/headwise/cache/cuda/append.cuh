@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT
+/// @file append.cuh
+/// Stores a step's K and V rows of one layer into pages and ring slots.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "headwise/cache/cuda/device.cuh"
+#include "headwise/cache/cuda/step_state.cuh"
+#include "headwise/core/tensor_view.hpp"
+
+namespace headwise::inline v0::cuda {
+
+/// Where one stored row comes from and goes to.
+struct RowMove {
+  std::int64_t token = -1;  ///< of the step; -1: the row is carried over from `from_slot`
+  std::int32_t from_slot = 0;
+  std::int32_t slot = 0;
+  bool needed = false;
+};
+
+/// The `row`-th row that a head has to store.
+///
+/// In place: the step's tokens, less those of a ring that the same step overwrites. On a second
+/// ring: every slot of it once, from the step or from the first ring, so that no row is written
+/// twice and nobody's order matters.
+__device__ inline RowMove row_move(const ClassState& state, std::int64_t length,
+                                   std::int64_t num_tokens, std::int64_t row) {
+  const std::int64_t next = length + num_tokens;
+  if (state.ring_rows == 0) {
+    return {row, 0, static_cast<std::int32_t>(length + row), row < num_tokens};
+  }
+  const std::int64_t turn = state.ring_rows - state.ring_sink;
+  if (state.append_entry == state.read_entry) {
+    const std::int64_t pos = length + row;
+    const bool is_sink = pos < state.ring_sink;
+    const std::int64_t slot = is_sink ? pos : state.ring_sink + (pos - state.ring_sink) % turn;
+    return {row, 0, static_cast<std::int32_t>(slot),
+            row < num_tokens && (is_sink || pos >= next - turn)};
+  }
+  if (row >= state.ring_rows || row >= next) return {};
+  std::int64_t pos = row;  // the newest position that lies in slot `row`
+  if (row >= state.ring_sink) pos += (next - 1 - row) / turn * turn;
+  return {pos >= length ? pos - length : -1, static_cast<std::int32_t>(row),
+          static_cast<std::int32_t>(row), true};
+}
+
+/// One warp a row and head: `row_chunks` 16-byte chunks of K, then of V.
+/// Traffic: every row is read once and written once.
+/// @param k,v  [rows, num_kv_heads, dim] two-byte elements; rows of 16-byte chunks.
+template <class = void>  // inline does not hold for kernels
+__global__ void __launch_bounds__(256)
+    append_kernel(const __grid_constant__ DeviceStep step, const __grid_constant__ LayerHeads heads,
+                  TensorView<const std::uint16_t> k, TensorView<const std::uint16_t> v, int dim,
+                  std::int64_t most_rows) {
+  wait_for_previous();
+  release_next();
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const std::int64_t num_warps = static_cast<std::int64_t>(gridDim.x) * (blockDim.x / 32);
+  const std::int64_t entries = step.header->num_entries;
+  const std::int64_t num_moves = entries * most_rows * heads.num_heads;
+  for (std::int64_t i = blockIdx.x * static_cast<std::int64_t>(blockDim.x / 32) + threadIdx.x / 32;
+       i < num_moves; i += num_warps) {
+    const int h = static_cast<int>(i % heads.num_heads);
+    const std::int64_t row = i / heads.num_heads % most_rows;
+    const std::int64_t e = i / heads.num_heads / most_rows;
+    const EntryState entry = step.entries[e];
+    const ClassState state = step.classes[e * step.num_classes + heads.class_idx[h]];
+    const RowMove move = row_move(state, entry.length, entry.num_tokens, row);
+    if (!move.needed || entry.num_tokens == 0) continue;
+
+    const std::int32_t* table = step.page_table + entry.table_base + heads.table_offset[h];
+    const auto rows_of = [&](int first_entry, int slot) {
+      std::byte* page =
+          step.pages +
+          static_cast<std::size_t>(table[first_entry + slot / kPageTokens]) * step.page_bytes;
+      return reinterpret_cast<std::uint16_t*>(page) + slot % kPageTokens * dim;
+    };
+    std::uint16_t* to_k = rows_of(state.append_entry, move.slot);
+    std::uint16_t* to_v = to_k + kPageTokens * dim;
+    const std::uint16_t* from_k = nullptr;
+    const std::uint16_t* from_v = nullptr;
+    if (move.token >= 0) {
+      from_k = row_at(k, entry.first_row + move.token, heads.kv_head[h]);
+      from_v = row_at(v, entry.first_row + move.token, heads.kv_head[h]);
+    } else {
+      from_k = rows_of(state.read_entry, move.from_slot);
+      from_v = from_k + kPageTokens * dim;
+    }
+    const int chunks = dim / 8;
+    for (int c = lane; c < 2 * chunks; c += 32) {
+      const bool is_k = c < chunks;
+      const int at = (is_k ? c : c - chunks) * 8;
+      *reinterpret_cast<uint4*>((is_k ? to_k : to_v) + at) =
+          *reinterpret_cast<const uint4*>((is_k ? from_k : from_v) + at);
+    }
+  }
+}
+
+/// Scatters the step's rows of one layer.
+/// @param most_rows  the most rows that one head of one sequence stores; 1 for decode.
+/// @param max_entries  the most sequences that a replay of this launch may meet.
+/// @pre k and v are 16-byte aligned, their strides multiples of 8 elements.
+inline cudaError_t append(const DeviceStep& step, const LayerHeads& heads,
+                          TensorView<const std::uint16_t> k, TensorView<const std::uint16_t> v,
+                          int dim, std::int64_t most_rows, std::int64_t max_entries,
+                          bool chains_launches, cudaStream_t stream) {
+  constexpr std::int64_t kWarps = 8;
+  constexpr std::int64_t kMaxBlocks = 4096;  // a few rows a warp on the longest prompts
+  const std::int64_t moves = max_entries * most_rows * heads.num_heads;
+  if (moves == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(std::min((moves + kWarps - 1) / kWarps, kMaxBlocks));
+  return launch_chained(append_kernel<>, dim3(blocks), dim3(kWarps * 32), 0, stream,
+                        chains_launches, step, heads, k, v, dim, most_rows);
+}
+
+}  // namespace headwise::inline v0::cuda

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: MIT
+/// @file step_state.cuh
+/// An open step as kernels read it: lengths, slots and table places, at addresses that never move.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace headwise::inline v0::cuda {
+
+/// Tokens of a page on a device. A 16-row tile never crosses a page; 64 x 128 x 2 bytes are 16 KiB.
+inline constexpr int kPageTokens = 64;
+
+/// Most KV heads of a layer: what fits a kernel's parameters.
+inline constexpr int kMaxHeads = 128;
+
+struct StepHeader {
+  std::int32_t num_entries = 0;
+  std::int32_t num_ranges = 0;  ///< changed runs of page-table entries
+};
+
+/// One sequence's part of the step.
+struct EntryState {
+  std::int64_t table_base = 0;  ///< first page-table entry of the sequence
+  std::int64_t first_row = 0;   ///< of this sequence in q, k, v and out
+  std::int64_t length = 0;      ///< tokens before the step
+  std::int64_t num_tokens = 0;  ///< of the step
+};
+
+/// What the heads of one class (equal budgets) have stored for one sequence of the step. A
+/// retrieval head is a window that never forgets; slots and positions fit 32 bits (DeviceCache
+/// checks).
+struct ClassState {
+  // Where rows lie.
+  std::int32_t read_entry = 0;    ///< table entry of slot 0 among the rows before the step
+  std::int32_t append_entry = 0;  ///< the same where the step's rows go; differs on a second ring
+  std::int32_t ring_sink = 0;
+  std::int32_t ring_rows = 0;  ///< 0: slot == pos
+  // The rows that a single new token sees, its own included, once they are appended: at most two
+  // runs of slots.
+  std::int32_t slot_begin[2] = {};
+  std::int32_t slot_end[2] = {};
+  // The rows before the step that some query of a chunk may see: positions [0, first_count) in as
+  // many slots, then older_count and newer_count rows, positions following one another.
+  std::int32_t first_count = 0;
+  std::int32_t older_pos = 0;
+  std::int32_t older_slot = 0;
+  std::int32_t older_count = 0;
+  std::int32_t newer_slot = 0;
+  std::int32_t newer_count = 0;
+  // The window rule of the step's queries; recent is INT32_MAX where nothing is forgotten.
+  std::int32_t sink = 0;
+  std::int32_t recent = 0;
+};
+static_assert(sizeof(ClassState) == 64);
+
+/// `count` page-table entries from `first_entry` on, taken from `first_id` on in the list of ids.
+struct TableRange {
+  std::int64_t first_entry = 0;
+  std::int32_t first_id = 0;
+  std::int32_t count = 0;
+};
+
+/// Where the parts of a step lie in the one block of bytes that is copied to the device.
+struct StepLayout {
+  std::size_t entries = 0;
+  std::size_t classes = 0;  ///< [max_sequences][num_classes] ClassState
+  std::size_t ranges = 0;   ///< [num_ranges] TableRange, then the page ids, packed
+  std::size_t total_bytes = 0;
+
+  /// @param most_ranges, most_ids  the most that any step can change.
+  StepLayout(std::size_t max_sequences, std::size_t num_classes, std::size_t most_ranges,
+             std::size_t most_ids) {
+    const auto aligned = [](std::size_t bytes) { return (bytes + 63) / 64 * 64; };
+    entries = aligned(sizeof(StepHeader));
+    classes = entries + aligned(max_sequences * sizeof(EntryState));
+    ranges = classes + max_sequences * num_classes * sizeof(ClassState);
+    total_bytes =
+        ranges + aligned(most_ranges * sizeof(TableRange)) + most_ids * sizeof(std::int32_t);
+  }
+};
+
+/// The step and the pages as a kernel's parameters; every pointer is fixed for a cache's life.
+struct DeviceStep {
+  const StepHeader* header = nullptr;
+  const EntryState* entries = nullptr;       ///< [max_sequences]
+  const ClassState* classes = nullptr;       ///< [max_sequences][num_classes]
+  const std::int32_t* page_table = nullptr;  ///< [max_sequences][entries_per_sequence]
+  std::byte* pages = nullptr;
+  std::size_t page_bytes = 0;
+  std::int32_t num_classes = 0;
+  std::int32_t max_sequences = 0;
+};
+
+/// Some KV heads of one layer, by value in a kernel's parameters.
+struct LayerHeads {
+  std::int32_t num_heads = 0;
+  std::int32_t table_offset[kMaxHeads] = {};  ///< in a sequence's share of the page table
+  std::int16_t kv_head[kMaxHeads] = {};
+  std::int16_t class_idx[kMaxHeads] = {};
+};
+
+}  // namespace headwise::inline v0::cuda

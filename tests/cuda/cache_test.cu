@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: MIT
+// A device cache over many steps: growth, rings, rollback, ragged batches, recycled sequences.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+#include <vector>
+
+#include "cuda/device_model.cuh"
+
+namespace headwise::test {
+namespace {
+
+using Dims = cuda::HeadDims<64, 128>;
+template <class Row>
+using Model = DeviceModel<Row, Dims>;
+
+TEST(CudaCache, RefusesWhatTheDeviceCannotHold) {
+  const ModelShape shape = ModelShape::uniform(1, 2, 2, 64);
+  const HeadPlan plan(shape);
+  const auto refused = [&](const ModelShape& s, const HeadPlan& p, CacheOptions options) {
+    EXPECT_THROW(cuda::DeviceCache<f16>(s, p, options), ConfigError);
+  };
+  refused(shape, plan, {.page_tokens = 32, .max_context = 100});
+  refused(shape, plan, {.max_context = std::int64_t{1} << 31});
+  refused(ModelShape({{2, 1, 64, 128}}), plan, {.max_context = 100});
+  const HeadPlan growing(shape, KeepGrowingWindow{});
+  refused(shape, growing, {.max_context = 100, .prefill = PrefillMode::kChunkCausal});
+}
+
+TEST(CudaCache, DecodesAtEveryBoundaryLength) {
+  HEADWISE_NEEDS_DEVICE();
+  Model<f16> model({.group_size = 4, .max_context = 300, .max_rollback = 3});
+  const SequenceId id = model.add();
+  for (int i = 0; i < 300; ++i) model.step({{id, 1}}, Phase::kDecode);
+}
+
+TEST(CudaCache, GivesTheSameForEveryChunkingOfAPrompt) {
+  HEADWISE_NEEDS_DEVICE();
+  for (const PrefillMode mode : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
+    for (const std::int64_t chunk : {2, 63, 64, 65, 100, 128, 200, 517}) {
+      SCOPED_TRACE(chunk);
+      Model<bf16> model({.group_size = 2, .max_rollback = 5, .prefill = mode});
+      const SequenceId id = model.add();
+      for (int i = 0; i < 4; ++i) model.step({{id, chunk}}, Phase::kPrompt, 12);
+      model.step({{id, 1}}, Phase::kPrompt);
+      model.step({{id, 1}}, Phase::kDecode);
+      model.step({{id, 9}}, Phase::kDecode);
+      model.step({{id, 1}}, Phase::kDecode);
+    }
+  }
+}
+
+TEST(CudaCache, RollsBackAcrossAWrap) {
+  HEADWISE_NEEDS_DEVICE();
+  Model<f16> model({.max_context = 2000, .max_rollback = 9});
+  const SequenceId id = model.add();
+  std::mt19937 random(3);
+  std::int64_t length = 0;
+  std::int64_t high_water = 0;
+  for (int i = 0; i < 120; ++i) {
+    if (random() % 3 == 0) {
+      const std::int64_t lowest = std::max<std::int64_t>(0, high_water - 9);
+      length = lowest + static_cast<std::int64_t>(random()) % (length - lowest + 1);
+      model.rollback(id, length);
+    }
+    const std::int64_t n = random() % 4 == 0 ? 1 + static_cast<std::int64_t>(random() % 40) : 1;
+    model.step({{id, n}}, Phase::kDecode, 6);
+    length += n;
+    high_water = std::max(high_water, length);
+  }
+}
+
+TEST(CudaCache, ServesARaggedBatch) {
+  HEADWISE_NEEDS_DEVICE();
+  Model<f16> model({.dim = 128,
+                    .group_size = 4,
+                    .num_kv_heads = 4,
+                    .num_layers = 2,
+                    .window = {64, 256},
+                    .max_sequences = 8});
+  std::vector<SequenceId> ids;
+  std::vector<SequenceChunk> prompts;
+  for (const std::int64_t n : {1, 2, 63, 64, 65, 321, 1500, 3000}) {
+    ids.push_back(model.add());
+    prompts.push_back({ids.back(), n});
+  }
+  model.step(prompts, Phase::kPrompt, 2);
+  for (int i = 0; i < 3; ++i) {
+    std::vector<SequenceChunk> tokens;
+    for (const SequenceId id : ids) tokens.push_back({id, 1});
+    model.step(tokens, Phase::kDecode);
+  }
+  // Chunks and single tokens together, and a sequence that waits.
+  model.step({{ids[3], 1}, {ids[0], 70}, {ids[6], 0}, {ids[1], 1}}, Phase::kPrompt, 3);
+}
+
+TEST(CudaCache, KeepsManySmallHeadsApart) {
+  HEADWISE_NEEDS_DEVICE();
+  // More items than warps of the grid, most of them a few tiles.
+  Model<f16> model({.dim = 64,
+                    .num_kv_heads = 32,
+                    .window = {16, 64},
+                    .first_streams = true,
+                    .max_context = 256,
+                    .max_sequences = 96});
+  std::vector<SequenceChunk> prompts;
+  std::vector<SequenceChunk> tokens;
+  for (int i = 0; i < 96; ++i) {
+    const SequenceId id = model.add();
+    prompts.push_back({id, 1 + i * 37 % 200});
+    tokens.push_back({id, 1});
+  }
+  model.step(prompts, Phase::kPrompt, 1);
+  model.step(tokens, Phase::kDecode);
+}
+
+TEST(CudaCache, RecyclesPagesAndSequences) {
+  HEADWISE_NEEDS_DEVICE();
+  Model<bf16> model({.max_context = 700, .max_sequences = 3});
+  std::mt19937 random(5);
+  std::vector<SequenceId> live;
+  for (int i = 0; i < 30; ++i) {
+    if (live.size() == 3) {
+      model.release(live[random() % 3]);
+      live.clear();
+      for (int id = 0; id < 3; ++id) {
+        if (model.cache().length(SequenceId{id}) > 0) live.push_back(SequenceId{id});
+      }
+    }
+    live.push_back(model.add());
+    model.step({{live.back(), 1 + static_cast<std::int64_t>(random() % 300)}}, Phase::kPrompt, 2);
+    std::vector<SequenceChunk> tokens;
+    for (const SequenceId id : live) tokens.push_back({id, 1});
+    model.step(tokens, Phase::kDecode);
+  }
+}
+
+TEST(CudaCache, LeavesNoTraceOfADroppedStep) {
+  HEADWISE_NEEDS_DEVICE();
+  Model<f16> model({.max_context = 1000, .max_rollback = 4});
+  const SequenceId id = model.add();
+  model.step({{id, 300}}, Phase::kPrompt, 2);
+  for (const std::int64_t n : {1, 50, 300}) {
+    model.begin({{id, n}}, Phase::kPrompt);
+    ASSERT_EQ(model.attention().plan(model.stream()), cudaSuccess);
+    ASSERT_EQ(model.attention().attend(model.open_step(), 0, model.q(0), model.k(0), model.v(0),
+                                       model.out(0), model.stream()),
+              cudaSuccess);
+    ASSERT_EQ(model.cache().drop(model.open_step()), StepStatus::kOk);
+    model.step({{id, 1}}, Phase::kDecode);
+  }
+}
+
+TEST(CudaCache, GivesTheSameBitsForTheSameBatch) {
+  HEADWISE_NEEDS_DEVICE();
+  std::vector<std::vector<std::uint16_t>> outs;
+  for (int run = 0; run < 2; ++run) {
+    Model<f16> model({.dim = 128, .group_size = 4, .num_kv_heads = 4, .max_context = 3000});
+    const SequenceId id = model.add();
+    model.step({{id, 2500}}, Phase::kPrompt, 1);
+    model.step({{id, 1}}, Phase::kDecode);
+    outs.emplace_back(16 * 128);
+    ASSERT_EQ(
+        cudaMemcpy(outs.back().data(), model.out(0).data, 16 * 128 * 2, cudaMemcpyDeviceToHost),
+        cudaSuccess);
+  }
+  EXPECT_EQ(outs[0], outs[1]);
+}
+
+TEST(CudaCache, PrefillsOnlyTheHeadsThatAreWanted) {
+  HEADWISE_NEEDS_DEVICE();
+  Model<bf16> model({.dim = 128, .group_size = 4, .num_kv_heads = 2, .window = {64, 256}});
+  const SequenceId id = model.add();
+  model.begin({{id, 700}}, Phase::kPrompt);
+  ASSERT_EQ(model.attention().prefill(model.open_step(), 0, model.q(0), model.k(0), model.v(0),
+                                      model.out(0), cuda::HeadsWanted::kStreaming, model.stream()),
+            cudaSuccess);
+  ASSERT_EQ(cudaStreamSynchronize(model.stream()), cudaSuccess);
+  model.check({{id, 700}}, Phase::kPrompt, 10, 1, 2);
+  std::vector<std::uint16_t> row(8 * 128);
+  ASSERT_EQ(cudaMemcpy(row.data(), model.out(0).data, row.size() * 2, cudaMemcpyDeviceToHost),
+            cudaSuccess);
+  EXPECT_TRUE(
+      std::all_of(row.begin(), row.begin() + 4 * 128, [](std::uint16_t x) { return x == 0xFFFF; }));
+}
+
+}  // namespace
+}  // namespace headwise::test

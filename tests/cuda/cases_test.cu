@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+// The CPU kernels' case table through a device cache: the past as one prompt, then the step.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <string>
+
+#include "cuda/device_model.cuh"
+#include "support/attention_cases.hpp"
+
+namespace headwise::test {
+namespace {
+
+template <class Row>
+class CudaCases : public ::testing::Test {};
+using Rows = ::testing::Types<f16, bf16>;
+TYPED_TEST_SUITE(CudaCases, Rows);
+
+/// The case as a device model. Widths without a kernel become 64; nothing keeps a second run or a
+/// compensation row on a device, and pages have 64 tokens there.
+bool on_device(const AttentionCase& c, DeviceModelOptions& options) {
+  if (c.page_tokens != 64 || c.compensation > 0 || c.kept == Kept::kSecondRun) return false;
+  options.dim = c.k_dim == c.v_dim && cuda::AllHeadDims::contains(c.k_dim) ? c.k_dim : 64;
+  options.group_size = c.group_size;
+  options.num_kv_heads = 1;
+  options.first_streams = c.window.bounded();
+  if (c.window.bounded()) options.window = c.window;
+  options.max_context = c.past + c.queries;
+  options.max_sequences = 1;
+  return true;
+}
+
+TYPED_TEST(CudaCases, EqualTheOracle) {
+  HEADWISE_NEEDS_DEVICE();
+  int run = 0;
+  for (const AttentionCase& c : attention_cases()) {
+    DeviceModelOptions options;
+    if (!on_device(c, options)) continue;
+    SCOPED_TRACE(c.name);
+    DeviceModel<TypeParam> model(options);
+    const SequenceId id = model.add();
+    if (c.past > 0) model.step({{id, c.past}}, Phase::kPrompt, 3);
+    model.step({{id, c.queries}}, Phase::kPrompt, 20);
+    ++run;
+  }
+  EXPECT_GT(run, 80);
+}
+
+TYPED_TEST(CudaCases, EqualTheOracleForEveryGroupAndWidth) {
+  HEADWISE_NEEDS_DEVICE();
+  for (const int dim : {64, 80, 96, 128, 256}) {
+    for (const int group : {1, 2, 4, 5, 7, 8, 12}) {
+      SCOPED_TRACE("dim " + std::to_string(dim) + " group " + std::to_string(group));
+      DeviceModel<TypeParam> model({.dim = dim, .group_size = group, .max_context = 1024});
+      const SequenceId id = model.add();
+      model.step({{id, 333}}, Phase::kPrompt, 4);
+      model.step({{id, 1}}, Phase::kDecode);
+      model.step({{id, 5}}, Phase::kDecode);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace headwise::test

@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: MIT
+/// @file device_model.cuh
+/// A device cache beside a host's full memory of every row: runs steps and compares each output
+/// with the double oracle.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <random>
+#include <span>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "headwise/core/dtype.hpp"
+#include "headwise/headwise.cuh"
+
+namespace headwise::test {
+
+/// Skips the running test where there is no device.
+#define HEADWISE_NEEDS_DEVICE()                                                     \
+  if (int devices = 0; cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) \
+  GTEST_SKIP() << "no CUDA device"
+
+/// Largest relative error in the Euclidean norm: weights and outputs are rounded to Row.
+template <class Row>
+constexpr double kBound = std::is_same_v<Row, f16> ? 1e-3 : 8e-3;
+
+/// Attention of one query in double over the rows that `sees(j)` names.
+/// @param k,v  rows of `dim` floats, `stride` apart.
+template <class Sees>
+std::vector<double> oracle_row(const float* q, const float* k, const float* v, std::int64_t n,
+                               int dim, std::int64_t stride, double scale, Sees sees) {
+  std::vector<double> out(static_cast<std::size_t>(dim), 0.0);
+  double top = -1e300;
+  double sum = 0.0;
+  for (std::int64_t j = 0; j < n; ++j) {
+    if (!sees(j)) continue;
+    double score = 0.0;
+    for (int d = 0; d < dim; ++d) score += static_cast<double>(q[d]) * k[j * stride + d];
+    score *= scale;
+    if (score > top) {
+      const double factor = std::exp(top - score);
+      for (double& x : out) x *= factor;
+      sum *= factor;
+      top = score;
+    }
+    const double weight = std::exp(score - top);
+    sum += weight;
+    for (int d = 0; d < dim; ++d) out[static_cast<std::size_t>(d)] += weight * v[j * stride + d];
+  }
+  for (double& x : out) x = sum > 0.0 ? x / sum : 0.0;
+  return out;
+}
+
+struct DeviceModelOptions {
+  int dim = 64;
+  int group_size = 1;
+  int num_kv_heads = 2;
+  int num_layers = 1;
+  Window window{4, 60};        ///< of every second head, the first keeps everything
+  bool first_streams = false;  ///< the first head streams, too
+  std::int64_t max_context = 4096;
+  int max_sequences = 4;
+  std::int64_t max_rollback = 0;
+  PrefillMode prefill = PrefillMode::kWindowed;
+  std::int64_t most_rows = 0;  ///< rows that buffers have from the start, so that they never move
+};
+
+template <class Row, class Dims = cuda::AllHeadDims>
+class DeviceModel {
+ public:
+  explicit DeviceModel(const DeviceModelOptions& options, unsigned seed = 1)
+      : options_(options),
+        shape_(ModelShape::uniform(options.num_layers, options.num_kv_heads * options.group_size,
+                                   options.num_kv_heads, options.dim)),
+        plan_(plan(options, shape_)),
+        pages_(poisoned(options, shape_, plan_)),
+        cache_(shape_, plan_, cache_options()),
+        attention_(cache_),
+        random_(seed) {
+    cuda::require(cudaStreamCreate(&stream_), "cudaStreamCreate");
+  }
+  ~DeviceModel() { cudaStreamDestroy(stream_); }
+
+  cuda::DeviceCache<Row>& cache() { return cache_; }
+  cuda::DeviceAttention<Row, Dims>& attention() { return attention_; }
+  cudaStream_t stream() const { return stream_; }
+
+  SequenceId add() {
+    const SequenceId id = *cache_.add_sequence();
+    history_[id] = {};
+    return id;
+  }
+  void release(SequenceId id) {
+    cache_.release(id);
+    history_.erase(id);
+  }
+  void rollback(SequenceId id, std::int64_t length) {
+    ASSERT_EQ(cache_.rollback(id, length), StepStatus::kOk);
+    history_[id].resize(static_cast<std::size_t>(length));
+  }
+
+  /// One step; checks `most_checked` rows of each sequence, evenly spread, all layers and heads.
+  void step(const std::vector<SequenceChunk>& chunks, Phase phase,
+            std::int64_t most_checked = 1 << 30) {
+    begin(chunks, phase);
+    ASSERT_EQ(attention_.plan(stream_), cudaSuccess);
+    for (int l = 0; l < options_.num_layers; ++l) {
+      ASSERT_EQ(attention_.attend(step_, l, q(l), k(l), v(l), out(l), stream_), cudaSuccess);
+    }
+    ASSERT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
+    check(chunks, phase, most_checked);
+    ASSERT_EQ(cache_.commit(step_), StepStatus::kOk);
+    remember(chunks);
+  }
+
+  /// The parts of step(), for graphs.
+  void begin(const std::vector<SequenceChunk>& chunks, Phase phase) {
+    ASSERT_EQ(cache_.begin(step_, chunks, phase, stream_), StepStatus::kOk);
+    ASSERT_EQ(cache_.error(), cudaSuccess);
+    fill(step_.num_rows());
+  }
+  cudaGraphExec_t capture() {
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t exec = nullptr;
+    EXPECT_EQ(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+    EXPECT_EQ(attention_.plan(stream_), cudaSuccess);
+    for (int l = 0; l < options_.num_layers; ++l) {
+      EXPECT_EQ(attention_.attend(step_, l, q(l), k(l), v(l), out(l), stream_), cudaSuccess);
+    }
+    EXPECT_EQ(cudaStreamEndCapture(stream_, &graph), cudaSuccess);
+    EXPECT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+    cudaGraphDestroy(graph);
+    return exec;
+  }
+  void replay(cudaGraphExec_t graph, const std::vector<SequenceChunk>& chunks) {
+    ASSERT_EQ(cudaGraphLaunch(graph, stream_), cudaSuccess);
+    ASSERT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
+    check(chunks, Phase::kDecode, 1);
+    ASSERT_EQ(cache_.commit_replayed(step_), StepStatus::kOk);
+    remember(chunks);
+  }
+
+  Step& open_step() { return step_; }
+  TensorView<const Row> q(int layer) const { return view<const Row>(q_, layer, num_qo_heads()); }
+  TensorView<const Row> k(int layer) const { return view<const Row>(k_, layer, kv_heads()); }
+  TensorView<const Row> v(int layer) const { return view<const Row>(v_, layer, kv_heads()); }
+  TensorView<Row> out(int layer) const { return view<Row>(out_, layer, num_qo_heads()); }
+
+  /// Compares the outputs on the device with the oracle.
+  void check(const std::vector<SequenceChunk>& chunks, Phase phase, std::int64_t most_checked,
+             int first_head = 0, int last_head = 1 << 20) {
+    std::vector<Row> got(out_rows_ * static_cast<std::size_t>(options_.num_layers));
+    ASSERT_EQ(cudaMemcpy(got.data(), out_.data(), got.size() * sizeof(Row), cudaMemcpyDeviceToHost),
+              cudaSuccess);
+    std::int64_t row = 0;
+    for (const SequenceChunk& chunk : chunks) {
+      const std::int64_t every = std::max<std::int64_t>(1, chunk.num_tokens / most_checked);
+      for (std::int64_t i = chunk.num_tokens - 1; i >= 0; i -= every) {
+        for (int l = 0; l < options_.num_layers; ++l) {
+          check_row(chunk, phase, row, i, l, got, first_head, last_head);
+        }
+      }
+      row += chunk.num_tokens;
+    }
+  }
+
+  static HeadPlan plan(const DeviceModelOptions& options, const ModelShape& shape) {
+    HeadPlan plan(shape);
+    for (int l = 0; l < shape.num_layers(); ++l) {
+      for (int h = 0; h < options.num_kv_heads; ++h) {
+        if ((h + l) % 2 == 1 || options.first_streams) {
+          plan.set(l, h, KeepWindow{options.window});
+        }
+      }
+    }
+    return plan;
+  }
+
+ private:
+  /// One token of a sequence: K, then V, [layers][kv_heads][dim] each, as stored.
+  using Token = std::vector<float>;
+
+  int kv_heads() const { return options_.num_kv_heads; }
+  int num_qo_heads() const { return kv_heads() * options_.group_size; }
+
+  static CacheOptions base_options(const DeviceModelOptions& options) {
+    CacheOptions cache;
+    cache.max_context = options.max_context;
+    cache.max_sequences = options.max_sequences;
+    cache.max_rollback = options.max_rollback;
+    cache.prefill = options.prefill;
+    return cache;
+  }
+  static cuda::DeviceMemory poisoned(const DeviceModelOptions& options, const ModelShape& shape,
+                                     const HeadPlan& plan) {
+    const CacheGeometry geometry(shape, plan, base_options(options), sizeof(Row));
+    cuda::DeviceMemory pages(static_cast<std::size_t>(geometry.num_pages()) *
+                             geometry.page_bytes());
+    cuda::require(cudaMemset(pages.data(), 0xFF, pages.num_bytes()), "cudaMemset");  // NaN
+    return pages;
+  }
+  CacheOptions cache_options() const {
+    CacheOptions cache = base_options(options_);
+    cache.page_memory = {pages_.data(), pages_.num_bytes()};
+    cache.page_memory_place = PageMemory::kDevice;
+    return cache;
+  }
+
+  template <class T>
+  TensorView<T> view(const cuda::DeviceMemory& memory, int layer, int heads) const {
+    T* data = reinterpret_cast<T*>(memory.data()) +
+              static_cast<std::int64_t>(layer) * capacity_ * heads * options_.dim;
+    return TensorView<T>::nhd(data, heads, options_.dim);
+  }
+
+  /// Fresh random q, k and v for `rows` rows; outputs are NaN until somebody writes them.
+  void fill(std::int64_t rows) {
+    if (rows > capacity_) {
+      capacity_ = std::max<std::int64_t>({rows, options_.max_sequences, options_.most_rows});
+      const auto elements = [&](int heads) {
+        return static_cast<std::size_t>(capacity_ * heads * options_.dim * options_.num_layers);
+      };
+      out_rows_ = elements(num_qo_heads()) / static_cast<std::size_t>(options_.num_layers);
+      for (cuda::DeviceMemory* memory : {&q_, &out_}) {
+        *memory = cuda::DeviceMemory(elements(num_qo_heads()) * sizeof(Row));
+      }
+      for (cuda::DeviceMemory* memory : {&k_, &v_}) {
+        *memory = cuda::DeviceMemory(elements(kv_heads()) * sizeof(Row));
+      }
+      host_q_.resize(elements(num_qo_heads()));
+      host_k_.resize(elements(kv_heads()));
+      host_v_.resize(elements(kv_heads()));
+    }
+    upload(host_q_, q_, 2.0F);  // peaked, as attention is
+    upload(host_k_, k_, 1.0F);
+    upload(host_v_, v_, 1.0F);
+    cuda::require(cudaMemsetAsync(out_.data(), 0xFF, out_.num_bytes(), stream_), "cudaMemset");
+  }
+  void upload(std::vector<float>& host, const cuda::DeviceMemory& memory, float sigma) {
+    std::normal_distribution<float> normal(0.0F, sigma);
+    std::vector<Row> rows(host.size());
+    for (std::size_t i = 0; i < host.size(); ++i) {
+      rows[i] = from_float<Row>(normal(random_));
+      host[i] = to_float(rows[i]);
+    }
+    cuda::require(cudaMemcpyAsync(memory.data(), rows.data(), rows.size() * sizeof(Row),
+                                  cudaMemcpyHostToDevice, stream_),
+                  "cudaMemcpy");
+  }
+
+  std::size_t kv_at(std::int64_t row, int layer, int head) const {
+    return static_cast<std::size_t>(((layer * capacity_ + row) * kv_heads() + head) * options_.dim);
+  }
+
+  /// The token at row `row` of the open step, as a Token.
+  Token token_of(std::int64_t row) const {
+    Token token;
+    for (const std::vector<float>* rows : {&host_k_, &host_v_}) {
+      for (int l = 0; l < options_.num_layers; ++l) {
+        for (int h = 0; h < kv_heads(); ++h) {
+          const auto first = rows->begin() + static_cast<std::ptrdiff_t>(kv_at(row, l, h));
+          token.insert(token.end(), first, first + options_.dim);
+        }
+      }
+    }
+    return token;
+  }
+
+  void remember(const std::vector<SequenceChunk>& chunks) {
+    std::int64_t row = 0;
+    for (const SequenceChunk& chunk : chunks) {
+      for (std::int64_t i = 0; i < chunk.num_tokens; ++i) {
+        history_[chunk.sequence].push_back(token_of(row++));
+      }
+    }
+  }
+
+  void check_row(const SequenceChunk& chunk, Phase phase, std::int64_t first_row, std::int64_t i,
+                 int l, const std::vector<Row>& got, int first_head, int last_head) {
+    const std::vector<Token>& past = history_[chunk.sequence];
+    const auto length = static_cast<std::int64_t>(past.size());
+    const std::int64_t pos = length + i;
+    const bool chunk_causal =
+        phase == Phase::kPrompt && options_.prefill == PrefillMode::kChunkCausal;
+    for (int h = 0; h < kv_heads(); ++h) {
+      if (h < first_head || h >= last_head) continue;
+      std::vector<float> k, v;
+      for (std::int64_t j = 0; j <= pos; ++j) {
+        const Token own = j < length ? Token{} : token_of(first_row + j - length);
+        const Token& token = j < length ? past[static_cast<std::size_t>(j)] : own;
+        const auto at = token.begin() + (l * kv_heads() + h) * options_.dim;
+        const auto v_at = at + options_.num_layers * kv_heads() * options_.dim;
+        k.insert(k.end(), at, at + options_.dim);
+        v.insert(v.end(), v_at, v_at + options_.dim);
+      }
+      const auto* keep = std::get_if<KeepWindow>(&plan_.budget(l, h));
+      const auto sees = [&](std::int64_t j) {
+        if (keep == nullptr) return true;
+        if (!chunk_causal) return keep->window.sees(Pos{pos}, Pos{j});
+        return j >= length || j < keep->window.sink || j >= length - keep->window.recent;
+      };
+      double error = 0.0;
+      double norm = 0.0;
+      for (int g = 0; g < options_.group_size; ++g) {
+        const std::size_t at = static_cast<std::size_t>(
+            ((l * capacity_ + first_row + i) * num_qo_heads() + h * options_.group_size + g) *
+            options_.dim);
+        const std::vector<double> truth =
+            oracle_row(host_q_.data() + at, k.data(), v.data(), pos + 1, options_.dim, options_.dim,
+                       1.0 / std::sqrt(options_.dim), sees);
+        for (int d = 0; d < options_.dim; ++d) {
+          const double x = static_cast<double>(to_float(got[at + static_cast<std::size_t>(d)]));
+          error +=
+              (x - truth[static_cast<std::size_t>(d)]) * (x - truth[static_cast<std::size_t>(d)]);
+          norm += truth[static_cast<std::size_t>(d)] * truth[static_cast<std::size_t>(d)];
+        }
+      }
+      EXPECT_LE(std::sqrt(error / norm), kBound<Row>)
+          << "sequence " << static_cast<int>(chunk.sequence) << " token " << i << " of "
+          << chunk.num_tokens << " after " << length << ", layer " << l << ", head " << h;
+    }
+  }
+
+  DeviceModelOptions options_;
+  ModelShape shape_;
+  HeadPlan plan_;
+  cuda::DeviceMemory pages_;
+  cuda::DeviceCache<Row> cache_;
+  cuda::DeviceAttention<Row, Dims> attention_;
+  std::mt19937 random_;
+  cudaStream_t stream_ = nullptr;
+  Step step_;
+  std::map<SequenceId, std::vector<Token>> history_;
+  std::int64_t capacity_ = 0;
+  std::size_t out_rows_ = 0;  // elements of one layer's output
+  cuda::DeviceMemory q_, k_, v_, out_;
+  std::vector<float> host_q_, host_k_, host_v_;
+};
+
+}  // namespace headwise::test

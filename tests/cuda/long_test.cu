@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: MIT
+// Contexts and pools beyond 32 bits' comfort.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "cuda/device_model.cuh"
+
+namespace headwise::test {
+namespace {
+
+constexpr int kDim = 128;
+using Dims = cuda::HeadDims<kDim>;
+
+/// Rows that repeat after a prime number of tokens: cheap to make, and no page looks like another.
+struct Rows {
+  static constexpr std::int64_t kPeriod = 4093;
+  std::vector<float> values;
+  std::vector<f16> bits;
+
+  Rows(std::int64_t count, std::int64_t width, unsigned seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    for (std::int64_t i = 0; i < std::min(kPeriod, count) * width; ++i) {
+      bits.push_back(from_float<f16>(normal(random)));
+      values.push_back(to_float(bits.back()));
+    }
+    for (std::int64_t i = kPeriod * width; i < count * width; ++i) {
+      bits.push_back(bits[static_cast<std::size_t>(i - kPeriod * width)]);
+    }
+  }
+  cuda::DeviceMemory upload() const {
+    cuda::DeviceMemory memory(bits.size() * sizeof(f16));
+    cuda::require(
+        cudaMemcpy(memory.data(), bits.data(), memory.num_bytes(), cudaMemcpyHostToDevice),
+        "cudaMemcpy");
+    return memory;
+  }
+};
+
+/// Appends `length` tokens to a sequence of two heads, the second streaming, decodes one more and
+/// checks its output.
+void check_long(cuda::DeviceCache<f16>& cache, std::int64_t length) {
+  constexpr int kHeads = 2;
+  const cuda::DeviceAttention<f16, Dims> attention(cache);
+  const Rows k(length + 1, kHeads * kDim, 1);
+  const Rows v(length + 1, kHeads * kDim, 2);
+  const Rows q(1, 2 * kHeads * kDim, 3);
+  const cuda::DeviceMemory device_k = k.upload();
+  const cuda::DeviceMemory device_v = v.upload();
+  const cuda::DeviceMemory device_q = q.upload();
+  const cuda::DeviceMemory device_out(2 * kHeads * kDim * sizeof(f16));
+  const auto rows = [](const cuda::DeviceMemory& memory, std::int64_t first) {
+    return TensorView<const f16>::nhd(
+        reinterpret_cast<const f16*>(memory.data()) + first * kHeads * kDim, kHeads, kDim);
+  };
+  const SequenceId id = *cache.add_sequence();
+  Step step;
+  ASSERT_EQ(cache.begin(step, {{id, length}}, Phase::kPrompt, nullptr), StepStatus::kOk);
+  ASSERT_EQ(attention.append(step, 0, rows(device_k, 0), rows(device_v, 0), nullptr), cudaSuccess);
+  ASSERT_EQ(cache.commit(step), StepStatus::kOk);
+  ASSERT_EQ(cache.begin(step, {{id, 1}}, Phase::kDecode, nullptr), StepStatus::kOk);
+  ASSERT_EQ(attention.plan(nullptr), cudaSuccess);
+  ASSERT_EQ(attention.attend(
+                step, 0,
+                TensorView<const f16>::nhd(reinterpret_cast<const f16*>(device_q.data()),
+                                           2 * kHeads, kDim),
+                rows(device_k, length), rows(device_v, length),
+                TensorView<f16>::nhd(reinterpret_cast<f16*>(device_out.data()), 2 * kHeads, kDim),
+                nullptr),
+            cudaSuccess);
+  std::vector<f16> out(2 * kHeads * kDim);
+  ASSERT_EQ(
+      cudaMemcpy(out.data(), device_out.data(), out.size() * sizeof(f16), cudaMemcpyDeviceToHost),
+      cudaSuccess);
+  for (int head = 0; head < 2 * kHeads; ++head) {
+    const bool streams = head >= 2;
+    std::vector<float> seen_k, seen_v;
+    for (std::int64_t j = 0; j <= length; ++j) {
+      if (streams && !(j < 64 || length - j < 256)) continue;
+      const std::int64_t at = (j % Rows::kPeriod * kHeads + head / 2) * kDim;
+      seen_k.insert(seen_k.end(), k.values.begin() + at, k.values.begin() + at + kDim);
+      seen_v.insert(seen_v.end(), v.values.begin() + at, v.values.begin() + at + kDim);
+    }
+    const std::vector<double> truth =
+        oracle_row(q.values.data() + head * kDim, seen_k.data(), seen_v.data(),
+                   static_cast<std::int64_t>(seen_k.size()) / kDim, kDim, kDim,
+                   1.0 / std::sqrt(kDim), [](std::int64_t) { return true; });
+    double error = 0.0;
+    double norm = 0.0;
+    for (int d = 0; d < kDim; ++d) {
+      const double x =
+          static_cast<double>(to_float(out[static_cast<std::size_t>(head * kDim + d)]));
+      error += std::pow(x - truth[static_cast<std::size_t>(d)], 2);
+      norm += std::pow(truth[static_cast<std::size_t>(d)], 2);
+    }
+    EXPECT_LE(std::sqrt(error / norm), 2e-3) << "head " << head;  // outputs near 0: many rows
+  }
+}
+
+HeadPlan half_streaming(const ModelShape& shape) {
+  HeadPlan plan(shape);
+  plan.set(0, 1, KeepWindow{{64, 256}});
+  return plan;
+}
+
+TEST(CudaLong, DecodesAContextOf512k) {
+  HEADWISE_NEEDS_DEVICE();
+  constexpr std::int64_t kLength = 512 * 1024 - 1;
+  const ModelShape shape = ModelShape::uniform(1, 4, 2, kDim);
+  cuda::DeviceCache<f16> cache(shape, half_streaming(shape), {.max_context = kLength + 1});
+  check_long(cache, kLength);
+}
+
+TEST(CudaLong, AddressesMoreThan2To31Elements) {
+  HEADWISE_NEEDS_DEVICE();
+  constexpr std::int64_t kElements = (std::int64_t{1} << 31) + (std::int64_t{1} << 26);
+  constexpr std::int64_t kFiller = kElements / (2 * kDim);  // tokens of one head
+  const ModelShape shape = ModelShape::uniform(1, 4, 2, kDim);
+  cuda::DeviceCache<f16> cache(shape, half_streaming(shape),
+                               {.max_bytes = (kElements + (std::int64_t{1} << 24)) * 2,
+                                .max_sequences = 2,
+                                .max_context = kFiller});
+  Step step;
+  const SequenceId filler = *cache.add_sequence();  // its rows are never read
+  ASSERT_EQ(cache.begin(step, {{filler, kFiller - 6400}}, Phase::kPrompt, nullptr),
+            StepStatus::kOk);
+  ASSERT_EQ(cache.commit_replayed(step), StepStatus::kOk);
+  check_long(cache, 5000);
+}
+
+}  // namespace
+}  // namespace headwise::test
