@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: MIT
+// expect: (satisfaction of [^ ]*RowElement.*Row = int|[^ ]*int[^ ]* does not satisfy [^ ]*RowElement)
+// Rows are f32, f16 or bf16.
+#include "headwise/cache/kv_cache.hpp"
+
+#ifdef WRONG
+using Row = int;
+#else
+using Row = headwise::bf16;
+#endif
+
+int main() {
+  const auto shape = headwise::ModelShape::uniform(1, 1, 1, 16);
+  const headwise::KvCache<Row> cache(shape, headwise::HeadPlan(shape), {.max_context = 16});
+  return cache.free_pages() > 0 ? 0 : 1;
+}
