@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: MIT
+/// @file attended_cache.hpp
+/// A modelled cache whose steps are attended, and the oracle over its dense history.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "headwise/attention/attend.hpp"
+#include "headwise/core/executor.hpp"
+#include "support/cache_model.hpp"
+
+namespace headwise::test {
+
+/// Outputs of one layer of a step: [rows, num_qo_heads, v_dim].
+using Outputs = std::vector<float>;
+
+/// Some sequences' new tokens, in a step's order.
+using Chunks = std::vector<std::pair<SequenceId, std::vector<Token>>>;
+
+template <class Row, class Layout>
+class AttendedCache : public ModelledCache<Row, Layout> {
+  using Base = ModelledCache<Row, Layout>;
+
+ public:
+  AttendedCache(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
+      : Base(shape, plan, options), shape_(shape) {}
+
+  /// q, k and v of one layer of the open step, made of its tokens.
+  struct Inputs {
+    std::vector<float> q, k, v;
+    Outputs out;
+  };
+  Inputs inputs_of(int layer, const Chunks& chunks) const {
+    const LayerShape& shape = shape_.layer(layer);
+    Inputs in;
+    for (std::size_t e = 0; e < chunks.size(); ++e) {
+      const std::int64_t start = this->step.entries()[e].lengths.length;
+      for (std::size_t i = 0; i < chunks[e].second.size(); ++i) {
+        const Token token = chunks[e].second[i];
+        const std::int64_t pos = start + static_cast<std::int64_t>(i);
+        for (int h = 0; h < shape.num_qo_heads(); ++h) push(in.q, query(token, pos, layer, h));
+        for (int h = 0; h < shape.num_kv_heads; ++h) {
+          push(in.k, row_of(token, pos, layer, h, Side::kK, shape.k_dim));
+          push(in.v, row_of(token, pos, layer, h, Side::kV, shape.v_dim));
+        }
+      }
+    }
+    in.out.assign(
+        in.q.size() / static_cast<std::size_t>(shape.k_dim) * static_cast<std::size_t>(shape.v_dim),
+        -7.0F);
+    return in;
+  }
+
+  /// attend() for one layer of the open step.
+  template <class E = SerialExecutor>
+  Outputs attend_layer(int layer, const Chunks& chunks, E&& executor = E{}) {
+    const LayerShape& shape = shape_.layer(layer);
+    Inputs in = inputs_of(layer, chunks);
+    headwise::attend(this->cache, this->step, layer,
+                     TensorView<const float>::nhd(in.q.data(), shape.num_qo_heads(), shape.k_dim),
+                     TensorView<const float>::nhd(in.k.data(), shape.num_kv_heads, shape.k_dim),
+                     TensorView<const float>::nhd(in.v.data(), shape.num_kv_heads, shape.v_dim),
+                     TensorView<float>::nhd(in.out.data(), shape.num_qo_heads(), shape.v_dim),
+                     executor);
+    return std::move(in.out);
+  }
+
+  /// begin, attend every layer, commit.
+  template <class E = SerialExecutor>
+  std::vector<Outputs> run(const Chunks& chunks, Phase phase, E&& executor = E{}) {
+    EXPECT_EQ(this->begin(chunks, phase), StepStatus::kOk);
+    std::vector<Outputs> out;
+    for (int l = 0; l < shape_.num_layers(); ++l) out.push_back(attend_layer(l, chunks, executor));
+    EXPECT_EQ(this->commit(), StepStatus::kOk);
+    return out;
+  }
+
+  /// What run() must return, by the published rules over all tokens, in double.
+  std::vector<std::vector<double>> oracle(const Chunks& chunks, Phase phase) const {
+    std::vector<std::vector<double>> out(static_cast<std::size_t>(shape_.num_layers()));
+    for (int l = 0; l < shape_.num_layers(); ++l) {
+      const LayerShape& shape = shape_.layer(l);
+      for (const auto& [id, tokens] : chunks) {
+        std::vector<Token> all = this->sequences.at(id).tokens;
+        const auto start = static_cast<std::int64_t>(all.size());
+        all.insert(all.end(), tokens.begin(), tokens.end());
+        std::vector<std::vector<double>> by_head;
+        for (int h = 0; h < shape.num_kv_heads; ++h) {
+          by_head.push_back(oracle_of(all, start, phase, l, h));
+        }
+        const auto group = static_cast<std::size_t>(shape.group_size * shape.v_dim);
+        for (std::size_t i = 0; i < tokens.size(); ++i) {
+          for (const std::vector<double>& head : by_head) {
+            const auto first = head.begin() + static_cast<std::ptrdiff_t>(i * group);
+            auto& to = out[static_cast<std::size_t>(l)];
+            to.insert(to.end(), first, first + static_cast<std::ptrdiff_t>(group));
+          }
+        }
+      }
+    }
+    return out;
+  }
+
+  /// run(), compared with the oracle.
+  void run_and_check(const Chunks& chunks, Phase phase, double bound) {
+    const std::vector<std::vector<double>> expected = oracle(chunks, phase);
+    const std::vector<Outputs> out = run(chunks, phase);
+    for (std::size_t l = 0; l < out.size(); ++l) {
+      ASSERT_EQ(out[l].size(), expected[l].size());
+      double worst = 0.0;
+      for (std::size_t i = 0; i < out[l].size(); ++i) {
+        const double error = std::fabs(static_cast<double>(out[l][i]) - expected[l][i]);
+        ASSERT_FALSE(std::isnan(out[l][i])) << "layer " << l << ", element " << i;
+        worst = std::max(worst, error);
+      }
+      ASSERT_LE(worst, bound) << "layer " << l << ", " << chunks.size() << " sequences";
+    }
+  }
+
+ private:
+  static void push(std::vector<float>& to, const std::vector<float>& row) {
+    to.insert(to.end(), row.begin(), row.end());
+  }
+
+  /// Queries are longer than keys, so that the softmax is peaked as in trained models.
+  std::vector<float> query(Token token, std::int64_t pos, int layer, int qo_head) const {
+    std::vector<float> row =
+        row_of(token, pos, layer, qo_head, Side::kQ, shape_.layer(layer).k_dim);
+    for (float& x : row) x *= 6.0F;
+    return row;
+  }
+
+  static std::vector<double> stored(Token token, std::int64_t pos, int layer, int head, Side side,
+                                    int dim) {
+    std::vector<double> row;
+    for (const float x : row_of(token, pos, layer, head, side, dim)) {
+      row.push_back(static_cast<double>(to_float(from_float<Row>(x))));
+    }
+    return row;
+  }
+
+  /// [tokens from start on, group_size, v_dim] of one KV head.
+  std::vector<double> oracle_of(const std::vector<Token>& all, std::int64_t start, Phase phase,
+                                int layer, int head) const {
+    const LayerShape& shape = shape_.layer(layer);
+    std::vector<std::vector<double>> keys;
+    std::vector<std::vector<double>> values;
+    for (std::size_t pos = 0; pos < all.size(); ++pos) {
+      const auto p = static_cast<std::int64_t>(pos);
+      keys.push_back(stored(all[pos], p, layer, head, Side::kK, shape.k_dim));
+      values.push_back(stored(all[pos], p, layer, head, Side::kV, shape.v_dim));
+    }
+    const auto n = static_cast<std::int64_t>(all.size());
+    std::vector<double> out;
+    for (std::int64_t i = start; i < n; ++i) {
+      std::vector<std::size_t> seen;
+      std::vector<double> mean_k(static_cast<std::size_t>(shape.k_dim), 0.0);
+      std::vector<double> mean_v(static_cast<std::size_t>(shape.v_dim), 0.0);
+      double folded = 0.0;
+      for (std::int64_t j = 0; j <= i; ++j) {
+        const Sight how = sight(this->plan().budget(layer, head), this->options().prefill,
+                                this->options().page_tokens, phase, start, i, j);
+        const auto key = static_cast<std::size_t>(j);
+        if (how == Sight::kAsRow) seen.push_back(key);
+        if (how != Sight::kFolded) continue;
+        folded += 1.0;
+        for (std::size_t d = 0; d < mean_k.size(); ++d) mean_k[d] += keys[key][d];
+        for (std::size_t d = 0; d < mean_v.size(); ++d) mean_v[d] += values[key][d];
+      }
+      for (double& x : mean_k) x /= std::max(1.0, folded);
+      for (double& x : mean_v) x /= std::max(1.0, folded);
+
+      for (int g = 0; g < shape.group_size; ++g) {
+        const std::vector<float> q =
+            query(all[static_cast<std::size_t>(i)], i, layer, head * shape.group_size + g);
+        const auto score = [&](const std::vector<double>& k) {
+          double sum = 0.0;
+          for (std::size_t d = 0; d < k.size(); ++d) sum += static_cast<double>(q[d]) * k[d];
+          return sum * static_cast<double>(shape.scale());
+        };
+        std::vector<double> row(mean_v.size(), 0.0);
+        double total = 0.0;
+        const auto add = [&](double logit, const std::vector<double>& v) {
+          const double weight = std::exp(logit);  // logits are small: no maximum is needed
+          total += weight;
+          for (std::size_t d = 0; d < row.size(); ++d) row[d] += weight * v[d];
+        };
+        for (const std::size_t key : seen) add(score(keys[key]), values[key]);
+        if (folded > 0.0) add(score(mean_k) + std::log(folded), mean_v);
+        for (double& x : row) x /= total;
+        out.insert(out.end(), row.begin(), row.end());
+      }
+    }
+    return out;
+  }
+
+  ModelShape shape_;
+};
+
+}  // namespace headwise::test
