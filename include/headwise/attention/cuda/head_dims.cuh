@@ -10,15 +10,17 @@ namespace headwise::inline v0::cuda {
 /// A list of head widths. Each costs a kernel: name only what a model needs to compile faster.
 template <int... kDims>
 struct HeadDims {
+  /// Whether a kernel is compiled for the width.
   static constexpr bool contains(int dim) { return ((dim == kDims) || ...); }
 };
 
+/// Every width that kernels exist for.
 using AllHeadDims = HeadDims<64, 80, 96, 128, 256>;
 
 /// A width as a type.
 template <int kValue>
 struct HeadDim {
-  static constexpr int value = kValue;
+  static constexpr int value = kValue;  ///< the width
 };
 
 /// `fn(HeadDim<dim>{})`, or cudaErrorInvalidValue where `dim` is not in the list.

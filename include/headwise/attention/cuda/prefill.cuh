@@ -19,14 +19,14 @@ namespace headwise::inline v0::cuda {
 
 /// One layer's chunks as a kernel's parameters.
 struct PrefillArgs {
-  DeviceStep step;
+  DeviceStep step;                    ///< the open step and the pages
   LayerHeads heads;                   ///< those to attend; others are not touched
   TensorView<const std::uint16_t> q;  ///< [rows, num_qo_heads, dim]
   TensorView<const std::uint16_t> k;  ///< [rows, num_kv_heads, dim] the step's own
   TensorView<const std::uint16_t> v;  ///< [rows, num_kv_heads, dim]
   TensorView<std::uint16_t> out;      ///< [rows, num_qo_heads, dim]
-  std::int32_t group_size = 1;
-  float scale_log2 = 1.0F;  ///< softmax scale x log2(e)
+  std::int32_t group_size = 1;        ///< query heads per KV head
+  float scale_log2 = 1.0F;            ///< softmax scale x log2(e)
 };
 
 namespace detail {

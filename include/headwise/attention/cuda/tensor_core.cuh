@@ -15,7 +15,9 @@
 
 namespace headwise::inline v0::cuda {
 
+/// All 32 lanes, as the shuffle and vote instructions name them.
 inline constexpr unsigned kWholeWarp = 0xFFFFFFFFU;
+/// log2(e): softmax is computed with powers of two.
 inline constexpr float kLog2E = 1.4426950408889634F;
 /// Below every score, yet finite: exp2 of it is 0, and a difference of two is not NaN.
 inline constexpr float kMasked = -1e30F;
@@ -37,6 +39,7 @@ __device__ __forceinline__ void copy_async_16(std::uint32_t to, const void* from
                "r"(valid ? 16 : 0)
                : "memory");
 }
+/// Makes the copies since the last call one group.
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -68,6 +71,7 @@ __device__ __forceinline__ std::uint32_t transposed(std::uint32_t matrix) {
   return out;
 }
 
+/// 2^x in one approximate instruction; subnormal results are 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -78,8 +82,10 @@ __device__ __forceinline__ float exp2_fast(float x) {
 template <class Row>
 struct TensorCore;
 
+/// f16 operands.
 template <>
 struct TensorCore<f16> {
+  /// c += a b: a [16][16], b [16][8], c [16][8], each lane with its fragments.
   static __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)[4],
                                                   std::uint32_t b0, std::uint32_t b1) {
     asm volatile(
@@ -88,14 +94,17 @@ struct TensorCore<f16> {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+  /// Two floats as two elements, to nearest even, `low` in the lower half.
   static __device__ __forceinline__ std::uint32_t pack(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const std::uint32_t*>(&pair);
   }
 };
 
+/// bf16 operands.
 template <>
 struct TensorCore<bf16> {
+  /// c += a b: a [16][16], b [16][8], c [16][8], each lane with its fragments.
   static __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)[4],
                                                   std::uint32_t b0, std::uint32_t b1) {
     asm volatile(
@@ -104,6 +113,7 @@ struct TensorCore<bf16> {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+  /// Two floats as two elements, to nearest even, `low` in the lower half.
   static __device__ __forceinline__ std::uint32_t pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const std::uint32_t*>(&pair);

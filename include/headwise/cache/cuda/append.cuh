@@ -16,10 +16,10 @@ namespace headwise::inline v0::cuda {
 
 /// Where one stored row comes from and goes to.
 struct RowMove {
-  std::int64_t token = -1;  ///< of the step; -1: the row is carried over from `from_slot`
-  std::int32_t from_slot = 0;
-  std::int32_t slot = 0;
-  bool needed = false;
+  std::int64_t token = -1;     ///< of the step; -1: the row is carried over from `from_slot`
+  std::int32_t from_slot = 0;  ///< on the first ring
+  std::int32_t slot = 0;       ///< where the row goes
+  bool needed = false;         ///< false: there is no such row
 };
 
 /// The `row`-th row that a head has to store.

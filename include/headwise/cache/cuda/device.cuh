@@ -36,15 +36,19 @@ class DeviceMemory {
     if (bytes != 0) require(cudaMalloc(&data_, bytes), "cudaMalloc");
   }
   ~DeviceMemory() { cudaFree(data_); }
+  /// Takes the memory over.
   DeviceMemory(DeviceMemory&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  /// Swaps.
   DeviceMemory& operator=(DeviceMemory&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     return *this;
   }
 
+  /// A device address; null where there are no bytes.
   std::byte* data() const { return static_cast<std::byte*>(data_); }
+  /// Bytes there are.
   std::size_t num_bytes() const { return bytes_; }
 
  private:
@@ -55,13 +59,16 @@ class DeviceMemory {
 /// Page-locked host memory, so that a copy from it is asynchronous.
 class PinnedMemory {
  public:
+  /// @throws CudaError when the host has not as much.
   explicit PinnedMemory(std::size_t bytes) {
     require(cudaMallocHost(&data_, bytes), "cudaMallocHost");
   }
   ~PinnedMemory() { cudaFreeHost(data_); }
+  /// Takes the memory over.
   PinnedMemory(PinnedMemory&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   PinnedMemory& operator=(PinnedMemory&&) = delete;
 
+  /// A host address.
   std::byte* data() const { return static_cast<std::byte*>(data_); }
 
  private:
@@ -75,9 +82,11 @@ class Event {
   ~Event() {
     if (event_ != nullptr) cudaEventDestroy(event_);
   }
+  /// Takes the event over.
   Event(Event&& other) noexcept : event_(std::exchange(other.event_, nullptr)) {}
   Event& operator=(Event&&) = delete;
 
+  /// As CUDA calls take it.
   cudaEvent_t get() const { return event_; }
 
  private:
@@ -86,7 +95,7 @@ class Event {
 
 /// What a launch depends on; read once, at set-up.
 struct DeviceLimits {
-  int num_sms = 0;
+  int num_sms = 0;               ///< multiprocessors
   int smem_per_block = 0;        ///< bytes that a block may ask for
   bool chains_launches = false;  ///< programmatic dependent launch: compute capability 9.0 and up
 

@@ -59,9 +59,13 @@ class DeviceCache {
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
 
+  /// As KvCache::add_sequence().
   std::optional<SequenceId> add_sequence() { return ledger_.add_sequence(); }
+  /// As KvCache::release().
   void release(SequenceId id) { ledger_.release(id); }
+  /// Tokens committed; the position of the sequence's next token.
   std::int64_t length(SequenceId id) const { return ledger_.length(id); }
+  /// The longest length ever committed.
   std::int64_t high_water(SequenceId id) const { return ledger_.high_water(id); }
   /// As KvCache: exact, all or nothing, down to high_water - max_rollback. Costs no device work.
   StepStatus rollback(SequenceId id, std::int64_t new_length) {
@@ -94,7 +98,9 @@ class DeviceCache {
     }
     return ledger_.commit(step);
   }
+  /// Closes the step without a trace.
   StepStatus drop(Step& step) { return ledger_.drop(step); }
+  /// Whether `step` is the one that this cache has open.
   bool is_open(const Step& step) const { return ledger_.is_open(step); }
 
   /// Notes that `heads` of a layer's heads have their rows in their pages, for every sequence.
@@ -107,17 +113,22 @@ class DeviceCache {
   /// The first error of a copy or launch that begin made; a step after it is not to be trusted.
   cudaError_t error() const { return error_; }
 
+  /// Bytes of page memory that the sequence holds.
   std::size_t held_bytes(SequenceId id) const {
     return static_cast<std::size_t>(ledger_.pages_held(id)) * geometry().page_bytes();
   }
+  /// Pages that the sequence holds, those of an open step not counted.
   std::int64_t pages_held(SequenceId id) const { return ledger_.pages_held(id); }
+  /// Pages that nobody holds.
   std::int64_t free_pages() const { return ledger_.pool().num_free(); }
+  /// What follows from shape, plan and options.
   const CacheGeometry& geometry() const { return ledger_.geometry(); }
   /// Device memory besides the pages: tables and the step.
   std::size_t device_bytes() const { return state_.num_bytes() + tables_.num_bytes(); }
 
   // For attention ---------------------------------------------------------------------------------
 
+  /// The open step as kernels take it; the same for the cache's whole life.
   DeviceStep device_step() const {
     return {reinterpret_cast<const StepHeader*>(state_.data()),
             reinterpret_cast<const EntryState*>(state_.data() + layout_.entries),
@@ -144,6 +155,7 @@ class DeviceCache {
     }
     return heads;
   }
+  /// All heads of the layer, those that keep most first.
   LayerHeads layer_heads(int layer) const {
     return layer_heads(layer, [](const HeadStore&) { return true; });
   }

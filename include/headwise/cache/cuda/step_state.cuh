@@ -14,9 +14,10 @@ inline constexpr int kPageTokens = 64;
 /// Most KV heads of a layer: what fits a kernel's parameters.
 inline constexpr int kMaxHeads = 128;
 
+/// How much of the arrays behind it is in use.
 struct StepHeader {
-  std::int32_t num_entries = 0;
-  std::int32_t num_ranges = 0;  ///< changed runs of page-table entries
+  std::int32_t num_entries = 0;  ///< sequences of the step
+  std::int32_t num_ranges = 0;   ///< changed runs of page-table entries
 };
 
 /// One sequence's part of the step.
@@ -34,39 +35,39 @@ struct ClassState {
   // Where rows lie.
   std::int32_t read_entry = 0;    ///< table entry of slot 0 among the rows before the step
   std::int32_t append_entry = 0;  ///< the same where the step's rows go; differs on a second ring
-  std::int32_t ring_sink = 0;
-  std::int32_t ring_rows = 0;  ///< 0: slot == pos
+  std::int32_t ring_sink = 0;     ///< first positions, which keep their slots
+  std::int32_t ring_rows = 0;     ///< 0: slot == pos
   // The rows that a single new token sees, its own included, once they are appended: at most two
   // runs of slots.
-  std::int32_t slot_begin[2] = {};
-  std::int32_t slot_end[2] = {};
+  std::int32_t slot_begin[2] = {};  ///< of each run
+  std::int32_t slot_end[2] = {};    ///< one after the last of each run
   // The rows before the step that some query of a chunk may see: positions [0, first_count) in as
   // many slots, then older_count and newer_count rows, positions following one another.
-  std::int32_t first_count = 0;
-  std::int32_t older_pos = 0;
-  std::int32_t older_slot = 0;
-  std::int32_t older_count = 0;
-  std::int32_t newer_slot = 0;
-  std::int32_t newer_count = 0;
+  std::int32_t first_count = 0;  ///< see above
+  std::int32_t older_pos = 0;    ///< position of the first older row
+  std::int32_t older_slot = 0;   ///< its slot
+  std::int32_t older_count = 0;  ///< rows up to the ring's end
+  std::int32_t newer_slot = 0;   ///< slot of the row after them
+  std::int32_t newer_count = 0;  ///< rows from the ring's begin on
   // The window rule of the step's queries; recent is INT32_MAX where nothing is forgotten.
-  std::int32_t sink = 0;
-  std::int32_t recent = 0;
+  std::int32_t sink = 0;    ///< first positions, always seen
+  std::int32_t recent = 0;  ///< newest ones seen, the query's own counted
 };
 static_assert(sizeof(ClassState) == 64);
 
 /// `count` page-table entries from `first_entry` on, taken from `first_id` on in the list of ids.
 struct TableRange {
-  std::int64_t first_entry = 0;
-  std::int32_t first_id = 0;
-  std::int32_t count = 0;
+  std::int64_t first_entry = 0;  ///< in the page table of all sequences
+  std::int32_t first_id = 0;     ///< in the list of page ids
+  std::int32_t count = 0;        ///< entries
 };
 
 /// Where the parts of a step lie in the one block of bytes that is copied to the device.
 struct StepLayout {
-  std::size_t entries = 0;
-  std::size_t classes = 0;  ///< [max_sequences][num_classes] ClassState
-  std::size_t ranges = 0;   ///< [num_ranges] TableRange, then the page ids, packed
-  std::size_t total_bytes = 0;
+  std::size_t entries = 0;      ///< [max_sequences] EntryState, behind the StepHeader
+  std::size_t classes = 0;      ///< [max_sequences][num_classes] ClassState
+  std::size_t ranges = 0;       ///< [num_ranges] TableRange, then the page ids, packed
+  std::size_t total_bytes = 0;  ///< of the block
 
   /// @param most_ranges, most_ids  the most that any step can change.
   StepLayout(std::size_t max_sequences, std::size_t num_classes, std::size_t most_ranges,
@@ -82,22 +83,22 @@ struct StepLayout {
 
 /// The step and the pages as a kernel's parameters; every pointer is fixed for a cache's life.
 struct DeviceStep {
-  const StepHeader* header = nullptr;
+  const StepHeader* header = nullptr;        ///< one
   const EntryState* entries = nullptr;       ///< [max_sequences]
   const ClassState* classes = nullptr;       ///< [max_sequences][num_classes]
   const std::int32_t* page_table = nullptr;  ///< [max_sequences][entries_per_sequence]
-  std::byte* pages = nullptr;
-  std::size_t page_bytes = 0;
-  std::int32_t num_classes = 0;
-  std::int32_t max_sequences = 0;
+  std::byte* pages = nullptr;                ///< page 0
+  std::size_t page_bytes = 0;                ///< from one page to the next
+  std::int32_t num_classes = 0;              ///< of heads with equal budgets
+  std::int32_t max_sequences = 0;            ///< CacheOptions::max_sequences
 };
 
 /// Some KV heads of one layer, by value in a kernel's parameters.
 struct LayerHeads {
-  std::int32_t num_heads = 0;
+  std::int32_t num_heads = 0;                 ///< at most kMaxHeads
   std::int32_t table_offset[kMaxHeads] = {};  ///< in a sequence's share of the page table
-  std::int16_t kv_head[kMaxHeads] = {};
-  std::int16_t class_idx[kMaxHeads] = {};
+  std::int16_t kv_head[kMaxHeads] = {};       ///< [num_heads] in the layer
+  std::int16_t class_idx[kMaxHeads] = {};     ///< [num_heads] in CacheGeometry::classes()
 };
 
 }  // namespace headwise::inline v0::cuda
