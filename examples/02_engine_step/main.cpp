@@ -12,6 +12,10 @@ namespace {
 
 using namespace headwise;
 
+constexpr std::int64_t kChunk = 300;  // most tokens that a sequence gets in one step
+constexpr std::size_t kThreads = 1;
+const ModelShape kShape = ModelShape::uniform(2, 4, 2, 64);
+
 /// Tokens of one request that go into the next step.
 struct Work {
   SequenceId sequence;
@@ -29,8 +33,9 @@ HeadPlan make_plan(const ModelShape& shape) {
 
 class Engine {
  public:
-  // Once, so that no step allocates: chunks of up to 256 tokens, one thread.
-  Engine() { reserve_scratch(step_, cache_, 256, 1); }
+  explicit Engine(const CacheOptions& options) : cache_(model_.shape(), plan_, options) {
+    reserve_scratch(step_, cache_, kChunk, kThreads);  // once, so that no step allocates
+  }
 
   /// All of the batch, or nothing of it.
   StepStatus forward(const std::vector<Work>& batch, Phase phase) {
@@ -62,15 +67,9 @@ class Engine {
   double worst_error() const { return worst_error_; }
 
  private:
-  stand_in::Model model_{2, 4, 2, 64};
+  stand_in::Model model_{kShape};
   HeadPlan plan_ = make_plan(model_.shape());
-  KvCache<f16> cache_{model_.shape(),
-                      plan_,
-                      {.page_tokens = 16,
-                       .max_bytes = 80 * std::size_t{16 * 2 * 64} * sizeof(f16),  // 80 pages
-                       .max_sequences = 4,
-                       .max_context = 512,
-                       .max_rollback = 8}};
+  KvCache<f16> cache_;
   Step step_;  // one object for all steps: its memory is kept
   std::vector<SequenceChunk> chunks_;
   std::vector<stand_in::Token> rows_;
@@ -90,7 +89,17 @@ void expect(const char* what, StepStatus got, StepStatus expected, const KvCache
 
 int main() {
   using enum StepStatus;
-  Engine engine;
+  // Before a cache is built: what it and its steps will allocate, and how far that would reach.
+  const HeadPlan plan = make_plan(kShape);
+  CacheOptions options{.page_tokens = 16, .max_sequences = 4, .max_context = 512};
+  options.max_rollback = 8;
+  options.max_bytes = 80 * estimate(kShape, plan, options, kChunk, kThreads).page_bytes;
+  const Estimate cost = estimate(kShape, plan, options, kChunk, kThreads);
+  const auto longest = longest_context(kShape, plan, options, kChunk, kThreads, cost.total_bytes());
+  std::printf("%zu KiB: 4 texts of up to %lld tokens at any time, or longer ones beside shorter\n",
+              cost.total_bytes() / 1024, static_cast<long long>(longest));
+
+  Engine engine(options);
   KvCache<f16>& cache = engine.cache();
   const SequenceId a = *cache.add_sequence();
   const SequenceId b = *cache.add_sequence();
@@ -122,6 +131,9 @@ int main() {
   expect("decode b and c", engine.forward({{b, 2, 1}, {c, 3, 1}}, Phase::kDecode), kOk, cache);
   expect("no room for so long a text", engine.forward({{c, 3, 300}}, Phase::kPrompt),
          kContextTooLong, cache);
+
+  expect("one sequence twice", engine.forward({{b, 2, 1}, {b, 2, 1}}, Phase::kDecode),
+         kInvalidChunk, cache);
 
   // A step that fails half-way (an error elsewhere in the engine) is dropped, without a trace.
   Step step;

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "headwise/attention/reference.hpp"
@@ -35,7 +37,8 @@ inline void add_tokens(std::vector<Token>& rows, std::uint32_t text, std::int64_
 class Model {
  public:
   Model(int num_layers, int num_qo_heads, int num_kv_heads, int head_dim)
-      : shape_(headwise::ModelShape::uniform(num_layers, num_qo_heads, num_kv_heads, head_dim)) {}
+      : Model(headwise::ModelShape::uniform(num_layers, num_qo_heads, num_kv_heads, head_dim)) {}
+  explicit Model(headwise::ModelShape shape) : shape_(std::move(shape)) {}
 
   const headwise::ModelShape& shape() const { return shape_; }
 

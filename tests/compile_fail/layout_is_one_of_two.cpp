@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// expect: (satisfaction of [^ ]*PageLayout.*Layout = HeadMajor|HeadMajor[^ ]* does not satisfy [^ ]*PageLayout)
+// expect: (PageLayout.*Layout = HeadMajor|HeadMajor. does not satisfy .PageLayout)
 // A layout of one's own is not enough: the kernels know the two that there are.
 #include "headwise/cache/kv_cache.hpp"
 

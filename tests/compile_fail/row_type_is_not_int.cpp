@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// expect: (satisfaction of [^ ]*RowElement.*Row = int|[^ ]*int[^ ]* does not satisfy [^ ]*RowElement)
+// expect: (RowElement.*Row = int|int. does not satisfy .RowElement)
 // Rows are f32, f16 or bf16.
 #include "headwise/cache/kv_cache.hpp"
 
