@@ -14,7 +14,8 @@ from rows with these names (bench/README.md says what the counters mean):
 
     decode/<shape>/<format>/kv=<context>/<plan>/threads=<t>   counters ms, kv_bytes, of_ceiling
     prefill/<shape>/<format>/n=<tokens>/<plan>/threads=<t>    counter of_ceiling
-    ceiling/read/threads=<t>                                  counter GB/s
+
+A bound is what the ceiling took that was measured beside the row, in the same process: of_ceiling x ms.
 
 Needs matplotlib (Debian, Ubuntu: python3-matplotlib), nothing else.
 """
@@ -28,7 +29,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -43,7 +44,6 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MultipleL
 ROW_NAME = re.compile(
     r"(?P<kind>decode|prefill)/(?P<shape>[^/]+)/(?P<format>[^/]+)/[a-z_]+=(?P<length>\d+)/(?P<plan>[^/]+)"
     r"/threads[=:](?P<threads>\d+)")
-CEILING_NAME = re.compile(r"ceiling/read/threads[=:](?P<threads>\d+)")
 SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell them apart without colour.
@@ -80,13 +80,7 @@ class Point:
         return self.of_ceiling * self.seconds if self.of_ceiling else None
 
 
-@dataclass
-class Measurements:
-    """Rows by setting and plan; read ceilings in GB/s by number of threads."""
-
-    points: dict[Setting, dict[str, list[Point]]] = field(
-        default_factory=lambda: defaultdict(lambda: defaultdict(list)))
-    read_gbs: dict[int, float] = field(default_factory=dict)
+Measurements = dict[Setting, dict[str, list[Point]]]  # points by setting and plan, shortest first
 
 
 def medians(rows: list[dict]) -> dict[str, dict]:
@@ -113,7 +107,7 @@ def medians(rows: list[dict]) -> dict[str, dict]:
 
 def load(folder: Path) -> Measurements:
     """All rows of a folder."""
-    result = Measurements()
+    result: Measurements = defaultdict(lambda: defaultdict(list))
     for path in sorted(folder.glob("*.json")):
         try:
             rows = medians(json.loads(path.read_text(encoding="utf-8"))["benchmarks"])
@@ -123,9 +117,7 @@ def load(folder: Path) -> Measurements:
         for name, row in rows.items():
             if match := ROW_NAME.match(name):
                 add_row(result, match, row)
-            elif (match := CEILING_NAME.match(name)) and "GB/s" in row:
-                result.read_gbs[int(match["threads"])] = float(row["GB/s"])
-    for plans in result.points.values():
+    for plans in result.values():
         for points in plans.values():
             points.sort(key=lambda point: point.length)
     return result
@@ -139,7 +131,7 @@ def add_row(result: Measurements, match: re.Match[str], row: dict) -> None:
         seconds = float(row["real_time"]) * SECONDS[row.get("time_unit", "ns")]
     setting = Setting(match["kind"], match["shape"], match["format"], int(match["threads"]))
     point = Point(int(match["length"]), seconds, row.get("kv_bytes"), row.get("of_ceiling"))
-    result.points[setting][match["plan"]].append(point)
+    result[setting][match["plan"]].append(point)
 
 
 def styles_of(plans: list[str]) -> dict[str, tuple[str, str]]:
@@ -220,7 +212,17 @@ def share_text(points: list[Point]) -> str:
     return f"  ({low} %)" if low == high else f"  ({low} to {high} %)"
 
 
-def draw_decode(setting: Setting, plans: dict[str, list[Point]], read_gbs: float | None) -> Figure:
+def bound_text(plans: dict[str, list[Point]]) -> str:
+    """The bound, with the read bandwidth measured beside the row that reads most."""
+    bounded = [p for points in plans.values() for p in points if p.kv_bytes and p.bound_seconds]
+    if not bounded:
+        return "bound: as many bytes read"
+    most = max(bounded, key=lambda point: point.kv_bytes)
+    rate = number(most.kv_bytes / most.bound_seconds / 1e9)
+    return f"bound: as many bytes read ({rate} GB/s at {length_text(most.length)})"
+
+
+def draw_decode(setting: Setting, plans: dict[str, list[Point]]) -> Figure:
     """Time with its bound, and bytes, against the context."""
     figure, (times, memory) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     styles = styles_of(in_order(plans))
@@ -240,9 +242,7 @@ def draw_decode(setting: Setting, plans: dict[str, list[Point]], read_gbs: float
         kept += [float(p.kv_bytes) for p in stored]
         memory.plot([p.length for p in stored], [p.kv_bytes for p in stored], color=colour, marker=marker,
                     markersize=6, linewidth=1.6)
-    rate = f" ({read_gbs:.1f} GB/s)" if read_gbs else ""
-    handles.append(Line2D([], [], color=GREY, linestyle=DASHES, linewidth=1.2,
-                          label=f"bound: as many bytes read{rate}"))
+    handles.append(Line2D([], [], color=GREY, linestyle=DASHES, linewidth=1.2, label=bound_text(plans)))
 
     frame(times, plans, "Time of a decode step, one token")
     times.set_yscale("log")
@@ -264,7 +264,7 @@ def draw_decode(setting: Setting, plans: dict[str, list[Point]], read_gbs: float
     return figure
 
 
-def draw_shares(kind: str, measurements: dict[Setting, dict[str, list[Point]]], ceiling: str) -> Figure:
+def draw_shares(kind: str, measurements: Measurements, ceiling: str) -> Figure:
     """Every row's share of its ceiling: a panel for each number of threads, a line for each shape and length."""
     shares: dict[int, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for setting, plans in sorted(measurements.items(), key=lambda item: str(item[0])):
@@ -286,7 +286,8 @@ def draw_shares(kind: str, measurements: dict[Setting, dict[str, list[Point]]], 
             rows = [(share, labels.index(label)) for label, row in shares[threads].items()
                     if (share := row.get(plan)) is not None]
             colour, marker = styles[plan]
-            axes.plot([x for x, _ in rows], [y for _, y in rows], color=colour, marker=marker, markersize=7,
+            size = max(4.0, 9.0 - 1.5 * plans.index(plan))  # points in one place are all seen
+            axes.plot([x for x, _ in rows], [y for _, y in rows], color=colour, marker=marker, markersize=size,
                       linestyle="none", label=plan)
         axes.axvline(1.0, color=GREY, linestyle=DASHES, linewidth=1.2)
         axes.set_xlim(0.0, max(1.05, 1.05 * largest))
@@ -324,15 +325,15 @@ def main() -> int:
     # Letters stay letters in the SVG, and equal input gives equal files.
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "headwise", "font.size": 10})
     measurements = load(arguments.folder)
-    for setting, plans in sorted(measurements.points.items(), key=lambda item: str(item[0])):
+    for setting, plans in sorted(measurements.items(), key=lambda item: str(item[0])):
         if setting.kind == "decode" and len({point.length for points in plans.values() for point in points}) > 1:
             stem = out / f"decode_{setting.shape}_{setting.format}_{setting.threads}t"
-            save(draw_decode(setting, plans, measurements.read_gbs.get(setting.threads)), stem)
+            save(draw_decode(setting, plans), stem)
     for kind, ceiling in CEILINGS.items():
-        rows = {setting: plans for setting, plans in measurements.points.items() if setting.kind == kind}
+        rows = {setting: plans for setting, plans in measurements.items() if setting.kind == kind}
         if rows:
             save(draw_shares(kind, rows, ceiling), out / f"{kind}_share")
-    if not measurements.points:
+    if not measurements:
         print(f"{arguments.folder}: no rows decode/... or prefill/..., nothing to draw", file=sys.stderr)
     return 0
 
