@@ -31,7 +31,6 @@ struct Row {
   Window window;
   bool dense;
   bool interleaved;
-  int stripes;
 };
 
 /// A cache of equal layers at the row's length, and its attention.
@@ -82,7 +81,7 @@ class Decoder {
   const cuda::DeviceMemory& pages() const { return pages_; }
 
   double microseconds_a_layer() {
-    cuda::require(attention_->plan(stream_, row_.stripes), "plan");
+    cuda::require(attention_->plan(stream_), "plan");
     const auto q = TensorView<const f16>::nhd(reinterpret_cast<const f16*>(q_.data()),
                                               row_.num_qo_heads, kDim);
     const auto out =
@@ -147,7 +146,6 @@ std::string name_of(const Row& row) {
                     : "/half_" + std::to_string(row.window.sink) + "+" +
                           std::to_string(row.window.recent);
   if (row.interleaved) name += "/interleaved";
-  if (row.stripes != 16) name += "/stripes" + std::to_string(row.stripes);
   return name;
 }
 
@@ -208,7 +206,7 @@ int run(const char* path, bool quick) {
   for (const int kv_heads : {8, 32}) {
     for (const Shape& shape : shapes) {
       if (kv_heads == 32 && (shape.batch == 64 || (quick && shape.length == 524288))) continue;
-      Row row{32, kv_heads, shape.batch, shape.length, wide, true, false, 16};
+      Row row{32, kv_heads, shape.batch, shape.length, wide, true, false};
       const Result dense = measure(row, limits.num_sms);
       print(json, first, row, dense);
       first = false;
@@ -221,15 +219,8 @@ int run(const char* path, bool quick) {
       }
     }
   }
-  for (const Shape& shape :
-       {Shape{1, 16384}, Shape{1, 65536}, Shape{1, 131072}, Shape{16, 16384}}) {
-    for (const int stripes : {1, 4}) {
-      const Row row{32, 8, shape.batch, shape.length, wide, false, false, stripes};
-      print(json, false, row, measure(row, limits.num_sms));
-    }
-  }
   for (const Shape& shape : {Shape{1, 16384}, Shape{1, 131072}, Shape{16, 16384}}) {
-    const Row row{32, 8, shape.batch, shape.length, wide, false, true, 16};
+    const Row row{32, 8, shape.batch, shape.length, wide, false, true};
     print(json, false, row, measure(row, limits.num_sms));
   }
   std::fprintf(json, "\n]\n");

@@ -28,8 +28,8 @@ enum class HeadsWanted : std::uint8_t { kAll, kRetrieval, kStreaming };
 /// Attention over one DeviceCache. Allocates everything at construction.
 ///
 ///     cache.begin(step, chunks, phase, stream);
-///     attention.plan(step, stream);                              // cuts the decode work, once a
-///     step attention.attend(step, layer, q, k, v, out, stream);       // per layer
+///     attention.plan(step, stream); // once a step: cuts the decode work
+///     attention.attend(step, layer, q, k, v, out, stream); // once a layer
 ///     cache.commit(step);
 ///
 /// plan and attend may be captured in a graph, for steps of one token a sequence: a replay follows
@@ -53,12 +53,10 @@ class DeviceAttention {
 
   /// Cuts the step's decode work into equal shares. One small launch; needed before attend wherever
   /// a sequence of the step has one new token.
-  /// @param max_stripes  how finely warps interleave over a long head; see Piece.
-  cudaError_t plan(cudaStream_t stream, int max_stripes = kMaxStripes) const {
-    const auto smem = static_cast<std::size_t>(most_warps_ + 1 + limits_.num_sms) * sizeof(int);
+  cudaError_t plan(cudaStream_t stream) const {
     return launch_chained(cut_decode_kernel<>, dim3(static_cast<unsigned>(kinds_.size())),
-                          dim3(detail::kCutThreads), smem, stream, limits_.chains_launches,
-                          cache_.device_step(), device_kinds_, device_work_, max_stripes);
+                          dim3(detail::kCutThreads), cut_bytes_, stream, limits_.chains_launches,
+                          cache_.device_step(), device_kinds_, device_work_, cut_items_);
   }
 
   /// Stores the step's K and V of one layer and attends its queries: sequences of one new token in
@@ -102,7 +100,7 @@ class DeviceAttention {
                      cudaStream_t stream) const {
     const Layer& place = layers_[static_cast<std::size_t>(layer)];
     const DecodeArgs args{
-        cache_.device_step(), place.heads,         place.work, scratch_, bits(q), bits(out),
+        cache_.device_step(), place.work,          scratch_, bits(q), bits(out), place.table_offset,
         place.group_size,     place.scale * kLog2E};
     return cuda::decode<Row, Dims>(args, place.dim,
                                    kinds_[static_cast<std::size_t>(place.kind)].grid,
@@ -131,12 +129,10 @@ class DeviceAttention {
   }
 
  private:
-  /// Measured on an H200: bench/results/notes.
-  static constexpr int kMaxStripes = 16;
-
   struct Layer {
     LayerHeads heads;
     DecodeWork work;
+    std::int64_t table_offset = 0;
     int kind = 0;
     int dim = 0;
     int group_size = 1;
@@ -155,13 +151,24 @@ class DeviceAttention {
     if (!Dims::contains(shape.k_dim)) {
       fail<ConfigError>("layer ", l, ": no device kernel for head width ", shape.k_dim);
     }
-    Layer layer{cache_.layer_heads(l), {}, 0, shape.k_dim, shape.group_size, shape.scale()};
+    Layer layer{cache_.layer_heads(l),
+                {},
+                cache_.geometry().head(l, 0).table_offset,
+                0,
+                shape.k_dim,
+                shape.group_size,
+                shape.scale()};
     LayerKind kind;
     kind.num_heads = layer.heads.num_heads;
     kind.query_tiles = (shape.group_size + kItemQueries - 1) / kItemQueries;
-    kind.grid = {limits_.num_sms, decode_warps_per_block(shape.k_dim, limits_)};
-    std::copy(std::begin(layer.heads.class_idx), std::end(layer.heads.class_idx),
-              std::begin(kind.class_idx));
+    kind.grid = {std::min(limits_.num_sms, detail::kMaxBlocks),
+                 decode_warps_per_block(shape.k_dim, limits_)};
+    for (int i = 0; i < kind.num_heads; ++i) {
+      kind.class_idx[i] = layer.heads.class_idx[i];
+      kind.kv_head[i] = layer.heads.kv_head[i];
+      kind.table_offset[i] =
+          layer.heads.table_offset[i] - static_cast<std::int32_t>(layer.table_offset);
+    }
     require(prepare_decode<Row, Dims>(shape.k_dim, kind.grid.warps_per_block), "decode kernel");
     require(prepare_prefill<Row, Dims>(shape.k_dim), "prefill kernel");
     const auto same = [&](const LayerKind& other) {
@@ -202,6 +209,20 @@ class DeviceAttention {
           {section(items * sizeof(Piece)), section((items + 1) * sizeof(std::int32_t)),
            section(static_cast<std::size_t>(kind.grid.num_warps()) * sizeof(WarpWork))});
     }
+    int most_items = 0;
+    for (const LayerKind& kind : kinds_) {
+      most_items = std::max(most_items, cache_.geometry().options().max_sequences * kind.num_heads *
+                                            kind.query_tiles);
+    }
+    const auto fits = [&](int items) {
+      cut_bytes_ = 0;
+      for (const LayerKind& kind : kinds_) {
+        cut_bytes_ = std::max(cut_bytes_, cut_decode_bytes(kind.grid, items));
+      }
+      return cut_bytes_ <= 48 * 1024 - 1024;  // what every block may have without asking
+    };
+    cut_items_ = fits(most_items) ? most_items : 0;
+    if (cut_items_ == 0) (void)fits(0);
     const std::size_t kinds = section(kinds_.size() * sizeof(LayerKind));
     const std::size_t work = section(kinds_.size() * sizeof(DecodeWork));
 
@@ -237,6 +258,8 @@ class DeviceAttention {
   int widest_ = 0;
   DeviceMemory memory_;
   DecodeScratch scratch_;
+  int cut_items_ = 0;
+  std::size_t cut_bytes_ = 0;
   const LayerKind* device_kinds_ = nullptr;
   const DecodeWork* device_work_ = nullptr;
 };

@@ -28,14 +28,14 @@ struct DecodeScratch {
 
 /// One layer's decode as a kernel's parameters.
 struct DecodeArgs {
-  DeviceStep step;
-  LayerHeads heads;
-  DecodeWork work;
-  DecodeScratch scratch;
+  DeviceStep step;                    ///< the open step and the pages
+  DecodeWork work;                    ///< which warp does which part
+  DecodeScratch scratch;              ///< between the blocks
   TensorView<const std::uint16_t> q;  ///< [rows, num_qo_heads, dim]
   TensorView<std::uint16_t> out;      ///< [rows, num_qo_heads, dim]
-  std::int32_t group_size = 1;
-  float scale_log2 = 1.0F;  ///< softmax scale x log2(e)
+  std::int64_t table_offset = 0;      ///< of the layer's first entry in a sequence's share
+  std::int32_t group_size = 1;        ///< query heads per KV head
+  float scale_log2 = 1.0F;            ///< softmax scale x log2(e)
 };
 
 namespace detail {
@@ -43,6 +43,9 @@ namespace detail {
 /// Tiles of a warp between copy and use, one of them in use. Two on the way are 128 KiB a
 /// multiprocessor with 8 warps of width 128; 4.6 TB/s x 1 us over 132 of them are 35 KiB.
 inline constexpr int kDecodeStages = 3;
+
+/// Most blocks of a launch: what a merge keeps in registers. An H200 has 132 multiprocessors.
+inline constexpr int kMaxBlocks = 256;
 
 template <int kDim>
 inline constexpr int kDecodeTileElements = 2 * kTileRows* kPaddedDim<kDim>;  // K, then V
@@ -71,84 +74,102 @@ struct TileSource {
 /// Walks over a warp's tiles in order: the part at its head, whole items, the part at its tail.
 class TileWalk {
  public:
+  /// @param work  in shared memory.
   __device__ TileWalk(const DecodeArgs& args, const WarpWork& work) : args_(args), work_(work) {
-    step_ = work.head.count > 0 ? 0 : 1;
     open_next();
   }
 
   __device__ TileSource next() {
     TileSource tile;
-    if (!open_) return tile;
+    if (left_ == 0) return tile;
     tile.exists = true;
-    const int index = stripe_ * piece_.stripe_tiles + column_;
-    const int tiles0 = tiles_of(piece_.slot_begin[0], piece_.slot_end[0]);
+    const int offset = round_ * width_ + column_;
+    const int tiles0 = tiles_of(slot_begin_[0], slot_end_[0]);
+    const int index = base_ + offset;
     const bool second = index >= tiles0;
-    const int begin = second ? piece_.slot_begin[1] : piece_.slot_begin[0];
-    const int end = second ? piece_.slot_end[1] : piece_.slot_end[0];
+    const int begin = second ? slot_begin_[1] : slot_begin_[0];
+    const int end = second ? slot_end_[1] : slot_end_[0];
     const int first_slot = (begin / kTileRows + (second ? index - tiles0 : index)) * kTileRows;
-    tile.low = max(begin - first_slot, 0);
-    tile.high = max(min(end - first_slot, kTileRows), 0);
-    tile.row = first_slot % kPageTokens;
-    if (tile.low < tile.high) {
+    if (offset < tiles_) {
+      tile.low = max(begin - first_slot, 0);
+      tile.high = min(end - first_slot, kTileRows);
+      tile.row = first_slot % kPageTokens;
       tile.page = args_.step.page_table[table_ + first_slot / kPageTokens];
     }
-    --left_;
-    tile.ends_piece = left_ == 0;
+    tile.ends_piece = --left_ == 0;
     if (left_ == 0) {
       open_next();
-    } else {
-      ++column_;
-      while (column_ >= column_end()) {
-        ++stripe_;
-        column_ = column_begin();
-      }
+    } else if (++column_ >= columns_end()) {
+      do {
+        ++round_;
+        // Between the end of the second column's part and the start of the first one's: nothing.
+        if (last_column_ == first_column_ + 1 && round_ >= last_round_ && round_ < first_round_) {
+          round_ = first_round_;
+        }
+        column_ = columns_begin();
+      } while (column_ >= columns_end());
     }
     return tile;
   }
 
  private:
-  // A piece's tiles [first, first + count) are, in stripe j, the columns [ceil((first - j) /
-  // stripes), ceil((first + count - j) / stripes)).
-  __device__ int column_begin() const {
-    return (piece_.first - stripe_ + piece_.stripes - 1) / piece_.stripes;
-  }
-  __device__ int column_end() const {
-    return (piece_.first + piece_.count - stripe_ + piece_.stripes - 1) / piece_.stripes;
+  // In each round a piece has the columns from its first position's on, less that one before the
+  // first position's round; likewise up to its last position's.
+  __device__ int columns_begin() const { return first_column_ + (round_ < first_round_ ? 1 : 0); }
+  __device__ int columns_end() const { return last_column_ + (round_ < last_round_ ? 1 : 0); }
+
+  /// The next piece that is not empty, if there is one.
+  __device__ void open_next() {
+    const int step = step_++;  // 0: the head, then the whole items, then the tail
+    if (step == 0 && work_.head.count > 0) {
+      open(work_.head);
+      return;
+    }
+    const int whole = step == 0 ? 0 : step_ - 1 - (work_.head.count > 0 ? 1 : 0);
+    if (whole < work_.num_whole) {
+      open(args_.work.items[work_.first_whole + whole]);
+    } else if (whole == work_.num_whole && work_.tail.count > 0) {
+      open(work_.tail);
+    }
   }
 
-  /// Steps: 0 the head, 1 .. num_whole whole items, then the tail.
-  __device__ void open_next() {
-    const int step = step_++;
-    if (step == 0) {
-      piece_ = work_.head;
-    } else if (step <= work_.num_whole) {
-      piece_ = args_.work.items[work_.first_whole + step - 1];
-    } else if (step == work_.num_whole + 1) {
-      piece_ = work_.tail;
-    } else {
-      piece_.count = 0;
+  __device__ void open(const Piece& piece) {
+    table_ = piece.table + args_.table_offset;
+    for (int r = 0; r < 2; ++r) {
+      slot_begin_[r] = piece.slot_begin[r];
+      slot_end_[r] = piece.slot_end[r];
     }
-    open_ = piece_.count > 0;
-    if (!open_) return;
-    table_ = piece_.table + args_.heads.table_offset[piece_.head];
-    left_ = piece_.count;
-    stripe_ = 0;
-    column_ = column_begin();
-    while (column_ >= column_end()) {
-      ++stripe_;
-      column_ = column_begin();
+    base_ = piece.base;
+    tiles_ = piece.tiles;
+    width_ = piece.width;
+    left_ = piece.count;
+    first_column_ = piece.first / piece.rounds;
+    first_round_ = piece.first % piece.rounds;
+    last_column_ = (piece.first + piece.count) / piece.rounds;
+    last_round_ = (piece.first + piece.count) % piece.rounds;
+    round_ = 0;
+    if (last_column_ == first_column_ || (last_column_ == first_column_ + 1 && last_round_ == 0)) {
+      round_ = first_round_;
     }
+    column_ = columns_begin();
   }
 
   const DecodeArgs& args_;
   const WarpWork& work_;
-  Piece piece_;
   std::int64_t table_ = 0;
-  int step_ = 0;
-  int left_ = 0;
-  int stripe_ = 0;
+  int slot_begin_[2] = {};
+  int slot_end_[2] = {};
+  int base_ = 0;
+  int tiles_ = 0;
+  int width_ = 1;
+  int first_column_ = 0;
+  int first_round_ = 0;
+  int last_column_ = 0;
+  int last_round_ = 0;
+  int round_ = 0;
   int column_ = 0;
-  bool open_ = false;
+  int left_ = 0;
+  int step_ = 0;
 };
 
 /// A warp's ring of tiles: copies run kDecodeStages - 1 tiles ahead, page numbers two further.
@@ -372,14 +393,19 @@ struct ItemRows {
 };
 __device__ inline ItemRows rows_of(const DecodeArgs& args, const Piece& piece) {
   const int first = piece.query_tile * kItemQueries;
-  return {piece.query_row, args.heads.kv_head[piece.head] * args.group_size + first,
+  return {piece.query_row, piece.kv_head * args.group_size + first,
           min(args.group_size - first, kItemQueries)};
 }
 
-/// Partial results of the items that cross a warp's ends: [2 x warps of the block], in line order.
-struct BlockParts {
-  const float* data[2 * 16];   // 16: the most warps of a block
-  const Piece* piece[2 * 16];  // null: none
+/// A block's warps: their work, and what each leaves over at its two ends. In shared memory.
+struct BlockWork {
+  WarpWork warps[16];     // 16: the most warps of a block
+  const float* part[32];  ///< [2 x warps] partial results, in line order
+  std::int32_t item[32];  ///< -1: none
+
+  __device__ const Piece& piece(int slot) const {
+    return slot % 2 == 0 ? warps[slot / 2].head : warps[slot / 2].tail;
+  }
 };
 
 template <class Row>
@@ -394,63 +420,92 @@ __device__ void store_row(std::uint16_t* to, float sum, const float4& x) {
 template <class Row, int kDim>
 __device__ void merge_blocks(const DecodeArgs& args, const Piece& piece, float* shared) {
   constexpr int kVectors = kDim / 4;
+  // Loads on their way at once: 33 blocks share one of 4 long heads on 132 multiprocessors, and two
+  // halves of the block merge 17 of them each.
+  constexpr int kBatch = 17;
+  constexpr int kMostParts = kMaxBlocks / 32;
   const ItemRows rows = rows_of(args, piece);
   const int num_threads = static_cast<int>(blockDim.x);
   const int thread = static_cast<int>(threadIdx.x);
   const int count = piece.num_blocks;
+  const int first_rank = piece.first_rank;
   const auto partial = [&](int p) {
-    const int place = p == 0 ? 2 * piece.first_rank + 1 : 2 * (piece.first_rank + p);
+    const int place = p == 0 ? 2 * first_rank + 1 : 2 * (first_rank + p);
     return args.scratch.block_partials + static_cast<std::int64_t>(place) * partial_floats(kDim);
   };
-  // Weights of the parts: [count][8] at most, then the threads' sums.
-  float* weights = shared;
-  float* sums = shared + (count * kItemQueries + 3) / 4 * 4;
+  float* weights = shared;                      // [count][8]
+  float* sums = shared + count * kItemQueries;  // of the threads' parts
+  const int vectors = rows.count * kVectors;
+  const int num_parts = max(1, min(num_threads / vectors, count));
+  const int part = num_parts > 1 ? thread / vectors : 0;
+
   const int warp = thread / 32;
   const int lane = thread % 32;
   for (int query = warp; query < rows.count; query += num_threads / 32) {
+    float2 state[kMostParts];
+#pragma unroll
+    for (int i = 0; i < kMostParts; ++i) {
+      const int p = lane + 32 * i;
+      state[i] = p < count ? __ldcg(reinterpret_cast<const float2*>(partial(p)) + query)
+                           : make_float2(kMasked, 0.0F);
+    }
     float top = kMasked;
-    for (int p = lane; p < count; p += 32) top = fmaxf(top, __ldcg(partial(p) + 2 * query));
+#pragma unroll
+    for (int i = 0; i < kMostParts; ++i) top = fmaxf(top, state[i].x);
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kWholeWarp, top, d));
     float sum = 0.0F;
-    for (int p = lane; p < count; p += 32) {
-      const float2 state = __ldcg(reinterpret_cast<const float2*>(partial(p)) + query);
-      const float weight = exp2_fast(state.x - top);
-      weights[p * kItemQueries + query] = weight;
-      sum += weight * state.y;
-    }
+#pragma unroll
+    for (int i = 0; i < kMostParts; ++i) sum += exp2_fast(state[i].x - top) * state[i].y;
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, d);
     const float inverse = sum > 0.0F ? 1.0F / sum : 0.0F;
-    __syncwarp();
-    for (int p = lane; p < count; p += 32) weights[p * kItemQueries + query] *= inverse;
+#pragma unroll
+    for (int i = 0; i < kMostParts; ++i) {
+      const int p = lane + 32 * i;
+      if (p < count) weights[p * kItemQueries + query] = exp2_fast(state[i].x - top) * inverse;
+    }
   }
-  __syncthreads();
 
   // Each part of the threads takes every num_parts-th partial; their sums are added in order.
-  const int vectors = rows.count * kVectors;
-  const int num_parts = max(1, min(num_threads / vectors, count));
   for (int first = 0; first < vectors; first += num_threads) {
     const int i = first + thread % min(vectors, num_threads);
-    const int part = num_parts > 1 ? thread / vectors : 0;
-    float4 out = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
     const int query = i / kVectors;
     const int column = i % kVectors * 4;
-    if (i < vectors && part < num_parts) {
-#pragma unroll 8
-      for (int p = part; p < count; p += num_parts) {
-        const float weight = weights[p * kItemQueries + query];
-        const float4 x = __ldcg(
-            reinterpret_cast<const float4*>(partial(p) + 2 * kItemQueries + query * kDim + column));
-        out.x += weight * x.x;
-        out.y += weight * x.y;
-        out.z += weight * x.z;
-        out.w += weight * x.w;
+    const bool works = i < vectors && part < num_parts;
+    float4 out = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+    float4 x[kBatch];
+    int begin = part;
+    const auto load = [&] {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int p = begin + b * num_parts;
+        x[b] = works && p < count ? __ldcg(reinterpret_cast<const float4*>(
+                                        partial(p) + 2 * kItemQueries + query * kDim + column))
+                                  : make_float4(0.0F, 0.0F, 0.0F, 0.0F);
       }
-      if (part > 0) *reinterpret_cast<float4*>(sums + ((part - 1) * vectors + i) * 4) = out;
+    };
+    load();
+    if (first == 0) __syncthreads();  // the weights are there
+    while (true) {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int p = begin + b * num_parts;
+        const float weight = works && p < count ? weights[p * kItemQueries + query] : 0.0F;
+        out.x += weight * x[b].x;
+        out.y += weight * x[b].y;
+        out.z += weight * x[b].z;
+        out.w += weight * x[b].w;
+      }
+      begin += kBatch * num_parts;
+      if (begin >= count) break;
+      load();
+    }
+    if (works && part > 0) {
+      *reinterpret_cast<float4*>(sums + ((part - 1) * vectors + i) * 4) = out;
     }
     __syncthreads();
-    if (i < vectors && part == 0 && thread < vectors) {
+    if (works && part == 0) {
       for (int p = 1; p < num_parts; ++p) {
         const float4 x = *reinterpret_cast<const float4*>(sums + ((p - 1) * vectors + i) * 4);
         out.x += x.x;
@@ -460,17 +515,18 @@ __device__ void merge_blocks(const DecodeArgs& args, const Piece& piece, float* 
       }
       store_row<Row>(row_at(args.out, rows.row, rows.first_head + query) + column, 1.0F, out);
     }
+    __syncthreads();
   }
-  __syncthreads();
 }
 
-/// Merges the parts [begin, end) of one item that the block's warps left over: into the output, or
+/// Merges the parts in `slots` of one item that the block's warps left over: into the output, or
 /// into block_partials where other blocks share the item.
 template <class Row, int kDim>
-__device__ void merge_parts(const DecodeArgs& args, const BlockParts& parts, int begin, int end) {
+__device__ void merge_parts(const DecodeArgs& args, const BlockWork& block, unsigned slots) {
   constexpr int kVectors = kDim / 4;
-  const Piece& piece = *parts.piece[begin];
+  const Piece& piece = block.piece(__ffs(static_cast<int>(slots)) - 1);
   const ItemRows rows = rows_of(args, piece);
+  const int num_blocks = piece.num_blocks;
   const int place = 2 * piece.block_rank + (piece.block_rank == piece.first_rank ? 1 : 0);
   float* to = args.scratch.block_partials + static_cast<std::int64_t>(place) * partial_floats(kDim);
   for (int i = static_cast<int>(threadIdx.x); i < rows.count * kVectors;
@@ -478,24 +534,24 @@ __device__ void merge_parts(const DecodeArgs& args, const BlockParts& parts, int
     const int query = i / kVectors;
     const int column = i % kVectors * 4;
     float top = kMasked;
-    for (int p = begin; p < end; ++p) {
-      if (parts.piece[p] != nullptr) top = fmaxf(top, parts.data[p][2 * query]);
-    }
     float sum = 0.0F;
     float4 out = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-    for (int p = begin; p < end; ++p) {
-      if (parts.piece[p] == nullptr) continue;
-      const float* partial = parts.data[p];
-      const float weight = exp2_fast(partial[2 * query] - top);
+    for (unsigned left = slots; left != 0; left &= left - 1) {
+      const float* partial = block.part[__ffs(static_cast<int>(left)) - 1];
+      const float2 state = *reinterpret_cast<const float2*>(partial + 2 * query);
       const float4 x =
           *reinterpret_cast<const float4*>(partial + 2 * kItemQueries + query * kDim + column);
-      sum += weight * partial[2 * query + 1];
-      out.x += weight * x.x;
-      out.y += weight * x.y;
-      out.z += weight * x.z;
-      out.w += weight * x.w;
+      const float next = fmaxf(top, state.x);
+      const float old_weight = exp2_fast(top - next);
+      const float weight = exp2_fast(state.x - next);
+      top = next;
+      sum = sum * old_weight + state.y * weight;
+      out.x = out.x * old_weight + x.x * weight;
+      out.y = out.y * old_weight + x.y * weight;
+      out.z = out.z * old_weight + x.z * weight;
+      out.w = out.w * old_weight + x.w * weight;
     }
-    if (piece.num_blocks == 1) {
+    if (num_blocks == 1) {
       store_row<Row>(row_at(args.out, rows.row, rows.first_head + query) + column, sum, out);
     } else {
       if (column == 0) *reinterpret_cast<float2*>(to + 2 * query) = make_float2(top, sum);
@@ -504,44 +560,44 @@ __device__ void merge_parts(const DecodeArgs& args, const BlockParts& parts, int
   }
 }
 
+/// Counts an arrival, wrapping to 0 with the last of them: what this block wrote is visible to the
+/// last one, and what the others wrote is visible to this block if it is the last.
+__device__ inline bool arrives_last(unsigned* arrived, unsigned num_blocks) {
+  __threadfence();
+  const unsigned before = atomicInc(arrived, num_blocks - 1);
+  __threadfence();
+  return before == num_blocks - 1;
+}
+
 /// Merges what the block's warps left over, and finishes what other blocks have left to it.
 template <class Row, int kDim>
-__device__ void merge_warps(const DecodeArgs& args, const BlockParts& parts, float* shared) {
-  __shared__ const Piece* handed_on[2];  // only a block's first and last items can be shared
+__device__ void merge_warps(const DecodeArgs& args, const BlockWork& block, float* shared) {
   __shared__ bool finishes[2];
-  const int slots = 2 * static_cast<int>(blockDim.x / 32);
-  int num_handed_on = 0;
-  for (int begin = 0; begin < slots;) {
-    const Piece* piece = parts.piece[begin];
-    if (piece == nullptr) {
-      ++begin;
-      continue;
-    }
-    int end = begin + 1;
-    while (end < slots && (parts.piece[end] == nullptr || parts.piece[end]->item == piece->item)) {
-      ++end;
-    }
-    merge_parts<Row, kDim>(args, parts, begin, end);
-    if (piece->num_blocks > 1) {
-      if (threadIdx.x == 0) handed_on[num_handed_on] = piece;
-      ++num_handed_on;
-    }
-    begin = end;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int num_slots = 2 * static_cast<int>(blockDim.x / 32);
+  const int item = lane < num_slots ? block.item[lane] : -1;
+  int handed_on[2] = {-1, -1};  // slots: only a block's first and last items can be shared
+  for (unsigned left = __ballot_sync(kWholeWarp, item >= 0); left != 0;) {
+    const int slot = __ffs(static_cast<int>(left)) - 1;
+    const unsigned parts =
+        __ballot_sync(kWholeWarp, item == __shfl_sync(kWholeWarp, item, slot)) & left;
+    merge_parts<Row, kDim>(args, block, parts);
+    if (block.piece(slot).num_blocks > 1) (handed_on[0] < 0 ? handed_on[0] : handed_on[1]) = slot;
+    left &= ~parts;
   }
-  if (num_handed_on == 0) return;
+  if (handed_on[0] < 0) return;
 
   __syncthreads();  // the block's partials are written, its shared memory is free
-  if (static_cast<int>(threadIdx.x) < num_handed_on) {
-    const Piece& piece = *handed_on[threadIdx.x];
-    const auto last = static_cast<unsigned>(piece.num_blocks - 1);
-    __threadfence();
-    // Wraps to 0 with the last arrival: ready for the next launch.
-    finishes[threadIdx.x] = atomicInc(args.scratch.arrived + piece.first_rank, last) == last;
-    __threadfence();
+  const int mine = threadIdx.x == 0 ? handed_on[0] : threadIdx.x == 1 ? handed_on[1] : -1;
+  if (mine >= 0) {
+    const Piece& piece = block.piece(mine);
+    finishes[threadIdx.x] = arrives_last(args.scratch.arrived + piece.first_rank,
+                                         static_cast<unsigned>(piece.num_blocks));
   }
   __syncthreads();
-  for (int i = 0; i < num_handed_on; ++i) {
-    if (finishes[i]) merge_blocks<Row, kDim>(args, *handed_on[i], shared);
+  if (finishes[0]) merge_blocks<Row, kDim>(args, block.piece(handed_on[0]), shared);
+  if (handed_on[1] >= 0 && finishes[1]) {
+    merge_blocks<Row, kDim>(args, block.piece(handed_on[1]), shared);
   }
 }
 
@@ -555,21 +611,28 @@ template <class Row, int kDim>
 __global__ void __launch_bounds__(decode_max_warps(kDim) * 32, 1)
     decode_kernel(const __grid_constant__ DecodeArgs args) {
   extern __shared__ __align__(128) std::uint16_t ring_memory[];
-  __shared__ BlockParts parts;
+  __shared__ BlockWork block;
   wait_for_previous();
   release_next();
 
   const int warp = static_cast<int>(threadIdx.x / 32);
+  const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp_idx = static_cast<int>(blockIdx.x * (blockDim.x / 32)) + warp;
-  const WarpWork& work = args.work.warps[warp_idx];
-  const bool has_more = work.num_whole > 0 || work.tail.count > 0;
+  WarpWork& work = block.warps[warp];
+  constexpr int kWorkVectors = sizeof(WarpWork) / sizeof(uint4);
+  static_assert(kWorkVectors <= 32);
+  if (lane < kWorkVectors) {
+    reinterpret_cast<uint4*>(&work)[lane] =
+        reinterpret_cast<const uint4*>(args.work.warps + warp_idx)[lane];
+  }
+  if (lane < 2) block.item[2 * warp + lane] = -1;
+  __syncwarp();
+
   std::uint16_t* memory = ring_memory + warp * kDecodeStages * kDecodeTileElements<kDim>;
   TileRing<kDim> ring(args, work, memory);
   DecodeState<Row, kDim> state;
-  if (threadIdx.x % 32 < 2) parts.piece[2 * warp + threadIdx.x % 32] = nullptr;
-  __syncwarp();
-
   const int last_step = work.num_whole + 1;
+  const bool has_more = work.num_whole > 0 || work.tail.count > 0;
   for (int step = 0; step <= last_step; ++step) {
     const Piece& piece = step == 0           ? work.head
                          : step == last_step ? work.tail
@@ -596,21 +659,21 @@ __global__ void __launch_bounds__(decode_max_warps(kDim) * 32, 1)
       partial = reinterpret_cast<float*>(memory);
     }
     state.store_partial(partial);
-    if (threadIdx.x % 32 == 0) {
+    if (lane == 0) {
       const int slot = 2 * warp + (step == 0 ? 0 : 1);
-      parts.data[slot] = partial;
-      parts.piece[slot] = &piece;
+      block.part[slot] = partial;
+      block.item[slot] = piece.item;
     }
   }
   __syncthreads();
-  merge_warps<Row, kDim>(args, parts, reinterpret_cast<float*>(ring_memory));
+  merge_warps<Row, kDim>(args, block, reinterpret_cast<float*>(ring_memory));
 }
 
 }  // namespace detail
 
 /// Warps of a decode block for rows of `dim` elements on a device of these limits.
 inline int decode_warps_per_block(int dim, const DeviceLimits& limits) {
-  constexpr std::size_t kStaticBytes = 1024;  // of the kernel, with room to spare
+  constexpr std::size_t kStaticBytes = 4096;  // of the kernel, with room to spare
   const std::size_t fit = (static_cast<std::size_t>(limits.smem_per_block) - kStaticBytes) /
                           detail::decode_warp_bytes(dim);
   return std::min(detail::decode_max_warps(dim), static_cast<int>(fit));

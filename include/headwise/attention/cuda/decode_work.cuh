@@ -10,6 +10,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "headwise/cache/cuda/device.cuh"
@@ -25,50 +26,56 @@ inline constexpr int kItemQueries = 8;
 inline constexpr int kItemOverhead = 1;
 
 /// A part of one item, done by one warp.
+///
+/// A block's part of an item is `tiles` tiles from `base` on, in rounds of `width` tiles: in each
+/// round the block's warps read neighbouring tiles. Positions are counted column by column, so that
+/// [first, first + count) is one warp's column, or parts of two.
 struct alignas(16) Piece {
-  std::int64_t table = 0;      ///< page-table index of slot 0, the head's own offset not counted
-  std::int32_t query_row = 0;  ///< of q and out
-  std::int16_t head = 0;       ///< in the layer's LayerHeads
-  std::int16_t query_tile = 0;
-  std::int32_t slot_begin[2] = {};
-  std::int32_t slot_end[2] = {};
-  // Tiles are counted column by column over `stripes` stripes of `stripe_tiles` tiles each: the
-  // warps of a long head walk through its stripes side by side, and so through the same memory
-  // at about the same time. One stripe: tiles in their order.
-  std::int32_t first = 0;  ///< in that count
-  std::int32_t count = 0;  ///< 0: no piece
-  std::int32_t stripes = 1;
-  std::int32_t stripe_tiles = 0;
+  std::int64_t table = 0;       ///< page-table index of slot 0, the layer's first entry not counted
+  std::int32_t query_row = 0;   ///< of q and out
+  std::int16_t kv_head = 0;     ///< in the layer
+  std::int16_t query_tile = 0;  ///< which 8 query heads of the group
+  std::int32_t slot_begin[2] = {};  ///< the rows seen: two runs of slots
+  std::int32_t slot_end[2] = {};    ///< one after the last of each
+  std::int32_t base = 0;            ///< first tile of the block's part
+  std::int32_t tiles = 0;           ///< of the block's part
+  std::int32_t first = 0;           ///< position where the warp begins
+  std::int32_t count = 0;           ///< positions; 0: no piece
+  std::int32_t rounds = 0;          ///< of the block's part
+  std::int32_t item = 0;            ///< in DecodeWork::items
   // Blocks that share the item, numbered among those that have any work.
-  std::int32_t item = 0;
-  std::int32_t block_rank = 0;
-  std::int32_t first_rank = 0;
-  std::int32_t num_blocks = 1;  ///< 1: nobody else
+  std::int16_t width = 1;       ///< warps of the block that have a part of the item
+  std::int16_t block_rank = 0;  ///< this block's number
+  std::int16_t first_rank = 0;  ///< that of the first block that shares the item
+  std::int16_t num_blocks = 1;  ///< 1: nobody else
 };
 static_assert(sizeof(Piece) == 64);
 
 /// What one warp does: a part of an item that began before it, whole items, and a part of an item
 /// that goes on after it.
 struct alignas(16) WarpWork {
-  Piece head;
-  Piece tail;
+  Piece head;                    ///< the end of an item that began before
+  Piece tail;                    ///< the beginning of one that goes on
   std::int32_t first_whole = 0;  ///< in DecodeWork::items
-  std::int32_t num_whole = 0;
+  std::int32_t num_whole = 0;    ///< whole items between the two
 };
 
 /// The grid of a decode launch.
 struct DecodeGrid {
-  int num_blocks = 0;
-  int warps_per_block = 0;
+  int num_blocks = 0;       ///< of the launch
+  int warps_per_block = 0;  ///< of 32 threads
+  /// Warps of the launch.
   constexpr __host__ __device__ int num_warps() const { return num_blocks * warps_per_block; }
 };
 
-/// One kind of layer: layers with equal kinds share one list of work.
+/// One kind of layer: layers whose heads keep alike, one by one, share one list of work.
 struct LayerKind {
-  std::int32_t num_heads = 0;
-  std::int32_t query_tiles = 1;  ///< ceil(group_size / 8)
-  DecodeGrid grid;
-  std::int16_t class_idx[kMaxHeads] = {};
+  std::int32_t num_heads = 0;                 ///< KV heads
+  std::int32_t query_tiles = 1;               ///< ceil(group_size / 8)
+  DecodeGrid grid;                            ///< of its launches
+  std::int16_t class_idx[kMaxHeads] = {};     ///< [num_heads] in CacheGeometry::classes()
+  std::int16_t kv_head[kMaxHeads] = {};       ///< [num_heads] in the layer
+  std::int32_t table_offset[kMaxHeads] = {};  ///< from the layer's first entry
 };
 
 /// A kind's work list, at addresses that never move.
@@ -121,16 +128,16 @@ __device__ inline Piece whole_item(const DeviceStep& step, const LayerKind& kind
   Piece piece;
   if (entry.num_tokens != 1) return piece;
   const ClassState state = step.classes[e * step.num_classes + kind.class_idx[head]];
-  piece.table = entry.table_base + state.append_entry;
+  piece.table = entry.table_base + state.append_entry + kind.table_offset[head];
   piece.query_row = static_cast<std::int32_t>(entry.first_row);
-  piece.head = static_cast<std::int16_t>(head);
+  piece.kv_head = kind.kv_head[head];
   piece.query_tile = static_cast<std::int16_t>(i % kind.query_tiles);
   for (int r = 0; r < 2; ++r) {
     piece.slot_begin[r] = state.slot_begin[r];
     piece.slot_end[r] = state.slot_end[r];
     piece.count += tiles_of(state.slot_begin[r], state.slot_end[r]);
   }
-  piece.stripe_tiles = piece.count;
+  piece.tiles = piece.rounds = piece.count;
   return piece;
 }
 
@@ -150,12 +157,12 @@ __device__ int last_at_most(int n, int x, Get get) {
 
 /// One block a kind of layer. Costs a few microseconds once a step, not once a layer.
 /// @param kinds, work  [gridDim.x]
-/// @param max_stripes  at most 16 (see below).
-/// Dynamic shared memory: (num_warps + 1 + num_blocks) x 4 bytes.
+/// @param most_items  room for so many items' places in shared memory; 0: they lie in `work`.
+/// Dynamic shared memory: cut_decode_bytes().
 template <class = void>  // inline does not hold for kernels
 __global__ void __launch_bounds__(detail::kCutThreads)
     cut_decode_kernel(const __grid_constant__ DeviceStep step, const LayerKind* kinds,
-                      const DecodeWork* work, int max_stripes) {
+                      const DecodeWork* work, int most_items) {
   extern __shared__ int shared[];
   __shared__ int warp_sums[32];
   wait_for_previous();
@@ -166,39 +173,20 @@ __global__ void __launch_bounds__(detail::kCutThreads)
   int* interval = shared;              // [num_warps + 1] where each warp's interval begins
   int* rank = shared + num_warps + 1;  // [num_blocks] among blocks that have any work
   const DecodeWork lists = work[blockIdx.x];
+  int* item_begin = most_items > 0 ? rank + grid.num_blocks : lists.item_begin;
   const int thread = static_cast<int>(threadIdx.x);
   const int num_items = step.header->num_entries * kind.num_heads * kind.query_tiles;
   const int per_thread = (num_items + detail::kCutThreads - 1) / detail::kCutThreads;
   const int begin = min(num_items, thread * per_thread);
   const int end = min(num_items, begin + per_thread);
 
-  // The mean share of a warp, in tiles; long items are those that take several blocks.
+  // Every item on the line.
+  int present = 0;
   int tiles = 0;
   for (int i = begin; i < end; ++i) {
     const int count = detail::whole_item(step, kind, i).count;
+    present += count > 0 ? 1 : 0;
     tiles += count > 0 ? count + kItemOverhead : 0;
-  }
-  const int mean = max(1, detail::block_scan(tiles, warp_sums).total / num_warps);
-  // A warp takes about a page of each stripe. A long item has more tiles in a stripe than there are
-  // stripes (16 x 16 < 8 shares x 64), so that what rounds its length up lies in the last stripe.
-  constexpr int kPageTiles = kPageTokens / kTileRows;
-  const int long_stripes = max(1, min(mean / kPageTiles, max_stripes));
-  const auto stripes_of = [&](int count) {
-    return count >= 8 * mean && count >= 16 * long_stripes ? long_stripes : 1;
-  };
-  const auto line_tiles = [&](int count) {
-    const int stripes = stripes_of(count);
-    return (count + stripes - 1) / stripes * stripes;
-  };
-
-  // Every item on the line.
-  tiles = 0;
-  int present = 0;
-  for (int i = begin; i < end; ++i) {
-    const int count = detail::whole_item(step, kind, i).count;
-    if (count == 0) continue;
-    ++present;
-    tiles += line_tiles(count) + kItemOverhead;
   }
   const detail::BlockScan item_scan = detail::block_scan(present, warp_sums);
   const detail::BlockScan line_scan = detail::block_scan(tiles, warp_sums);
@@ -209,17 +197,17 @@ __global__ void __launch_bounds__(detail::kCutThreads)
     if (item.count == 0) continue;
     item.item = item_at;
     lists.items[item_at] = item;
-    lists.item_begin[item_at++] = line_at;
-    line_at += line_tiles(item.count) + kItemOverhead;
+    item_begin[item_at++] = line_at;
+    line_at += item.count + kItemOverhead;
   }
   const int num_present = item_scan.total;
   const int line_total = line_scan.total;
-  if (thread == 0) lists.item_begin[num_present] = line_total;
+  if (thread == 0) item_begin[num_present] = line_total;
   __syncthreads();
 
   // Equal intervals; a cut close to an item's end moves there, which saves a merge.
-  const auto begin_of = [&](int k) { return lists.item_begin[k]; };
-  const int snap = mean / 8;
+  const auto begin_of = [&](int k) { return item_begin[k]; };
+  const int snap = line_total / num_warps / 8;
   for (int w = thread; w <= num_warps; w += detail::kCutThreads) {
     int cut = static_cast<int>(static_cast<std::int64_t>(w) * line_total / num_warps);
     if (w > 0 && w < num_warps && num_present > 0) {
@@ -247,29 +235,50 @@ __global__ void __launch_bounds__(detail::kCutThreads)
     int k = from < to ? detail::last_at_most(num_present, from, begin_of) : num_present;
     warp.first_whole = num_present;
     for (; k < num_present && begin_of(k) < to; ++k) {
-      const int item_begin = begin_of(k);
-      Piece piece = lists.items[k];
-      const int real = line_tiles(piece.count);
-      const int first = max(from - item_begin, 0);
-      const int last = min(to - item_begin, real);
+      const int at = begin_of(k);
+      const int count = begin_of(k + 1) - at - kItemOverhead;
+      const int first = max(from - at, 0);
+      const int last = min(to - at, count);
       if (first >= last) continue;  // nothing but the overhead is left of it
-      if (first == 0 && last == real) {
+      if (first == 0 && last == count) {
         if (warp.num_whole++ == 0) warp.first_whole = k;
         continue;
       }
-      piece.stripes = stripes_of(piece.count);
-      piece.stripe_tiles = real / piece.stripes;
-      piece.first = first;
-      piece.count = last - first;
-      const int first_warp = detail::last_at_most(num_warps, item_begin, interval_at);
-      const int last_warp = detail::last_at_most(num_warps, item_begin + real - 1, interval_at);
-      piece.block_rank = rank[w / grid.warps_per_block];
-      piece.first_rank = rank[first_warp / grid.warps_per_block];
-      piece.num_blocks = rank[last_warp / grid.warps_per_block] - piece.first_rank + 1;
+      Piece piece = lists.items[k];
+      const int block = w / grid.warps_per_block;
+      const int block_warp = block * grid.warps_per_block;
+      piece.base = max(interval[block_warp] - at, 0);
+      piece.tiles = min(interval[block_warp + grid.warps_per_block] - at, count) - piece.base;
+      int width = 0;  // the block's warps that have a part of the item
+      for (int i = block_warp; i < block_warp + grid.warps_per_block; ++i) {
+        width += max(interval[i] - at, 0) < min(interval[i + 1] - at, count) ? 1 : 0;
+      }
+      piece.width = static_cast<std::int16_t>(width);
+      piece.rounds = (piece.tiles + width - 1) / width;
+      // Shares of whole rounds; the few positions too many lie behind the last tile and are empty.
+      const auto position = [&](int tile) {
+        return static_cast<int>(static_cast<std::int64_t>(tile - piece.base) * piece.rounds *
+                                width / piece.tiles);
+      };
+      piece.first = position(first);
+      piece.count = position(last) - piece.first;
+      const int first_warp = detail::last_at_most(num_warps, at, interval_at);
+      const int last_warp = detail::last_at_most(num_warps, at + count - 1, interval_at);
+      const int first_rank = rank[first_warp / grid.warps_per_block];
+      piece.block_rank = static_cast<std::int16_t>(rank[block]);
+      piece.first_rank = static_cast<std::int16_t>(first_rank);
+      piece.num_blocks =
+          static_cast<std::int16_t>(rank[last_warp / grid.warps_per_block] - first_rank + 1);
       (first > 0 ? warp.head : warp.tail) = piece;
     }
     lists.warps[w] = warp;
   }
+}
+
+/// Shared memory of cut_decode_kernel for at most `most_items` items (0: in `work`).
+constexpr std::size_t cut_decode_bytes(const DecodeGrid& grid, int most_items) {
+  return sizeof(int) * static_cast<std::size_t>(grid.num_warps() + 1 + grid.num_blocks +
+                                                (most_items > 0 ? most_items + 1 : 0));
 }
 
 }  // namespace headwise::inline v0::cuda

@@ -68,20 +68,17 @@ struct PrefillTile {
 };
 
 /// Adds what some query at [oldest, newest] sees of positions [first, first + count).
-__device__ inline void add_seen(PrefillTile& tile, std::int64_t oldest, std::int64_t newest,
-                                std::int64_t first, std::int64_t count, int slot) {
+__device__ inline void add_seen(PrefillTile& tile, int oldest, int newest, int first, int count,
+                                int slot) {
+  if (count == 0) return;
   const ClassState& state = tile.state;
-  const auto within = [](std::int64_t x, std::int64_t low, std::int64_t high) {
-    return x < low ? low : x > high ? high : x;
-  };
-  const std::int64_t end = within(newest - first + 1, 0, count);
-  const std::int64_t sinks = within(state.sink - first, 0, end);
-  const std::int64_t recent = within(oldest - state.recent + 1 - first, sinks, end);
-  const auto add = [&](std::int64_t from, std::int64_t to) {
+  const auto within = [](int x, int low, int high) { return min(max(x, low), high); };
+  const int end = within(newest - first + 1, 0, count);
+  const int sinks = within(state.sink - first, 0, end);
+  const int recent = within(oldest - state.recent + 1 - first, sinks, end);
+  const auto add = [&](int from, int to) {
     if (from >= to) return;
-    tile.ranges[tile.num_ranges++] = {static_cast<std::int32_t>(first + from),
-                                      static_cast<std::int32_t>(to - from),
-                                      slot < 0 ? -1 : slot + static_cast<std::int32_t>(from)};
+    tile.ranges[tile.num_ranges++] = {first + from, to - from, slot < 0 ? -1 : slot + from};
   };
   if (sinks == recent) {
     add(0, end);
@@ -91,35 +88,53 @@ __device__ inline void add_seen(PrefillTile& tile, std::int64_t oldest, std::int
   }
 }
 
-/// Finds tile `index` among the step's chunks and lists the keys that it needs.
-__device__ inline void find_tile(const PrefillArgs& args, int index, int head, int tile_tokens,
-                                 PrefillTile& tile) {
-  for (int e = 0; e < args.step.header->num_entries; ++e) {
-    const EntryState entry = args.step.entries[e];
-    if (entry.num_tokens <= 1) continue;
-    const int tiles = static_cast<int>((entry.num_tokens + tile_tokens - 1) / tile_tokens);
-    if (index >= tiles) {
-      index -= tiles;
-      continue;
+/// Which chunk tile `index` is of, and the tile's number in it; one warp, all lanes alike.
+struct ChunkTile {
+  int entry = -1;
+  int index = 0;
+};
+__device__ inline ChunkTile find_chunk(const DeviceStep& step, int index, int tile_tokens) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int base = 0; base < step.max_sequences; base += 32) {
+    const int e = base + lane;
+    // Read before num_entries is known: one latency less.
+    const int tokens = e < step.max_sequences ? static_cast<int>(step.entries[e].num_tokens) : 0;
+    const bool counts = e < step.header->num_entries && tokens > 1;
+    int tiles = counts ? (tokens + tile_tokens - 1) / tile_tokens : 0;
+    const int own = tiles;
+    for (int d = 1; d < 32; d *= 2) {
+      const int below = __shfl_up_sync(kWholeWarp, tiles, static_cast<unsigned>(d));
+      if (lane >= d) tiles += below;
     }
-    tile.entry = entry;
-    tile.state = args.step.classes[e * args.step.num_classes + args.heads.class_idx[head]];
-    tile.head = head;
-    tile.first_token = index * tile_tokens;
-    tile.num_tokens =
-        static_cast<int>(min(static_cast<std::int64_t>(tile_tokens),
-                             entry.num_tokens - static_cast<std::int64_t>(tile.first_token)));
-    tile.num_ranges = 0;
-    const std::int64_t oldest = entry.length + tile.first_token;
-    const std::int64_t newest = oldest + tile.num_tokens - 1;
-    const ClassState& s = tile.state;
-    add_seen(tile, oldest, newest, 0, s.first_count, 0);
-    add_seen(tile, oldest, newest, s.older_pos, s.older_count, s.older_slot);
-    add_seen(tile, oldest, newest, s.older_pos + s.older_count, s.newer_count, s.newer_slot);
-    add_seen(tile, oldest, newest, entry.length, entry.num_tokens, -1);
-    return;
+    const unsigned behind = __ballot_sync(kWholeWarp, index < tiles);
+    if (behind != 0) {
+      const int found = __ffs(static_cast<int>(behind)) - 1;
+      return {base + found, index - __shfl_sync(kWholeWarp, tiles - own, found)};
+    }
+    index -= __shfl_sync(kWholeWarp, tiles, 31);
   }
+  return {};
+}
+
+/// Describes a chunk's tile and lists the keys that it needs; one thread.
+__device__ inline void describe(const PrefillArgs& args, const ChunkTile& chunk, int head,
+                                int tile_tokens, PrefillTile& tile) {
   tile.num_tokens = 0;
+  if (chunk.entry < 0) return;
+  tile.entry = args.step.entries[chunk.entry];
+  tile.state = args.step.classes[chunk.entry * args.step.num_classes + args.heads.class_idx[head]];
+  tile.head = head;
+  tile.first_token = chunk.index * tile_tokens;
+  tile.num_tokens = min(tile_tokens, static_cast<int>(tile.entry.num_tokens) - tile.first_token);
+  tile.num_ranges = 0;
+  const int length = static_cast<int>(tile.entry.length);
+  const int oldest = length + tile.first_token;
+  const int newest = oldest + tile.num_tokens - 1;
+  const ClassState& s = tile.state;
+  add_seen(tile, oldest, newest, 0, s.first_count, 0);
+  add_seen(tile, oldest, newest, s.older_pos, s.older_count, s.older_slot);
+  add_seen(tile, oldest, newest, s.older_pos + s.older_count, s.newer_count, s.newer_slot);
+  add_seen(tile, oldest, newest, length, static_cast<int>(tile.entry.num_tokens), -1);
 }
 
 /// Walks over a tile's keys, kPrefillKeys at a time.
@@ -376,10 +391,13 @@ __global__ void __launch_bounds__(kPrefillWarps * 32, kDim <= 128 ? 2 : 1)
   constexpr int kRows = prefill_rows(kDim);
   constexpr int kStageElements = 2 * kPrefillKeys * kPaddedDim<kDim>;
   const int tile_tokens = kRows / args.group_size;
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < 32) {
     // The last tokens see most: they start first.
-    find_tile(args, static_cast<int>(gridDim.x - 1 - blockIdx.x), static_cast<int>(blockIdx.y),
-              tile_tokens, tile);
+    const ChunkTile chunk =
+        find_chunk(args.step, static_cast<int>(gridDim.x - 1 - blockIdx.x), tile_tokens);
+    if (threadIdx.x == 0) {
+      describe(args, chunk, static_cast<int>(blockIdx.y), tile_tokens, tile);
+    }
   }
   __syncthreads();
   if (tile.num_tokens == 0) return;
