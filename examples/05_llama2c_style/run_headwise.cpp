@@ -51,7 +51,7 @@ struct Model {
     Size* const sizes[] = {&dim,          &hidden_dim, &num_layers, &num_heads,
                            &num_kv_heads, &vocab_size, &seq_len};
     for (int i = 0; i < 7; ++i) *sizes[i] = static_cast<Size>(std::abs(header[i]));
-    head_dim = dim / num_heads;
+    head_dim = dim / std::max<Size>(1, num_heads);
     kv_dim = head_dim * num_kv_heads;
 
     Size used = 0;
