@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// expect: HeadTable<[^>]*kQuery
+// expect: (use of|call to) deleted function
 // Plans are of KV heads: scores of query heads must be reduced first, by a rule that is named.
 #include "headwise/heads/select.hpp"
 

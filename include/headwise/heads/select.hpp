@@ -106,5 +106,7 @@ inline HeadPlan select(const HeadScores& scores, const SelectOptions& options) {
   return select_top(scores, scores.num_heads() - streaming, KeepWindow{options.window},
                     options.jitter_seed);
 }
+/// KV heads are stored, so KV heads are selected: reduce_max() or reduce_mean() comes first.
+HeadPlan select(const QueryHeadScores& scores, const SelectOptions& options) = delete;
 
 }  // namespace headwise::inline v0

@@ -5,6 +5,9 @@
 /// Two translation units with different -march flags may be linked together. A function that both
 /// instantiate under one name would be kept once, in either encoding: an illegal instruction on the
 /// smaller machine. With the tag among the template arguments they are different functions.
+///
+/// What has no tag (page tables, plans, errors) uses no instruction set on purpose, but a compiler
+/// may: compile what runs once per process with the flags of the smallest machine.
 #pragma once
 
 #include <concepts>
