@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <variant>
 #include <vector>
@@ -207,6 +208,30 @@ TEST(CacheGeometry, ErrorsNameValueAndLimit) {
   refuses([](CacheOptions& o) { o.max_context = 0; }, "max_context", "0");
   refuses([](CacheOptions& o) { o.max_sequences = 0; }, "max_sequences", "0");
   refuses([](CacheOptions& o) { o.max_rollback = -1; }, "max_rollback", "-1");
+  const std::int64_t endless = std::numeric_limits<std::int64_t>::max();
+  refuses([&](CacheOptions& o) { o.max_context = endless; }, "max_context",
+          std::to_string(endless));
+  refuses([&](CacheOptions& o) { o.max_rollback = endless; }, "max_rollback",
+          std::to_string(endless));
+}
+
+TEST(CacheGeometry, WindowsMayBeEndless) {
+  const std::int64_t endless = std::numeric_limits<std::int64_t>::max();
+  const CacheOptions options = small_options(PrefillMode::kChunkCausal);
+  const std::int64_t dense =
+      CacheGeometry(shape_of_two_layers(), HeadPlan(shape_of_two_layers()), options, 2)
+          .pages_held(2000, 2000);
+  for (const HeadBudget& budget :
+       {HeadBudget(KeepWindow{{endless, endless}}), HeadBudget(KeepWindow{{0, endless}}),
+        HeadBudget(KeepGrowingWindow{endless, endless, endless}),
+        HeadBudget(KeepGrowingWindow{endless, 5, 2}),
+        HeadBudget(KeepGrowingWindow{4, endless, 1})}) {
+    const CacheGeometry geometry(shape_of_two_layers(), HeadPlan(shape_of_two_layers(), budget),
+                                 options, 2);
+    EXPECT_EQ(geometry.pages_held(2000, 2000), dense) << budget.index();
+    EXPECT_GE(geometry.peak_pages(2000), dense);
+    EXPECT_LE(geometry.peak_pages(2000), dense + 5 * 2);
+  }
 }
 
 TEST(CacheGeometry, RefusesAPlanOfAnotherShape) {

@@ -51,6 +51,9 @@ struct LayerPlace {
 /// by estimate(), so that the two cannot disagree.
 class CacheGeometry {
  public:
+  /// Tokens of a sequence: no count of rows or pages of one comes near the end of 64 bits.
+  static constexpr std::int64_t kLongestContext = std::int64_t{1} << 40;
+
   /// @param row_bytes  bytes of one row element.
   /// @throws ConfigError when shape and plan differ, or an option is out of its range.
   CacheGeometry(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
@@ -141,11 +144,17 @@ class CacheGeometry {
     if (options_.max_context < 1) {
       fail<ConfigError>("max_context must be at least 1, got ", options_.max_context);
     }
+    if (options_.max_context > kLongestContext) {
+      fail<ConfigError>("max_context must be at most 2^40, got ", options_.max_context);
+    }
     if (options_.max_sequences < 1) {
       fail<ConfigError>("max_sequences must be at least 1, got ", options_.max_sequences);
     }
     if (options_.max_rollback < 0) {
       fail<ConfigError>("max_rollback must be at least 0, got ", options_.max_rollback);
+    }
+    if (options_.max_rollback > kLongestContext) {
+      fail<ConfigError>("max_rollback must be at most 2^40, got ", options_.max_rollback);
     }
     for (const HeadBudget& budget : plan.budgets()) {
       if (std::holds_alternative<KeepGrowingWindow>(budget) &&

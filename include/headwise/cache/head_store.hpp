@@ -177,7 +177,10 @@ struct FoldingStore {
       fail<ConfigError>("min_recent of a growing window (", budget.min_recent,
                         ") must be at least max_rollback (", options.max_rollback, ")");
     }
-    return {options.page_tokens, options.max_context, options.max_rollback, budget};
+    KeepGrowingWindow kept = budget;  // more than the context is as good as the context
+    kept.sink = std::min(kept.sink, options.max_context);
+    kept.min_recent = std::min(kept.min_recent, options.max_context);
+    return {options.page_tokens, options.max_context, options.max_rollback, kept};
   }
 
   /// Positions [sink, fold) are in the compensation row; 0 while nothing is folded.
