@@ -69,6 +69,7 @@ struct TileSource {
   std::int32_t high = 0;
   bool ends_piece = false;
   bool exists = false;
+  bool is_new = false;  ///< has the step's own row
 };
 
 /// Walks over a warp's tiles in order: the part at its head, whole items, the part at its tail.
@@ -95,6 +96,7 @@ class TileWalk {
       tile.high = min(end - first_slot, kTileRows);
       tile.row = first_slot % kPageTokens;
       tile.page = args_.step.page_table[table_ + first_slot / kPageTokens];
+      tile.is_new = first_slot == new_tile_ * kTileRows;
     }
     tile.ends_piece = --left_ == 0;
     if (left_ == 0) {
@@ -139,6 +141,7 @@ class TileWalk {
       slot_begin_[r] = piece.slot_begin[r];
       slot_end_[r] = piece.slot_end[r];
     }
+    new_tile_ = piece.new_slot / kTileRows;
     base_ = piece.base;
     tiles_ = piece.tiles;
     width_ = piece.width;
@@ -159,6 +162,7 @@ class TileWalk {
   std::int64_t table_ = 0;
   int slot_begin_[2] = {};
   int slot_end_[2] = {};
+  int new_tile_ = 0;
   int base_ = 0;
   int tiles_ = 0;
   int width_ = 1;
@@ -173,6 +177,9 @@ class TileWalk {
 };
 
 /// A warp's ring of tiles: copies run kDecodeStages - 1 tiles ahead, page numbers two further.
+///
+/// Copies begin while the stream's former kernel still runs: rows of former steps are there. A tile
+/// with the step's own row is copied only after that kernel, which may be the one that appends it.
 template <int kDim>
 class TileRing {
  public:
@@ -182,6 +189,12 @@ class TileRing {
     ahead_[1] = walk_.next();
 #pragma unroll
     for (int i = 0; i < kDecodeStages - 1; ++i) copy_next(i);
+  }
+
+  /// Waits for the stream's former kernel, once.
+  __device__ void start_after_append() {
+    if (!waited_) wait_for_previous();
+    waited_ = true;
   }
 
   /// The next tile, as the warp that copied it sees it: K rows, then V rows, padded.
@@ -216,26 +229,36 @@ class TileRing {
     ahead_[1] = walk_.next();
     info_[info_at] = tile.low | tile.high << 8 | (tile.ends_piece ? 1 << 16 : 0);
     if (tile.exists && tile.low < tile.high) {
-      constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
-      const int lane = static_cast<int>(threadIdx.x % 32);
+      if (tile.is_new) start_after_append();
       const auto* k_rows =
           reinterpret_cast<const std::uint16_t*>(
               args_.step.pages + static_cast<std::size_t>(tile.page) * args_.step.page_bytes) +
           tile.row * kDim;
-      const std::uint16_t* v_rows = k_rows + kPageTokens * kDim;
       const std::uint32_t to = shared_address(memory_ + stage * kDecodeTileElements<kDim>);
-#pragma unroll
-      for (int i = 0; i < kTileRows * kChunks / 32; ++i) {
-        const int chunk = lane + 32 * i;
-        const int row = chunk / kChunks;
-        const int column = chunk % kChunks * 8;
-        const int from = min(max(row, tile.low), tile.high - 1) * kDim + column;
-        const int at = (row * kPaddedDim<kDim> + column) * 2;
-        copy_async_16(to + at, k_rows + from);
-        copy_async_16(to + kTileRows * kPaddedDim<kDim> * 2 + at, v_rows + from);
+      if (tile.low == 0 && tile.high == kTileRows) {
+        copy_rows(k_rows, to, [](int row) { return row; });
+      } else {
+        copy_rows(k_rows, to, [&](int row) { return min(max(row, tile.low), tile.high - 1); });
       }
     }
     commit_copies();
+  }
+
+  /// Row `row` of the tile comes from row `source(row)`.
+  template <class Source>
+  __device__ void copy_rows(const std::uint16_t* k_rows, std::uint32_t to, Source source) {
+    constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
+    const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+    for (int i = 0; i < kTileRows * kChunks / 32; ++i) {
+      const int chunk = lane + 32 * i;
+      const int row = chunk / kChunks;
+      const int column = chunk % kChunks * 8;
+      const std::uint16_t* from = k_rows + source(row) * kDim + column;
+      const std::uint32_t at = to + (row * kPaddedDim<kDim> + column) * 2;
+      copy_async_16(at, from);
+      copy_async_16(at + kTileRows * kPaddedDim<kDim> * 2, from + kPageTokens * kDim);
+    }
   }
 
   const DecodeArgs& args_;
@@ -244,6 +267,7 @@ class TileRing {
   TileSource ahead_[2];
   int info_[kDecodeStages - 1] = {};
   int stage_ = 0;
+  bool waited_ = false;
 };
 
 /// Attention of up to 8 queries over the tiles of one piece, transposed: scores are [keys,
@@ -287,9 +311,11 @@ class DecodeState {
     float score[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) score[i] = (even[i] + odd[i]) * scale_log2;
-    const int g = lane / 4;
-    if (g < low || g >= high) score[0] = score[1] = kMasked;
-    if (g + 8 < low || g + 8 >= high) score[2] = score[3] = kMasked;
+    if (low > 0 || high < kTileRows) {
+      const int g = lane / 4;
+      if (g < low || g >= high) score[0] = score[1] = kMasked;
+      if (g + 8 < low || g + 8 >= high) score[2] = score[3] = kMasked;
+    }
 
     float top[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
 #pragma unroll
@@ -612,8 +638,6 @@ __global__ void __launch_bounds__(decode_max_warps(kDim) * 32, 1)
     decode_kernel(const __grid_constant__ DecodeArgs args) {
   extern __shared__ __align__(128) std::uint16_t ring_memory[];
   __shared__ BlockWork block;
-  wait_for_previous();
-  release_next();
 
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -630,6 +654,8 @@ __global__ void __launch_bounds__(decode_max_warps(kDim) * 32, 1)
 
   std::uint16_t* memory = ring_memory + warp * kDecodeStages * kDecodeTileElements<kDim>;
   TileRing<kDim> ring(args, work, memory);
+  ring.start_after_append();
+  release_next();
   DecodeState<Row, kDim> state;
   const int last_step = work.num_whole + 1;
   const bool has_more = work.num_whole > 0 || work.tail.count > 0;
@@ -694,6 +720,10 @@ cudaError_t prepare_decode(int dim, int warps_per_block) {
 
 /// Attends one layer's decode tokens over everything their heads keep; their own rows have been
 /// appended before. Safe in a graph: lengths and work come from device memory.
+///
+/// The launch reads work, page tables and rows of former steps while the stream's last kernel still
+/// runs. Where that one launches its own successors early (programmatic dependent launch), it does
+/// so after it has waited for its predecessors, as every kernel here does; others need no care.
 /// @pre q and out are 16-byte aligned, their strides multiples of 8 elements; args.work was cut for
 ///   `grid` since the step began.
 template <DeviceRow Row, class Dims = AllHeadDims>

@@ -43,13 +43,14 @@ struct alignas(16) Piece {
   std::int32_t count = 0;           ///< positions; 0: no piece
   std::int32_t rounds = 0;          ///< of the block's part
   std::int32_t item = 0;            ///< in DecodeWork::items
+  std::int32_t new_slot = 0;        ///< of the step's own row
   // Blocks that share the item, numbered among those that have any work.
   std::int16_t width = 1;       ///< warps of the block that have a part of the item
   std::int16_t block_rank = 0;  ///< this block's number
   std::int16_t first_rank = 0;  ///< that of the first block that shares the item
   std::int16_t num_blocks = 1;  ///< 1: nobody else
 };
-static_assert(sizeof(Piece) == 64);
+static_assert(sizeof(Piece) == 80);
 
 /// What one warp does: a part of an item that began before it, whole items, and a part of an item
 /// that goes on after it.
@@ -137,6 +138,10 @@ __device__ inline Piece whole_item(const DeviceStep& step, const LayerKind& kind
     piece.slot_end[r] = state.slot_end[r];
     piece.count += tiles_of(state.slot_begin[r], state.slot_end[r]);
   }
+  const std::int64_t turn = state.ring_rows - state.ring_sink;
+  const bool in_ring = state.ring_rows > 0 && entry.length >= state.ring_sink;
+  piece.new_slot = static_cast<std::int32_t>(
+      in_ring ? state.ring_sink + (entry.length - state.ring_sink) % turn : entry.length);
   piece.tiles = piece.rounds = piece.count;
   return piece;
 }
@@ -165,8 +170,7 @@ __global__ void __launch_bounds__(detail::kCutThreads)
                       const DecodeWork* work, int most_items) {
   extern __shared__ int shared[];
   __shared__ int warp_sums[32];
-  wait_for_previous();
-  release_next();
+  wait_for_previous();  // and no early release: decode reads this work before it waits
   const LayerKind& kind = kinds[blockIdx.x];
   const DecodeGrid grid = kind.grid;
   const int num_warps = grid.num_warps();
