@@ -74,11 +74,10 @@ namespace detail {
 /// @throws std::logic_error when headwise::estimate said anything else.
 template <class Row, headwise::Executor E>
 std::size_t measure_kv_bytes(Decoder<Row, E>& decoder, headwise::KvCache<Row>& cache,
-                             const Document& document, std::size_t chunk,
-                             std::size_t estimated_bytes) {
+                             std::size_t chunk, std::size_t estimated_bytes) {
+  const std::vector<Token> tokens(static_cast<std::size_t>(kMeasuredTokens), Token{0});
   const auto sequence = cache.add_sequence();
-  prefill(decoder, cache, sequence.value(),
-          std::span(document.tokens).first(static_cast<std::size_t>(kMeasuredTokens)), chunk);
+  prefill(decoder, cache, sequence.value(), std::span(tokens), chunk);
   const std::size_t held = cache.held_bytes(*sequence);
   cache.release(*sequence);
   if (held != estimated_bytes) {
@@ -129,8 +128,7 @@ Result evaluate(const Model& model, const Tasks& tasks, const NamedPlan& named,
   result.id = named.id;
   result.title = named.title;
   result.retrieval_share = 1.0 - named.plan.sparsity();
-  result.kv_bytes = detail::measure_kv_bytes(decoder, cache, tasks.passkey.documents.front(),
-                                             run.chunk, estimated(named.plan));
+  result.kv_bytes = detail::measure_kv_bytes(decoder, cache, run.chunk, estimated(named.plan));
   result.kv_share = static_cast<double>(result.kv_bytes) /
                     static_cast<double>(estimated(headwise::HeadPlan(shape)));
 

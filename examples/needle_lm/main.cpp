@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 // needle_lm: a trained model answers from head-aware KV caches.
-#define EIGEN_USE_THREADS
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -137,11 +136,21 @@ RunOptions run_options(const Arguments& arguments) {
   return run;
 }
 
+void require_context(std::int64_t num_tokens, const ModelConfig& config) {
+  if (num_tokens > config.max_context) {
+    headwise::fail<headwise::ConfigError>("a sequence of ", num_tokens,
+                                          " tokens, the model knows positions up to ",
+                                          config.max_context);
+  }
+}
+
 Tasks load_tasks(const Arguments& arguments, const ModelConfig& config) {
   const SafeTensors file(arguments.text("--data", in_example("data/documents.safetensors")));
   const auto count = static_cast<std::size_t>(arguments.integer("--documents", 32, 1, 1 << 20));
-  return {load_task(file, "passkey", kEndOfNeedle, count, config),
-          load_task(file, "cot", kEndOfSequence, count, config)};
+  Tasks tasks{load_task(file, "passkey", kEndOfNeedle, count, config),
+              load_task(file, "cot", kEndOfSequence, count, config)};
+  require_context(tasks.max_context(), config);
+  return tasks;
 }
 
 /// Runs the plans one after the other and prints the table.
@@ -231,6 +240,7 @@ void run_logits(const Arguments& arguments) {
   const ModelConfig& config = engine.model.config;
   const std::vector<Token> tokens = read_tokens(tokens_path, config.vocab_size);
   const auto num_tokens = static_cast<std::int64_t>(tokens.size());
+  require_context(num_tokens, config);
   const auto prompt =
       static_cast<std::size_t>(arguments.integer("--prompt", num_tokens, 0, num_tokens));
   const headwise::HeadPlan plan = make_plan(options, config.shape());

@@ -201,6 +201,10 @@ TEST_F(CommandLineTest, RefusesFilesThatAreAbsentOrDamaged) {
     write_text(folder_.file("ids.txt"), ids);
     EXPECT_THAT(refusal(logits_command()), HasSubstr("ids.txt: ")) << ids;
   }
+  std::string many = "0";
+  for (int i = 0; i < 4096; ++i) many += " 0";
+  write_text(folder_.file("ids.txt"), many);
+  EXPECT_THAT(refusal(logits_command()), HasSubstr("4097 tokens, the model knows positions up to"));
   write_text(folder_.file("documents"), "12345678");
   EXPECT_THAT(refusal(evaluate_command()), HasSubstr("documents: header of"));
   write_text(model_, text_of(model_).substr(0, 5000));

@@ -9,10 +9,12 @@
 #include <string>
 #include <vector>
 
+#include "evaluate.hpp"
 #include "headwise/core/executor.hpp"
 #include "logits.hpp"
 #include "plans.hpp"
 #include "safetensors.hpp"
+#include "tasks.hpp"
 #include "weights.hpp"
 
 #ifdef NEEDLE_LM_DIR
@@ -131,6 +133,23 @@ TEST_F(GoldenTest, HardMasksEqualTheFloat64ForwardInBothPrefillModes) {
       expect_equal("chunk_causal", {PrefillMode::kChunkCausal, 128}, prompt);
     }
   }
+}
+
+TEST_F(GoldenTest, FullCacheAnswersHeldOutDocuments) {
+  const SafeTensors documents(kFolder + "/data/documents.safetensors");
+  const Tasks tasks{load_task(documents, "passkey", kEndOfNeedle, 1, model_->config),
+                    load_task(documents, "cot", kEndOfSequence, 1, model_->config)};
+  headwise::SerialExecutor executor;
+  std::size_t num_finished = 0;
+  const Result result =
+      evaluate<headwise::f16>(*model_, tasks, {"full", "", HeadPlan(model_->config.shape())}, {},
+                              executor, [&] { ++num_finished; });
+  EXPECT_EQ(num_finished, 2U);
+  EXPECT_EQ(result.passkey_exact, 1.0);
+  EXPECT_EQ(result.cot_exact, 1.0);
+  EXPECT_EQ(result.answer_exact, 1.0);
+  EXPECT_EQ(result.mean_output_tokens, 164.0);
+  EXPECT_EQ(result.kv_bytes, 24U * 2048 * 2 * 32 * 2);  // heads, tokens, K and V, width, f16
 }
 
 }  // namespace

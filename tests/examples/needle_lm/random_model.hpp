@@ -89,7 +89,7 @@ inline nlohmann::json small_config() {
           {"rms_norm_eps", 1e-5},
           {"hidden_act", "silu"},
           {"tie_word_embeddings", true},
-          {"max_position_embeddings", 512}};
+          {"max_position_embeddings", 4096}};
 }
 
 inline NamedTensors random_weights(const nlohmann::json& config, unsigned seed) {
