@@ -31,9 +31,9 @@ struct TileBlock {
   std::ptrdiff_t v_stride = 0;
   int first = 0;
   int last = 0;
-  Pos row0;                         ///< position of row 0, were it there
-  std::ptrdiff_t fetch_from_k = 0;  ///< bytes from k to what is fetched while K is read
-  std::ptrdiff_t fetch_from_v = 0;  ///< bytes from v to what is fetched while V is read
+  Pos row0;               ///< position of row 0, were it there
+  Prefetch fetch_with_k;  ///< while K is read
+  Prefetch fetch_with_v;  ///< while V is read
 };
 
 /// Floats that a packed block takes.
@@ -67,27 +67,33 @@ HEADWISE_ALWAYS_INLINE std::ptrdiff_t bytes_between(const void* from, const void
   return static_cast<const char*>(to) - static_cast<const char*>(from);
 }
 
-/// The rows where they lie, in a page of tiles.
+/// The block that a slot lies in, in a page of tiles.
+template <class Row>
+TileBlock<Row> block_of(const KvView<Row, TiledLayout>& view, Slot slot) {
+  const PageShape shape{view.page_tokens, view.k_dim, view.v_dim};
+  const auto row = static_cast<std::size_t>(slot.value % view.page_tokens);
+  const Row* page = view.page_of(slot);
+  TileBlock<Row> block;
+  block.k = page + TiledLayout::k_offset(shape, row / kBlockRows * kBlockRows, 0);
+  block.v = page + TiledLayout::v_offset(shape, row / kBlockRows * kBlockRows, 0);
+  block.v_stride = static_cast<std::ptrdiff_t>(view.page_tokens) * kTile;
+  block.first = static_cast<int>(row % kBlockRows);
+  return block;
+}
+
+/// The rows where they lie, in a page of tiles. Fetched meanwhile: what is read next, K after V
+/// after K, into the nearest cache, and what comes after that into the second.
 template <class Isa, class Row>
 TileBlock<Row> block_in_place(const KvView<Row, TiledLayout>& view, const StoredRows& rows) {
-  const PageShape shape{view.page_tokens, view.k_dim, view.v_dim};
-  const auto row = static_cast<int>(rows.slot.value % view.page_tokens);
-  const int block_row = row / kBlockRows * kBlockRows;
-  const Row* page = view.page_of(rows.slot);
-
-  TileBlock<Row> block;
-  block.k = page + TiledLayout::k_offset(shape, static_cast<std::size_t>(block_row), 0);
-  block.v = page + TiledLayout::v_offset(shape, static_cast<std::size_t>(block_row), 0);
-  block.v_stride = static_cast<std::ptrdiff_t>(view.page_tokens) * kTile;
-  block.first = row - block_row;
+  TileBlock<Row> block = block_of(view, rows.slot);
   block.last = block.first + rows.count;
   block.row0 = rows.pos + -block.first;
-  block.fetch_from_k = bytes_between(block.k, block.v);
+  block.fetch_with_k.near = bytes_between(block.k, block.v);
   if (rows.more) {
-    const Slot next = rows.slot + rows.count;
-    const auto next_row = static_cast<std::size_t>(next.value % view.page_tokens);
-    const Row* next_k = view.page_of(next) + TiledLayout::k_offset(shape, next_row, 0);
-    block.fetch_from_v = bytes_between(block.v, next_k);
+    const TileBlock<Row> next = block_of(view, rows.slot + rows.count);
+    block.fetch_with_k.far = bytes_between(block.k, next.k);
+    block.fetch_with_v.near = bytes_between(block.v, next.k);
+    block.fetch_with_v.far = bytes_between(block.v, next.v);
   }
   return block;
 }

@@ -160,7 +160,7 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
 }
 
 /// Attends those query rows that see something of a block: scores, softmax, output.
-/// @tparam kFetch  prefetch V while K is read, and the next block's K while V is read
+/// @tparam kFetch  prefetch what is read after this: see block_in_place
 template <class Isa, bool kFetch, class Element>
 void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexcept {
   const int tile_begin = block.first / kTile;
@@ -180,7 +180,7 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   scores.num_rows = (queries.last - queries.first) * rows.group_size;
   scores.num_tiles = tile_end - tile_begin;
   scores.depth = rows.k_dim;
-  scores.fetch_ahead = block.fetch_from_k;
+  scores.fetch = block.fetch_with_k;
   multiply_tiles<Isa, kFetch>(scores);
 
   std::ptrdiff_t row = first_row;
@@ -204,7 +204,7 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   output.num_rows = scores.num_rows;
   output.num_tiles = rows.v_dim / kTile;
   output.depth = block.last - block.first;
-  output.fetch_ahead = block.fetch_from_v;
+  output.fetch = block.fetch_with_v;
   multiply_tiles<Isa, kFetch>(output);
 }
 

@@ -17,6 +17,12 @@ namespace headwise::inline v0::detail {
 
 inline constexpr int kTile = static_cast<int>(TiledLayout::kTile);
 
+/// Bytes from each line that is read to the lines that are fetched meanwhile.
+struct Prefetch {
+  std::ptrdiff_t near = 0;  ///< read next: into the nearest cache
+  std::ptrdiff_t far = 0;   ///< read after that: into the second
+};
+
 /// c[r][t * 16 + lane] = c[r][..] * rescale[r] + sum over i of a[r][i] * b[t][i][lane]
 /// for `num_rows` rows r, `num_tiles` tiles t and `depth` steps i.
 template <class Element>
@@ -31,8 +37,7 @@ struct TileProduct {
   int num_rows = 0;
   int num_tiles = 0;
   int depth = 0;
-  /// For each line of b that is read, the line so many bytes further is fetched.
-  std::ptrdiff_t fetch_ahead = 0;
+  Prefetch fetch;  ///< for each line of b
 };
 
 /// Registers that hold sums. The rest hold one step of b, a broadcast of a, and temporaries.
@@ -65,7 +70,7 @@ void multiply_block(const TileProduct<Element>& p, int row, int tile) noexcept {
   using O = simd::Ops<Isa>;
   using V = typename O::V;
   constexpr int kVectors = kTiles * kVectorsPerTile<Isa>;
-  // Steps per cache line: one prefetch each.
+  // Steps per cache line: one prefetch each into either cache.
   constexpr int kSteps = kFetch ? static_cast<int>(64 / (kTile * sizeof(Element))) : 1;
 
   const float* HEADWISE_RESTRICT a = p.a + row * p.a_stride;
@@ -105,7 +110,8 @@ void multiply_block(const TileProduct<Element>& p, int row, int tile) noexcept {
 #pragma GCC unroll 4
       for (int t = 0; t < kTiles; ++t) {
         const auto* line = reinterpret_cast<const char*>(b + t * p.b_stride + i * kTile);
-        __builtin_prefetch(line + p.fetch_ahead);
+        __builtin_prefetch(line + p.fetch.near);
+        __builtin_prefetch(line + p.fetch.far, 0, 2);
       }
     }
 #pragma GCC unroll 2
