@@ -59,46 +59,65 @@ constexpr std::size_t decode_warp_bytes(int dim) {
 }
 
 /// One partial result: (maximum, sum) of 8 queries, then 8 rows of unnormalised output.
-__host__ __device__ constexpr int partial_floats(int dim) { return kItemQueries * (dim + 2); }
+__host__ __device__ constexpr int partial_floats(int dim) { return kItemQueries * (dim + 4 + 2); }
 
-/// What the copying half of a warp needs to know of the next tile.
+/// Where query `query`'s output begins in a partial result; 4 floats of padding a row keep the four
+/// queries that lanes store at once in different banks.
+template <int kDim>
+__device__ constexpr int partial_row(int query) {
+  return 2 * kItemQueries + query * (kDim + 4);
+}
+
+/// What the copying half of a warp needs to know of a tile: two registers, several are on their
+/// way.
 struct TileSource {
   std::int32_t page = 0;
-  std::int32_t row = 0;  ///< of the tile in its page
-  std::int32_t low = 0;  ///< rows [low, high) of the tile exist and are seen; none: skip it
-  std::int32_t high = 0;
-  bool ends_piece = false;
-  bool exists = false;
-  bool is_new = false;  ///< has the step's own row
+  std::uint32_t bits = 0;
+
+  /// @param low, high  rows [low, high) of the tile exist and are seen; none: nothing is copied.
+  /// @param is_new  whether the step's own row is among them.
+  static __device__ std::uint32_t pack(int tile_of_page, int low, int high, bool is_new) {
+    return static_cast<std::uint32_t>(low | high << 5 | tile_of_page << 10 | (is_new ? kIsNew : 0) |
+                                      kExists);
+  }
+  __device__ int low() const { return static_cast<int>(bits & 31U); }
+  __device__ int high() const { return static_cast<int>(bits >> 5 & 31U); }
+  __device__ int row_in_page() const { return static_cast<int>(bits >> 10 & 3U) * kTileRows; }
+  __device__ bool has(int flag) const { return (bits & static_cast<unsigned>(flag)) != 0; }
+
+  static constexpr int kIsNew = 1 << 12;
+  static constexpr int kExists = 1 << 13;
+  static constexpr int kEndsPiece = 1 << 14;
 };
+static_assert(kPageTokens / kTileRows == 4);
 
 /// Walks over a warp's tiles in order: the part at its head, whole items, the part at its tail.
 class TileWalk {
  public:
   /// @param work  in shared memory.
   __device__ TileWalk(const DecodeArgs& args, const WarpWork& work) : args_(args), work_(work) {
+    fetch_next();
     open_next();
   }
 
   __device__ TileSource next() {
     TileSource tile;
     if (left_ == 0) return tile;
-    tile.exists = true;
     const int offset = round_ * width_ + column_;
     const int tiles0 = tiles_of(slot_begin_[0], slot_end_[0]);
     const int index = base_ + offset;
     const bool second = index >= tiles0;
     const int begin = second ? slot_begin_[1] : slot_begin_[0];
     const int end = second ? slot_end_[1] : slot_end_[0];
-    const int first_slot = (begin / kTileRows + (second ? index - tiles0 : index)) * kTileRows;
+    const int slot_tile = begin / kTileRows + (second ? index - tiles0 : index);
+    const int first_slot = slot_tile * kTileRows;
+    tile.bits = TileSource::pack(0, 0, 0, false);
     if (offset < tiles_) {
-      tile.low = max(begin - first_slot, 0);
-      tile.high = min(end - first_slot, kTileRows);
-      tile.row = first_slot % kPageTokens;
+      tile.bits = TileSource::pack(slot_tile % 4, max(begin - first_slot, 0),
+                                   min(end - first_slot, kTileRows), slot_tile == new_tile_);
       tile.page = args_.step.page_table[table_ + first_slot / kPageTokens];
-      tile.is_new = first_slot == new_tile_ * kTileRows;
     }
-    tile.ends_piece = --left_ == 0;
+    if (--left_ == 0) tile.bits |= TileSource::kEndsPiece;
     if (left_ == 0) {
       open_next();
     } else if (++column_ >= columns_end()) {
@@ -127,12 +146,19 @@ class TileWalk {
       open(work_.head);
       return;
     }
-    const int whole = step == 0 ? 0 : step_ - 1 - (work_.head.count > 0 ? 1 : 0);
-    if (whole < work_.num_whole) {
-      open(args_.work.items[work_.first_whole + whole]);
-    } else if (whole == work_.num_whole && work_.tail.count > 0) {
+    if (opened_ < work_.num_whole) {
+      open(next_);
+      ++opened_;
+      fetch_next();
+    } else if (opened_ == work_.num_whole && work_.tail.count > 0) {
+      ++opened_;
       open(work_.tail);
     }
+  }
+
+  /// Reads the next whole item, long before it is opened.
+  __device__ void fetch_next() {
+    if (opened_ < work_.num_whole) next_ = args_.work.items[work_.first_whole + opened_];
   }
 
   __device__ void open(const Piece& piece) {
@@ -174,9 +200,11 @@ class TileWalk {
   int column_ = 0;
   int left_ = 0;
   int step_ = 0;
+  int opened_ = 0;  // whole items, and the tail
+  Piece next_;
 };
 
-/// A warp's ring of tiles: copies run kDecodeStages - 1 tiles ahead, page numbers two further.
+/// A warp's ring of tiles: copies run kDecodeStages - 1 tiles ahead, page numbers kAhead further.
 ///
 /// Copies begin while the stream's former kernel still runs: rows of former steps are there. A tile
 /// with the step's own row is copied only after that kernel, which may be the one that appends it.
@@ -185,8 +213,8 @@ class TileRing {
  public:
   __device__ TileRing(const DecodeArgs& args, const WarpWork& work, std::uint16_t* memory)
       : args_(args), walk_(args, work), memory_(memory) {
-    ahead_[0] = walk_.next();
-    ahead_[1] = walk_.next();
+#pragma unroll
+    for (TileSource& tile : ahead_) tile = walk_.next();
 #pragma unroll
     for (int i = 0; i < kDecodeStages - 1; ++i) copy_next(i);
   }
@@ -209,9 +237,8 @@ class TileRing {
     __syncwarp();  // every lane's copies have landed, and the tile before is no longer read
     const int use = stage_;
     stage_ = stage_ + 1 == kDecodeStages ? 0 : stage_ + 1;
-    const int info = info_[0];
-    const Tile tile{shared_address(memory_ + use * kDecodeTileElements<kDim>), info & 0xFF,
-                    info >> 8 & 0xFF, (info >> 16 & 1) != 0};
+    const Tile tile{shared_address(memory_ + use * kDecodeTileElements<kDim>), info_[0].low(),
+                    info_[0].high(), info_[0].has(TileSource::kEndsPiece)};
 #pragma unroll
     for (int i = 0; i + 1 < kDecodeStages - 1; ++i) info_[i] = info_[i + 1];
     copy_next(kDecodeStages - 2, use == 0 ? kDecodeStages - 1 : use - 1);
@@ -219,26 +246,30 @@ class TileRing {
   }
 
  private:
+  /// Page numbers on their way: they queue behind the rows, and so take as long as two tiles.
+  static constexpr int kAhead = 4;
+
   __device__ void copy_next(int i) { copy_next(i, i); }
 
   /// Starts the copy of the tile after the last one into `stage`; rows that do not exist are read
   /// from one that does, so that what is multiplied by zero is a number.
   __device__ void copy_next(int info_at, int stage) {
     const TileSource tile = ahead_[0];
-    ahead_[0] = ahead_[1];
-    ahead_[1] = walk_.next();
-    info_[info_at] = tile.low | tile.high << 8 | (tile.ends_piece ? 1 << 16 : 0);
-    if (tile.exists && tile.low < tile.high) {
-      if (tile.is_new) start_after_append();
+#pragma unroll
+    for (int i = 0; i + 1 < kAhead; ++i) ahead_[i] = ahead_[i + 1];
+    ahead_[kAhead - 1] = walk_.next();
+    info_[info_at] = tile;
+    if (tile.low() < tile.high()) {
+      if (tile.has(TileSource::kIsNew)) start_after_append();
       const auto* k_rows =
           reinterpret_cast<const std::uint16_t*>(
               args_.step.pages + static_cast<std::size_t>(tile.page) * args_.step.page_bytes) +
-          tile.row * kDim;
+          tile.row_in_page() * kDim;
       const std::uint32_t to = shared_address(memory_ + stage * kDecodeTileElements<kDim>);
-      if (tile.low == 0 && tile.high == kTileRows) {
+      if (tile.low() == 0 && tile.high() == kTileRows) {
         copy_rows(k_rows, to, [](int row) { return row; });
       } else {
-        copy_rows(k_rows, to, [&](int row) { return min(max(row, tile.low), tile.high - 1); });
+        copy_rows(k_rows, to, [&](int row) { return min(max(row, tile.low()), tile.high() - 1); });
       }
     }
     commit_copies();
@@ -264,8 +295,8 @@ class TileRing {
   const DecodeArgs& args_;
   TileWalk walk_;
   std::uint16_t* memory_;
-  TileSource ahead_[2];
-  int info_[kDecodeStages - 1] = {};
+  TileSource ahead_[kAhead];
+  TileSource info_[kDecodeStages - 1];
   int stage_ = 0;
   bool waited_ = false;
 };
@@ -276,15 +307,26 @@ class TileRing {
 template <class Row, int kDim>
 class DecodeState {
  public:
-  /// @param q  the group's first query row of this item; `count` of them, `stride` elements apart.
-  __device__ void start(const std::uint16_t* q, std::int64_t stride, int count) {
+  /// Reads the queries that the next start() takes.
+  /// @param q  the group's first query row of an item; `count` of them, `stride` elements apart.
+  __device__ void fetch(const std::uint16_t* q, std::int64_t stride, int count) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int query = lane / 4;
     const std::uint16_t* row = q + query * stride + lane % 4 * 2;
 #pragma unroll
     for (int b = 0; b < kDim / 16; ++b) {
-      q_[b][0] = query < count ? *reinterpret_cast<const std::uint32_t*>(row + b * 16) : 0U;
-      q_[b][1] = query < count ? *reinterpret_cast<const std::uint32_t*>(row + b * 16 + 8) : 0U;
+      next_q_[b][0] = query < count ? *reinterpret_cast<const std::uint32_t*>(row + b * 16) : 0U;
+      next_q_[b][1] =
+          query < count ? *reinterpret_cast<const std::uint32_t*>(row + b * 16 + 8) : 0U;
+    }
+  }
+
+  /// Begins an item with the queries fetched before.
+  __device__ void start() {
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+      q_[b][0] = next_q_[b][0];
+      q_[b][1] = next_q_[b][1];
     }
 #pragma unroll
     for (int b = 0; b < kDim / 16; ++b) {
@@ -380,12 +422,11 @@ class DecodeState {
       *reinterpret_cast<float2*>(partial + 2 * (2 * t + g)) =
           g == 0 ? make_float2(max_[0], sum_[0]) : make_float2(max_[1], sum_[1]);
     }
-    float* rows = partial + 2 * kItemQueries;
 #pragma unroll
     for (int b = 0; b < kDim / 16; ++b) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        rows[(2 * t + i % 2) * kDim + b * 16 + g + i / 2 * 8] = out_[b][i];
+        partial[partial_row<kDim>(2 * t + i % 2) + b * 16 + g + i / 2 * 8] = out_[b][i];
       }
     }
   }
@@ -406,6 +447,7 @@ class DecodeState {
   }
 
   std::uint32_t q_[kDim / 16][2];
+  std::uint32_t next_q_[kDim / 16][2];
   float out_[kDim / 16][4];
   float max_[2];
   float sum_[2];
@@ -507,7 +549,7 @@ __device__ void merge_blocks(const DecodeArgs& args, const Piece& piece, float* 
       for (int b = 0; b < kBatch; ++b) {
         const int p = begin + b * num_parts;
         x[b] = works && p < count ? __ldcg(reinterpret_cast<const float4*>(
-                                        partial(p) + 2 * kItemQueries + query * kDim + column))
+                                        partial(p) + partial_row<kDim>(query) + column))
                                   : make_float4(0.0F, 0.0F, 0.0F, 0.0F);
       }
     };
@@ -566,7 +608,7 @@ __device__ void merge_parts(const DecodeArgs& args, const BlockWork& block, unsi
       const float* partial = block.part[__ffs(static_cast<int>(left)) - 1];
       const float2 state = *reinterpret_cast<const float2*>(partial + 2 * query);
       const float4 x =
-          *reinterpret_cast<const float4*>(partial + 2 * kItemQueries + query * kDim + column);
+          *reinterpret_cast<const float4*>(partial + partial_row<kDim>(query) + column);
       const float next = fmaxf(top, state.x);
       const float old_weight = exp2_fast(top - next);
       const float weight = exp2_fast(state.x - next);
@@ -581,7 +623,7 @@ __device__ void merge_parts(const DecodeArgs& args, const BlockWork& block, unsi
       store_row<Row>(row_at(args.out, rows.row, rows.first_head + query) + column, sum, out);
     } else {
       if (column == 0) *reinterpret_cast<float2*>(to + 2 * query) = make_float2(top, sum);
-      *reinterpret_cast<float4*>(to + 2 * kItemQueries + query * kDim + column) = out;
+      *reinterpret_cast<float4*>(to + partial_row<kDim>(query) + column) = out;
     }
   }
 }
@@ -659,13 +701,31 @@ __global__ void __launch_bounds__(decode_max_warps(kDim) * 32, 1)
   DecodeState<Row, kDim> state;
   const int last_step = work.num_whole + 1;
   const bool has_more = work.num_whole > 0 || work.tail.count > 0;
-  for (int step = 0; step <= last_step; ++step) {
-    const Piece& piece = step == 0           ? work.head
-                         : step == last_step ? work.tail
-                                             : args.work.items[work.first_whole + step - 1];
-    if (piece.count == 0) continue;
+  const auto piece_at = [&](int step) -> const Piece& {
+    return step == 0           ? work.head
+           : step == last_step ? work.tail
+                               : args.work.items[work.first_whole + step - 1];
+  };
+  // The first piece from `step` on that is not empty; last_step + 1: none.
+  const auto piece_from = [&](int step) {
+    if (step == 0 && work.head.count == 0) ++step;
+    if (step == last_step && work.tail.count == 0) ++step;
+    return step;
+  };
+  const auto fetch = [&](int step) {
+    if (step > last_step) return;
+    const ItemRows rows = rows_of(args, piece_at(step));
+    state.fetch(row_at(args.q, rows.row, rows.first_head), args.q.stride_h, rows.count);
+  };
+  int next = piece_from(0);
+  fetch(next);
+  while (next <= last_step) {
+    const int step = next;
+    const Piece& piece = piece_at(step);
     const ItemRows rows = rows_of(args, piece);
-    state.start(row_at(args.q, rows.row, rows.first_head), args.q.stride_h, rows.count);
+    state.start();
+    next = piece_from(step + 1);
+    fetch(next);
     for (bool more = true; more;) {
       const auto tile = ring.take();
       if (tile.low < tile.high) state.add(tile.k, tile.low, tile.high, args.scale_log2);
