@@ -68,6 +68,7 @@ class HugeBuffer {
     madvise(data_.get(), bytes_, MADV_HUGEPAGE);
     std::memset(data_.get(), 0, bytes_);
   }
+  float* data() { return data_.get(); }
   const float* data() const { return data_.get(); }
   std::size_t num_bytes() const { return bytes_; }
 
