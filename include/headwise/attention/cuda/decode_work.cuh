@@ -211,7 +211,8 @@ __global__ void __launch_bounds__(detail::kCutThreads)
 
   // Equal intervals; a cut close to an item's end moves there, which saves a merge.
   const auto begin_of = [&](int k) { return item_begin[k]; };
-  const int snap = line_total / num_warps / 8;
+  // By two tiles at most: every warp waits for the one with the longest interval.
+  const int snap = min(line_total / num_warps / 8, 2);
   for (int w = thread; w <= num_warps; w += detail::kCutThreads) {
     int cut = static_cast<int>(static_cast<std::int64_t>(w) * line_total / num_warps);
     if (w > 0 && w < num_warps && num_present > 0) {
