@@ -48,7 +48,7 @@ TYPED_TEST(CudaCases, EqualTheOracle) {
 
 TYPED_TEST(CudaCases, EqualTheOracleForEveryGroupAndWidth) {
   HEADWISE_NEEDS_DEVICE();
-  for (const int dim : {64, 80, 96, 128, 256}) {
+  for (const int dim : {32, 64, 80, 96, 128, 256}) {
     for (const int group : {1, 2, 4, 5, 7, 8, 12}) {
       SCOPED_TRACE("dim " + std::to_string(dim) + " group " + std::to_string(group));
       DeviceModel<TypeParam> model({.dim = dim, .group_size = group, .max_context = 1024});

@@ -15,7 +15,7 @@ struct HeadDims {
 };
 
 /// Every width that kernels exist for.
-using AllHeadDims = HeadDims<64, 80, 96, 128, 256>;
+using AllHeadDims = HeadDims<32, 64, 80, 96, 128, 256>;
 
 /// A width as a type.
 template <int kValue>
