@@ -30,8 +30,8 @@ enum class Phase : std::uint8_t {
   kDecode,  ///< streaming heads follow the window rule; any number of tokens (speculation)
 };
 
-/// What a call in service answers. Anything but kOk has changed nothing, except that begin drops the
-/// step that was open before it looks at the new one.
+/// What a call in service answers. Anything but kOk has changed nothing, except that begin drops
+/// the step that was open before it looks at the new one.
 enum class [[nodiscard]] StepStatus : std::uint8_t{
     kOk,
     kOutOfPages,      ///< not every page that the step needs is free
