@@ -32,9 +32,8 @@ std::int64_t closed_form(const HeadPlan& plan, const CacheOptions& options, std:
   std::int64_t pages = 0;
   for (const HeadBudget& budget : plan.budgets()) {
     if (const auto* keep = std::get_if<KeepWindow>(&budget)) {
-      const std::int64_t extra = options.prefill == PrefillMode::kChunkCausal ? 1 : 0;
       const std::int64_t rows = keep->window.sink + keep->window.recent + options.max_rollback;
-      pages += std::min(pages_for(length, page_tokens), pages_for(rows + extra, page_tokens));
+      pages += std::min(pages_for(length, page_tokens), pages_for(rows, page_tokens));
     } else if (const auto* growing = std::get_if<KeepGrowingWindow>(&budget)) {
       // A page stays while it has a sink or a row that the lowest permitted length still keeps.
       const std::int64_t lowest = std::max<std::int64_t>(0, high_water - options.max_rollback);

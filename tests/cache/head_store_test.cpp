@@ -135,14 +135,11 @@ TEST(HeadStore, HoldsThePageOfEveryRowThatAnyPermittedLengthMaySee) {
                 std::max<std::int64_t>(0, high_water - options.max_rollback);
             for (std::int64_t length = lowest; length <= high_water; ++length) {
               const Entries held = entries(store.held(length, high_water, 0));
-              for (const bool chunk_causal : {false, true}) {
-                if (chunk_causal && options.prefill == PrefillMode::kWindowed) continue;
-                for (const KvRun& run : store.runs(length, chunk_causal).runs) {
-                  if (run.count <= 0) continue;
-                  for (std::int64_t i = run.first_slot.value / 16;
-                       i <= (run.first_slot.value + run.count - 1) / 16; ++i) {
-                    ASSERT_TRUE(held.contains(i)) << "length " << length << " of " << high_water;
-                  }
+              for (const KvRun& run : store.runs(length).runs) {
+                if (run.count <= 0) continue;
+                for (std::int64_t i = run.first_slot.value / 16;
+                     i <= (run.first_slot.value + run.count - 1) / 16; ++i) {
+                  ASSERT_TRUE(held.contains(i)) << "length " << length << " of " << high_water;
                 }
               }
             }
@@ -159,7 +156,7 @@ TEST(HeadStore, RunsAreOldestFirstAndEndAtTheLength) {
     std::visit(
         [&](const auto& store) {
           for (std::int64_t length = 0; length <= 200; ++length) {
-            const StoredRuns stored = store.runs(length, false);
+            const StoredRuns stored = store.runs(length);
             std::int64_t next = 0;
             std::int64_t rows = 0;
             for (const KvRun& run : stored.runs) {
@@ -189,9 +186,8 @@ TEST(StreamingStore, RowsAreSinkRecentAndRollbackInWholePages) {
   EXPECT_EQ(streaming({4, 12}, options_of(1000, 0)).ring.rows, 16);
   EXPECT_EQ(streaming({4, 13}, options_of(1000, 0)).ring.rows, 32);
   EXPECT_EQ(streaming({0, 1}, options_of(1000, 15)).ring.rows, 16);
-  // A chunk_causal chunk starts with `recent` tokens besides its own: one row more.
-  EXPECT_EQ(streaming({4, 12}, options_of(1000, 0, PrefillMode::kChunkCausal)).ring.rows, 32);
-  EXPECT_EQ(streaming({4, 11}, options_of(1000, 0, PrefillMode::kChunkCausal)).ring.rows, 16);
+  // Both prefill modes need the same rows.
+  EXPECT_EQ(streaming({4, 12}, options_of(1000, 0, PrefillMode::kChunkCausal)).ring.rows, 16);
 }
 
 TEST(StreamingStore, NeverHoldsMoreThanTheContext) {
@@ -216,8 +212,7 @@ TEST(StreamingStore, WritesInPlaceOnlyOverRowsThatNobodyMayAskFor) {
     const Window window = std::get<KeepWindow>(budget).window;
     const StreamingStore store = streaming(window, options);
     // A step at `lowest` still sees this far back; its drop must leave no trace either.
-    const std::int64_t back =
-        options.prefill == PrefillMode::kChunkCausal ? window.recent : window.recent - 1;
+    const std::int64_t back = window.recent - 1;
     for (std::int64_t high_water = 0; high_water <= 130; ++high_water) {
       const std::int64_t lowest = std::max<std::int64_t>(0, high_water - options.max_rollback);
       for (std::int64_t length = lowest; length <= high_water; ++length) {
@@ -263,7 +258,7 @@ TEST(StreamingStore, CountsBeyond32Bits) {
   EXPECT_EQ(store.ring.rows, 96);
   EXPECT_TRUE(store.in_place({far, far, far + 1}));
   EXPECT_FALSE(store.in_place({far, far, far + 40}));
-  const StoredRuns runs = store.runs(far, false);
+  const StoredRuns runs = store.runs(far);
   EXPECT_EQ(runs.num_rows(), 16 + 63);
   EXPECT_EQ(runs.runs[1].first_pos, Pos{far - 63});
 }
@@ -281,13 +276,13 @@ TEST(FoldingStore, FoldsThePublishedNumbersInWholePages) {
     options.page_tokens = page_tokens;
     const FoldingStore store = FoldingStore::make({}, options);
     for (const auto& [length, dropped] : published) {
-      const std::int64_t folded = store.runs(length, true).folded;
+      const std::int64_t folded = store.runs(length).folded;
       EXPECT_LE(folded, dropped) << length;
       EXPECT_GT(folded, dropped - page_tokens) << length;
-      EXPECT_EQ(folded + store.runs(length, true).num_rows(), length);
+      EXPECT_EQ(folded + store.runs(length).num_rows(), length);
     }
-    EXPECT_EQ(store.runs(20000, true).folded, 15996);  // page boundaries for both page sizes
-    EXPECT_EQ(store.runs(100000, true).folded, 79996);
+    EXPECT_EQ(store.runs(20000).folded, 15996);  // page boundaries for both page sizes
+    EXPECT_EQ(store.runs(100000).folded, 79996);
   }
 }
 
@@ -295,8 +290,8 @@ TEST(FoldingStore, FoldsNothingBeforeTheBufferIsFull) {
   CacheOptions options = options_of(131072, 0, PrefillMode::kChunkCausal);
   const FoldingStore store = FoldingStore::make({}, options);
   for (std::int64_t length = 0; length <= 4004; ++length) {
-    ASSERT_EQ(store.runs(length, true).folded, 0) << length;
-    ASSERT_EQ(store.runs(length, true).num_rows(), length);
+    ASSERT_EQ(store.runs(length).folded, 0) << length;
+    ASSERT_EQ(store.runs(length).num_rows(), length);
   }
 }
 
@@ -310,7 +305,7 @@ TEST(FoldingStore, FoldNeverGoesBackAndStaysWithinAPageOfThePaper) {
     for (std::int64_t length = 0; length <= 3000; ++length) {
       const std::int64_t dropped = std::max<std::int64_t>(
           0, length - std::max(budget.min_recent, length / budget.divisor) - budget.sink);
-      const std::int64_t folded = store.runs(length, true).folded;
+      const std::int64_t folded = store.runs(length).folded;
       ASSERT_GE(folded, last);
       ASSERT_LE(folded, dropped);
       ASSERT_GT(folded + 16, dropped) << length;
@@ -365,7 +360,7 @@ TEST(RetrievalStore, HoldsEveryPageUpToItsLength) {
   for (const std::int64_t length : test::boundary_lengths(4, 60, 64, 64)) {
     EXPECT_EQ(entries(store.held(length, length + 5, 0)).size(),
               static_cast<std::size_t>((length + 63) / 64));
-    EXPECT_EQ(store.runs(length, false).num_rows(), length);
+    EXPECT_EQ(store.runs(length).num_rows(), length);
   }
 }
 

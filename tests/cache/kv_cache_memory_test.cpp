@@ -36,10 +36,8 @@ std::int64_t closed_form(const HeadPlan& plan, const CacheOptions& options, std:
   for (const HeadBudget& budget : plan.budgets()) {
     const std::int64_t all = pages_for(length, size);
     if (const auto* keep = std::get_if<KeepWindow>(&budget)) {
-      const std::int64_t chunk_start = options.prefill == PrefillMode::kChunkCausal ? 1 : 0;
-      pages += std::min(all, pages_for(keep->window.sink + keep->window.recent +
-                                           options.max_rollback + chunk_start,
-                                       size));
+      const std::int64_t rows = keep->window.sink + keep->window.recent + options.max_rollback;
+      pages += std::min(all, pages_for(rows, size));
     } else if (const auto* growing = std::get_if<KeepGrowingWindow>(&budget)) {
       const std::int64_t lowest = std::max<std::int64_t>(0, high_water - options.max_rollback);
       const std::int64_t gone =

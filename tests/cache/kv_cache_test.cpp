@@ -134,11 +134,11 @@ std::vector<std::set<std::int64_t>> seen_by_queries(const Model& model, Sequence
   return out;
 }
 
-TEST(KvCache, ChunkCausalPrefillIsDuoAttentions) {
+TEST(KvCache, OneExclusiveWindowIsDuoAttentionsInPrefillAndDecode) {
   // S = 1, R = 2, chunks of 4, as in the paper's figure.
   using Keys = std::set<std::int64_t>;
   const ModelShape shape = ModelShape::uniform(1, 1, 1, 16);
-  Model model(shape, HeadPlan(shape, KeepWindow{{1, 2}}),
+  Model model(shape, HeadPlan(shape, KeepWindow{Window::from_exclusive(1, 2)}),
               test::mixed_options(PrefillMode::kChunkCausal, 0));
   const SequenceId id = model.add();
   std::map<std::int64_t, Keys> seen;
@@ -156,18 +156,20 @@ TEST(KvCache, ChunkCausalPrefillIsDuoAttentions) {
   EXPECT_EQ(seen[7], (Keys{0, 2, 3, 4, 5, 6, 7}));
   EXPECT_EQ(seen[8], (Keys{0, 6, 7, 8}));
   EXPECT_EQ(pairs, 76U);
-  // Decode is windowed, and our window counts the current token.
-  EXPECT_EQ(seen_by_queries(model, id, Phase::kDecode, 1).front(), (Keys{0, 15, 16}));
+  EXPECT_EQ(seen_by_queries(model, id, Phase::kDecode, 1).front(), (Keys{0, 14, 15, 16}));
 }
 
-TEST(KvCache, DecodeWithAnExclusiveWindowIsDuoAttentions) {
+TEST(KvCache, AWindowCountsTheCurrentToken) {
+  // DuoAttention's training rule with S = 1, R = 2; a chunk of one token is decode in every mode.
   const ModelShape shape = ModelShape::uniform(1, 1, 1, 16);
-  Model model(shape, HeadPlan(shape, KeepWindow{Window::from_exclusive(1, 2)}),
-              test::mixed_options(PrefillMode::kWindowed, 0));
-  const SequenceId id = model.add();
-  model.add_tokens(id, new_tokens(16), Phase::kPrompt);
-  EXPECT_EQ(seen_by_queries(model, id, Phase::kDecode, 1).front(),
-            (std::set<std::int64_t>{0, 14, 15, 16}));
+  for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
+    Model model(shape, HeadPlan(shape, KeepWindow{{1, 2}}), test::mixed_options(prefill, 0));
+    const SequenceId id = model.add();
+    model.add_tokens(id, new_tokens(16), Phase::kPrompt);
+    for (const Phase phase : {Phase::kDecode, Phase::kPrompt}) {
+      EXPECT_EQ(seen_by_queries(model, id, phase, 1).front(), (std::set<std::int64_t>{0, 15, 16}));
+    }
+  }
 }
 
 TEST(KvCache, AWholePromptInOneChunkIsDenseWhereChunksAreCausal) {

@@ -305,7 +305,7 @@ class DeviceModel {
       const auto sees = [&](std::int64_t j) {
         if (keep == nullptr) return true;
         if (!chunk_causal) return keep->window.sees(Pos{pos}, Pos{j});
-        return j >= length || j < keep->window.sink || j >= length - keep->window.recent;
+        return j >= length || j < keep->window.sink || length - j < keep->window.recent;
       };
       double error = 0.0;
       double norm = 0.0;

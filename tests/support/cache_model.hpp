@@ -78,9 +78,8 @@ inline Sight sight(const HeadBudget& budget, PrefillMode prefill, std::int64_t p
     const Window& window = keep->window;
     if (key < window.sink) return Sight::kAsRow;
     if (phase == Phase::kPrompt && prefill == PrefillMode::kChunkCausal) {
-      // DuoAttention: the sinks and the last `recent` tokens before the chunk, and the chunk
-      // itself.
-      return key >= start || start - key <= window.recent ? Sight::kAsRow : Sight::kNot;
+      // DuoAttention: what the chunk's first query sees, and the chunk itself.
+      return key >= start || start - key + 1 <= window.recent ? Sight::kAsRow : Sight::kNot;
     }
     const std::int64_t newest_first = query - key + 1;  // 1: the current token
     return newest_first <= window.recent ? Sight::kAsRow : Sight::kNot;

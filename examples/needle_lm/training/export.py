@@ -147,13 +147,13 @@ def chunk_causal_mask(length: int, prompt_length: int, sink: int, recent: int) -
     """[T, T] bool: the prompt in chunks of PREFILL_CHUNK tokens, then one token at a time by the
     window rule.
 
-    A query of chunk [a, b) sees, of the rows before a, those with j < sink or j >= a - recent, and
-    of its own chunk everything up to itself (DuoAttention's deployed rule).
+    A query of chunk [a, b) sees, of the rows before a, what query a sees by the window rule, and of
+    its own chunk everything up to itself (DuoAttention's deployed rule).
     """
     mask = windowed_mask(length, sink, recent)
     query, key = np.ogrid[:prompt_length, :length]
     chunk_start = query // PREFILL_CHUNK * PREFILL_CHUNK
-    mask[:prompt_length] = (key <= query) & ((key < sink) | (key >= chunk_start - recent))
+    mask[:prompt_length] = (key <= query) & ((key < sink) | (chunk_start - key < recent))
     return mask
 
 

@@ -145,8 +145,7 @@ class AttendTasks {
 
   HeadCut cut_of(const StepEntry& entry, int class_idx) const {
     const HeadStore& store = cache_.geometry().classes()[static_cast<std::size_t>(class_idx)].store;
-    return HeadCut::of(entry.num_tokens(), place_.shape.group_size,
-                       cache_.rows_seen(store, entry, step_.phase()));
+    return HeadCut::of(entry.num_tokens(), place_.shape.group_size, cache_.rows_seen(store, entry));
   }
 
   Part locate(std::int64_t task) const {

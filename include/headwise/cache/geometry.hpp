@@ -201,7 +201,7 @@ class CacheGeometry {
     const auto rows_kept = [&](int h) {
       const int class_idx = heads_[static_cast<std::size_t>(layer.first_head + h)].class_idx;
       return std::visit(
-          [&](const auto& store) { return store.runs(options_.max_context, false).num_rows(); },
+          [&](const auto& store) { return store.runs(options_.max_context).num_rows(); },
           classes_[static_cast<std::size_t>(class_idx)].store);
     };
     std::sort(layer.task_order.begin(), layer.task_order.end(), [&](int a, int b) {

@@ -80,7 +80,7 @@ struct RetrievalStore {
     return {ceil_div(to, page_tokens), ceil_div(from, page_tokens)};
   }
   /// Stored rows that some query of a step starting at `length` may see.
-  constexpr StoredRuns runs(std::int64_t length, bool /*chunk_causal*/) const {
+  constexpr StoredRuns runs(std::int64_t length) const {
     return {{{{Slot{0}, Pos{0}, length}}}, 0};
   }
 };
@@ -92,24 +92,23 @@ struct StreamingStore {
   std::int64_t page_tokens = 0;   ///< CacheOptions::page_tokens
   std::int64_t max_rollback = 0;  ///< CacheOptions::max_rollback
   std::int64_t recent = 0;        ///< the window's, at most the context in whole pages
-  std::int64_t past = 0;  ///< recent tokens that a step's first query may see besides itself
-  Ring ring;              ///< of each bank
+  Ring ring;                      ///< of each bank
 
-  /// rows = round_up(sink + recent + max_rollback, page_tokens), one more token where prompts are
-  /// chunk_causal, because such a chunk starts with `recent` tokens besides its own; never more
-  /// than the context, which then never wraps.
+  /// rows = round_up(sink + recent + max_rollback, page_tokens); never more than the context, which
+  /// then never wraps.
   static constexpr StreamingStore make(const Window& window, const CacheOptions& options) {
-    StreamingStore store{options.page_tokens, options.max_rollback, window.recent, 0, {}};
+    StreamingStore store{options.page_tokens, options.max_rollback, window.recent, {}};
     const std::int64_t context_rows = round_up(options.max_context, options.page_tokens);
     const std::int64_t sink = std::min(window.sink, context_rows);
     const std::int64_t recent = std::min(window.recent, context_rows);
     store.recent = recent;
-    store.past = options.prefill == PrefillMode::kWindowed ? recent - 1 : recent;
-    const std::int64_t wanted = sink + store.past + 1 + options.max_rollback;
+    const std::int64_t wanted = sink + recent + options.max_rollback;
     store.ring = {sink, std::min(round_up(wanted, options.page_tokens), context_rows)};
     return store;
   }
 
+  /// Recent tokens that a step's first query may see besides itself.
+  constexpr std::int64_t past() const { return recent - 1; }
   /// Pages of one ring.
   constexpr std::int64_t pages_per_bank() const { return ring.rows / page_tokens; }
   /// @copydoc RetrievalStore::table_entries
@@ -121,7 +120,7 @@ struct StreamingStore {
   constexpr bool in_place(const StepLengths& step) const {
     const std::int64_t lowest_length = std::max<std::int64_t>(0, step.high_water - max_rollback);
     return step.length == 0 || step.next <= ring.rows ||
-           step.next - ring.turn() <= std::max(ring.sink, lowest_length - past);
+           step.next - ring.turn() <= std::max(ring.sink, lowest_length - past());
   }
 
   /// @copydoc RetrievalStore::held
@@ -144,9 +143,8 @@ struct StreamingStore {
 
   /// Stored rows that some query of a step starting at `length` may see: the sinks and the recent
   /// ones before it; the slack rows of rollback never.
-  constexpr StoredRuns runs(std::int64_t length, bool chunk_causal) const {
-    const std::int64_t reach = chunk_causal ? recent : recent - 1;
-    const Pos first{std::max(ring.sink, length - reach)};
+  constexpr StoredRuns runs(std::int64_t length) const {
+    const Pos first{std::max(ring.sink, length - past())};
     const auto [older, newer] = ring.runs(first, Pos{length});
     return {{{{Slot{0}, Pos{0}, std::min(ring.sink, length)}, older, newer}}, 0};
   }
@@ -230,7 +228,7 @@ struct FoldingStore {
   }
 
   /// @copydoc RetrievalStore::runs
-  constexpr StoredRuns runs(std::int64_t length, bool /*chunk_causal*/) const {
+  constexpr StoredRuns runs(std::int64_t length) const {
     const std::int64_t end = fold(length);
     if (end == 0) return {{{{Slot{0}, Pos{0}, length}}}, 0};
     return {{{{Slot{0}, Pos{0}, budget.sink}, {Slot{end}, Pos{end}, length - end}}},

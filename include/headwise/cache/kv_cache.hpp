@@ -90,12 +90,9 @@ class KvCache {
   // For attention ---------------------------------------------------------------------------------
 
   /// Stored rows that some query of the entry may see of a head with this store.
-  std::int64_t rows_seen(const HeadStore& store, const StepEntry& entry, Phase phase) const {
-    return std::visit(
-        [&](const auto& kind) {
-          return kind.runs(entry.lengths.length, is_chunk_causal(phase)).num_rows();
-        },
-        store);
+  std::int64_t rows_seen(const HeadStore& store, const StepEntry& entry) const {
+    return std::visit([&](const auto& kind) { return kind.runs(entry.lengths.length).num_rows(); },
+                      store);
   }
 
   /// What the entry's queries may see of one head, as of the step's start. Any thread.
@@ -106,7 +103,7 @@ class KvCache {
     SeenRows<Row, Layout> seen{view_of(entry.sequence, place, head), Window::everything()};
     std::visit(
         [&](const auto& store) {
-          const StoredRuns stored = store.runs(entry.lengths.length, chunk_causal);
+          const StoredRuns stored = store.runs(entry.lengths.length);
           for (const KvRun& run : stored.runs) seen.view.add_run(run);
           attach(store, stored, entry, place, head, chunk_causal, seen);
         },

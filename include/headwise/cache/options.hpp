@@ -14,7 +14,7 @@ namespace headwise::inline v0 {
 enum class PrefillMode : std::uint8_t {
   /// Every query obeys the window rule, however the prompt is cut into chunks.
   kWindowed,
-  /// A query sees the rows visible at its chunk's start plus its own chunk up to itself
+  /// A query sees the rows that its chunk's first query sees plus its own chunk up to itself
   /// (DuoAttention, arXiv:2410.10819, section 2.4); a prompt in one chunk is dense attention.
   kChunkCausal,
 };

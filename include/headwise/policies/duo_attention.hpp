@@ -22,9 +22,9 @@
 namespace headwise::inline v0::duo_attention {
 
 /// Sink and recent of the paper's long-context results (NIAH, LongBench); 32/128 served MMLU, 16/64
-/// MBPP and MT-Bench. In decode the released cache sees one recent token more, as it does not count
-/// the current one: Window::from_exclusive(64, 256) is that to the token. The sizes in config.json
-/// (load_window_config() in heads/json.hpp) are those of the training: 128/256.
+/// MBPP and MT-Bench. The released cache does not count the current token, so that it sees one
+/// recent token more: Window::from_exclusive(64, 256) is that to the token. The sizes in
+/// config.json (load_window_config() in heads/json.hpp) are those of the training: 128/256.
 inline constexpr Window kDeployWindow{.sink = 64, .recent = 256};
 
 /// The published gates, [num_layers, num_kv_heads].

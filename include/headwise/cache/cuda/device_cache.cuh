@@ -313,9 +313,8 @@ class DeviceCache {
           i32(streaming->first_entry(streaming->in_place(entry.lengths) ? bank : 1 - bank));
       state.ring_sink = i32(ring.sink);
       state.ring_rows = i32(ring.rows);
-      const std::int64_t reach = chunk_causal ? streaming->recent : streaming->recent - 1;
-      set_slots(ring, length, reach, state);
-      const StoredRuns past = streaming->runs(length, chunk_causal);
+      set_slots(ring, length, streaming->past(), state);
+      const StoredRuns past = streaming->runs(length);
       state.first_count = i32(past.runs[0].count);
       state.older_pos = i32(past.runs[1].first_pos.value);
       state.older_slot = i32(past.runs[1].first_slot.value);
@@ -335,9 +334,9 @@ class DeviceCache {
 
   /// The slots that the token at `length` sees, itself included: sinks and ring touch more often
   /// than not, and are one run then.
-  static void set_slots(const Ring& ring, std::int64_t length, std::int64_t reach,
+  static void set_slots(const Ring& ring, std::int64_t length, std::int64_t past,
                         ClassState& state) {
-    const Pos oldest{std::max(ring.sink, length - reach)};
+    const Pos oldest{std::max(ring.sink, length - past)};
     const auto [older, newer] = ring.runs(oldest, Pos{length + 1});
     std::array<std::array<std::int64_t, 2>, 3> runs{{
         {0, std::min(ring.sink, length + 1)},
