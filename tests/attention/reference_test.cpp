@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "support/attention_cases.hpp"
@@ -37,10 +38,13 @@ TEST(Reference, IsZeroWhereNothingIsSeen) {
 TEST(Reference, WeighsARowByWhatItStandsFor) {
   const float q[1] = {2.0F};
   ReferenceRow once(q, 1.0), thrice(q, 1.0);
-  once.add({0.0}, {1.0});
-  thrice.add({0.0}, {1.0});
-  once.add({0.5}, {4.0}, std::log(3.0));
-  for (int i = 0; i < 3; ++i) thrice.add({0.5}, {4.0});
+  const double k[2] = {0.0, 0.5};
+  const double v[2] = {1.0, 4.0};
+  const auto row = [](const double& x) { return std::span(&x, 1); };
+  once.add(row(k[0]), row(v[0]));
+  thrice.add(row(k[0]), row(v[0]));
+  once.add(row(k[1]), row(v[1]), std::log(3.0));
+  for (int i = 0; i < 3; ++i) thrice.add(row(k[1]), row(v[1]));
   EXPECT_NEAR(once.output(1)[0], thrice.output(1)[0], 1e-14);
 }
 

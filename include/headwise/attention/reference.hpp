@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <span>
 #include <vector>
 
 #include "headwise/attention/problem.hpp"
@@ -21,12 +23,15 @@ class ReferenceRow {
   /// @param q  [k_dim], borrowed.
   ReferenceRow(const float* q, double scale) : q_(q), scale_(scale) {}
 
-  /// One visible row; `log_weight` is ln(n) for a row that stands for n.
-  void add(std::vector<double> k, std::vector<double> v, double log_weight = 0.0) {
+  /// One visible row, [k_dim] and [v_dim]; `log_weight` is ln(n) for a row that stands for n.
+  template <class T>
+  void add(std::span<const T> k, std::span<const T> v, double log_weight = 0.0) {
     double score = 0.0;
-    for (std::size_t d = 0; d < k.size(); ++d) score += static_cast<double>(q_[d]) * k[d];
+    for (std::size_t d = 0; d < k.size(); ++d) {
+      score += static_cast<double>(q_[d]) * static_cast<double>(k[d]);
+    }
     scores_.push_back(score * scale_ + log_weight);
-    values_.push_back(std::move(v));
+    for (const T x : v) values_.push_back(static_cast<double>(x));
   }
 
   /// softmax(scores) * values; zeros where no row was added. Costs O(rows x v_dim).
@@ -38,7 +43,7 @@ class ReferenceRow {
     for (std::size_t i = 0; i < scores_.size(); ++i) {
       const double weight = std::exp(scores_[i] - max);
       sum += weight;
-      for (std::size_t d = 0; d < out.size(); ++d) out[d] += weight * values_[i][d];
+      for (std::size_t d = 0; d < out.size(); ++d) out[d] += weight * values_[i * out.size() + d];
     }
     for (double& x : out) x /= sum;
     return out;
@@ -48,42 +53,60 @@ class ReferenceRow {
   const float* q_;
   double scale_;
   std::vector<double> scores_;
-  std::vector<std::vector<double>> values_;
+  std::vector<double> values_;  // [rows, v_dim]
 };
 
 namespace detail {
 
-template <RowElement Row>
-std::vector<double> rounded_row(const float* row, int dim) {
-  std::vector<double> out;
-  for (int d = 0; d < dim; ++d) {
-    out.push_back(static_cast<double>(to_float(from_float<Row>(row[d]))));
-  }
-  return out;
-}
+/// A row that queries may see, as the row format holds it.
+struct ReferenceKey {
+  std::vector<double> k;  ///< [k_dim]
+  std::vector<double> v;  ///< [v_dim]
+  std::int64_t stands_for = 1;
+  std::optional<Pos> pos;  ///< a compensation row has none: every query sees it
+};
 
-inline std::vector<double> mean_row(const float* sum, int dim, std::int64_t count) {
-  std::vector<double> out;
-  for (int d = 0; d < dim; ++d) {
-    out.push_back(static_cast<double>(sum[d]) / static_cast<double>(count));
-  }
-  return out;
-}
-
+/// Every row of the problem, each read once.
 template <class Row, class Layout>
-void add_stored_row(ReferenceRow& query, const KvView<Row, Layout>& view, Slot slot) {
-  const PageShape shape{view.page_tokens, view.k_dim, view.v_dim};
-  const Row* page = view.page_of(slot);
-  const auto row = static_cast<std::size_t>(slot.value % view.page_tokens);
-  std::vector<double> k;
-  std::vector<double> v;
-  for (std::size_t d = 0; d < static_cast<std::size_t>(view.k_dim); ++d) {
-    k.push_back(static_cast<double>(to_float(page[Layout::k_offset(shape, row, d)])));
+std::vector<ReferenceKey> reference_keys(const HeadProblem<Row, Layout>& problem) {
+  const auto& past = problem.past;
+  const PageShape shape{past.page_tokens, past.k_dim, past.v_dim};
+  const auto fill = [](int dim, auto element) {
+    std::vector<double> out;
+    for (int d = 0; d < dim; ++d) {
+      out.push_back(static_cast<double>(element(static_cast<std::size_t>(d))));
+    }
+    return out;
+  };
+  std::vector<ReferenceKey> keys;
+  for (const KvRun& run : past.runs()) {
+    for (std::int64_t r = 0; r < run.count; ++r) {
+      const Slot slot = run.first_slot + r;
+      const Row* page = past.page_of(slot);
+      const auto row = static_cast<std::size_t>(slot.value % past.page_tokens);
+      const auto k = [&](std::size_t d) { return to_float(page[Layout::k_offset(shape, row, d)]); };
+      const auto v = [&](std::size_t d) { return to_float(page[Layout::v_offset(shape, row, d)]); };
+      keys.push_back({fill(past.k_dim, k), fill(past.v_dim, v), 1, run.first_pos + r});
+    }
   }
-  for (std::size_t d = 0; d < static_cast<std::size_t>(view.v_dim); ++d) {
-    v.push_back(static_cast<double>(to_float(page[Layout::v_offset(shape, row, d)])));
+  if (const auto& sums = past.compensation; sums.count > 0) {
+    const auto mean = [&](const float* sum) {
+      return [&, sum](std::size_t d) {
+        return static_cast<double>(sum[d]) / static_cast<double>(sums.count);
+      };
+    };
+    keys.push_back(
+        {fill(past.k_dim, mean(sums.k_sum)), fill(past.v_dim, mean(sums.v_sum)), sums.count, {}});
   }
-  query.add(std::move(k), std::move(v));
+  for (std::int64_t j = 0; j < problem.num_queries; ++j) {
+    const auto rounded = [](const float* row) {
+      return [row](std::size_t d) { return to_float(from_float<Row>(row[d])); };
+    };
+    keys.push_back({fill(past.k_dim, rounded(problem.own_k.row(j, 0))),
+                    fill(past.v_dim, rounded(problem.own_v.row(j, 0))), 1,
+                    problem.first_query + j});
+  }
+  return keys;
 }
 
 }  // namespace detail
@@ -92,29 +115,16 @@ void add_stored_row(ReferenceRow& query, const KvView<Row, Layout>& view, Slot s
 /// @return [num_queries, group_size, v_dim]
 template <RowElement Row, PageLayout Layout>
 std::vector<double> reference_attention(const HeadProblem<Row, Layout>& problem) {
-  const auto& past = problem.past;
+  const std::vector<detail::ReferenceKey> keys = detail::reference_keys(problem);
   std::vector<double> out;
   for (std::int64_t i = 0; i < problem.num_queries; ++i) {
-    const Pos pos = problem.first_query + i;
     for (int g = 0; g < problem.group_size; ++g) {
       ReferenceRow query(problem.q.row(i, g), static_cast<double>(problem.scale));
-      for (const KvRun& run : past.runs()) {
-        for (std::int64_t r = 0; r < run.count; ++r) {
-          if (!problem.window.sees(pos, run.first_pos + r)) continue;
-          detail::add_stored_row(query, past, run.first_slot + r);
-        }
+      for (const auto& [k, v, stands_for, pos] : keys) {
+        if (pos && !problem.window.sees(problem.first_query + i, *pos)) continue;
+        query.add(std::span(k), std::span(v), std::log(static_cast<double>(stands_for)));
       }
-      if (const auto& row = past.compensation; row.count > 0) {
-        query.add(detail::mean_row(row.k_sum, past.k_dim, row.count),
-                  detail::mean_row(row.v_sum, past.v_dim, row.count),
-                  std::log(static_cast<double>(row.count)));
-      }
-      for (std::int64_t j = 0; j <= i; ++j) {
-        if (!problem.window.sees(pos, problem.first_query + j)) continue;
-        query.add(detail::rounded_row<Row>(problem.own_k.row(j, 0), past.k_dim),
-                  detail::rounded_row<Row>(problem.own_v.row(j, 0), past.v_dim));
-      }
-      const std::vector<double> row = query.output(past.v_dim);
+      const std::vector<double> row = query.output(problem.past.v_dim);
       out.insert(out.end(), row.begin(), row.end());
     }
   }
@@ -135,8 +145,8 @@ std::vector<double> reference_attention(const float* q, const float* k, const fl
   ReferenceRow query(q, static_cast<double>(scale));
   for (std::int64_t j = 0; j < n; ++j) {
     if (!sees(j)) continue;
-    query.add(detail::rounded_row<f32>(k + j * k_dim, k_dim),
-              detail::rounded_row<f32>(v + j * v_dim, v_dim));
+    query.add(std::span(k + j * k_dim, static_cast<std::size_t>(k_dim)),
+              std::span(v + j * v_dim, static_cast<std::size_t>(v_dim)));
   }
   return query.output(v_dim);
 }
