@@ -43,12 +43,10 @@ struct Batch {
   }
 };
 
-/// @tparam Row  what the cache stores K and V as: headwise::f16, bf16 or f32.
-template <class Row, headwise::Executor E>
+/// @tparam Cache  headwise::KvCache of f16, bf16 or f32 rows, or what has its calls: CudaCache.
+template <class Cache, headwise::Executor E>
 class Decoder {
  public:
-  using Cache = headwise::KvCache<Row>;
-
   /// @param model, executor  borrowed; must outlive the decoder.
   /// @param max_context  longest sequence it will be given, in tokens.
   Decoder(const Model& model, std::int64_t max_context, E& executor)
@@ -114,11 +112,11 @@ class Decoder {
     const auto heads_at = [&](int feature) {
       return headwise::TensorView<const float>{qkv_.data() + feature, qkv_.rows(), config.head_dim};
     };
-    headwise::attend(
-        cache, step_, layer, heads_at(0), heads_at(config.q_size()),
-        heads_at(config.q_size() + config.kv_size()),
-        headwise::TensorView<float>::nhd(attended_.data(), config.num_qo_heads, config.head_dim),
-        executor_);
+    using headwise::attend;  // or the cache's own
+    attend(cache, step_, layer, heads_at(0), heads_at(config.q_size()),
+           heads_at(config.q_size() + config.kv_size()),
+           headwise::TensorView<float>::nhd(attended_.data(), config.num_qo_heads, config.head_dim),
+           executor_);
 
     multiply(weights.output, attended_, projected_);
     hidden_ += projected_;

@@ -72,9 +72,9 @@ namespace detail {
 
 /// Page bytes that a sequence of kMeasuredTokens really holds in the cache.
 /// @throws std::logic_error when headwise::estimate said anything else.
-template <class Row, headwise::Executor E>
-std::size_t measure_kv_bytes(Decoder<Row, E>& decoder, headwise::KvCache<Row>& cache,
-                             std::size_t chunk, std::size_t estimated_bytes) {
+template <class Cache, headwise::Executor E>
+std::size_t measure_kv_bytes(Decoder<Cache, E>& decoder, Cache& cache, std::size_t chunk,
+                             std::size_t estimated_bytes) {
   const std::vector<Token> tokens(static_cast<std::size_t>(kMeasuredTokens), Token{0});
   const auto sequence = cache.add_sequence();
   prefill(decoder, cache, sequence.value(), std::span(tokens), chunk);
@@ -87,9 +87,9 @@ std::size_t measure_kv_bytes(Decoder<Row, E>& decoder, headwise::KvCache<Row>& c
   return held;
 }
 
-template <class Row, headwise::Executor E, class OnFinished>
-std::vector<std::vector<Token>> answer(Decoder<Row, E>& decoder, headwise::KvCache<Row>& cache,
-                                       const Task& task, std::size_t chunk, DecodeTime& time,
+template <class Cache, headwise::Executor E, class OnFinished>
+std::vector<std::vector<Token>> answer(Decoder<Cache, E>& decoder, Cache& cache, const Task& task,
+                                       std::size_t chunk, DecodeTime& time,
                                        OnFinished on_finished) {
   std::vector<Request> requests;
   for (const Document& document : task.documents) {
@@ -110,16 +110,18 @@ double share(const std::vector<std::vector<Token>>& outputs, const Task& task, J
 
 }  // namespace detail
 
+/// @tparam Row    what the cache stores K and V as.
+/// @tparam Cache  where: KvCache<Row>, or CudaCache<Row>.
 /// @param on_finished  called after each document of either task.
-template <class Row, headwise::Executor E, class OnFinished>
+template <class Row, class Cache = headwise::KvCache<Row>, headwise::Executor E, class OnFinished>
 Result evaluate(const Model& model, const Tasks& tasks, const NamedPlan& named,
                 const RunOptions& run, E& executor, OnFinished on_finished) {
   const headwise::ModelShape shape = model.config.shape();
   const headwise::CacheOptions options{.max_sequences = static_cast<int>(run.batch),
                                        .max_context = tasks.max_context(),
                                        .prefill = run.prefill};
-  headwise::KvCache<Row> cache(shape, named.plan, options);
-  Decoder<Row, E> decoder(model, tasks.max_context(), executor);
+  Cache cache(shape, named.plan, options);
+  Decoder<Cache, E> decoder(model, tasks.max_context(), executor);
 
   const auto estimated = [&](const headwise::HeadPlan& plan) {
     return headwise::sequence_bytes<Row>(shape, plan, options, kMeasuredTokens);

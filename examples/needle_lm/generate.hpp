@@ -29,10 +29,9 @@ struct DecodeTime {
 /// Appends `tokens` to a sequence in chunks of at most `chunk`; the last chunk's hidden states
 /// remain in the decoder.
 /// @return tokens in the last chunk.
-template <class Row, headwise::Executor E>
-std::size_t prefill(Decoder<Row, E>& decoder, headwise::KvCache<Row>& cache,
-                    headwise::SequenceId sequence, std::span<const Token> tokens,
-                    std::size_t chunk) {
+template <class Cache, headwise::Executor E>
+std::size_t prefill(Decoder<Cache, E>& decoder, Cache& cache, headwise::SequenceId sequence,
+                    std::span<const Token> tokens, std::size_t chunk) {
   Batch batch;
   std::size_t count = 0;
   while (!tokens.empty()) {
@@ -56,8 +55,8 @@ inline Token likeliest(const Matrix& logits, Eigen::Index column) {
 /// makes room for the next one, and its pages serve the others at once.
 /// @param on_finished  called after each request.
 /// @return one output a request, in their order.
-template <class Row, headwise::Executor E, class OnFinished>
-std::vector<std::vector<Token>> generate(Decoder<Row, E>& decoder, headwise::KvCache<Row>& cache,
+template <class Cache, headwise::Executor E, class OnFinished>
+std::vector<std::vector<Token>> generate(Decoder<Cache, E>& decoder, Cache& cache,
                                          std::span<const Request> requests, std::size_t chunk,
                                          DecodeTime& time, OnFinished on_finished) {
   struct Running {

@@ -48,14 +48,13 @@ inline std::vector<Token> read_tokens(const std::string& path, int vocab_size) {
 
 /// Runs the first `prompt_length` tokens as a prompt, the rest as decode steps of one token.
 /// @param on_logits  called with logits [vocab, n] of the next n positions.
-template <class Row, headwise::Executor E, class OnLogits>
+template <class Row, class Cache = headwise::KvCache<Row>, headwise::Executor E, class OnLogits>
 void for_each_logits(const Model& model, const headwise::HeadPlan& plan, const RunOptions& run,
                      std::span<const Token> tokens, std::size_t prompt_length, E& executor,
                      OnLogits on_logits) {
   const auto num_tokens = static_cast<std::int64_t>(tokens.size());
-  headwise::KvCache<Row> cache(model.config.shape(), plan,
-                               {.max_context = num_tokens, .prefill = run.prefill});
-  Decoder<Row, E> decoder(model, num_tokens, executor);
+  Cache cache(model.config.shape(), plan, {.max_context = num_tokens, .prefill = run.prefill});
+  Decoder<Cache, E> decoder(model, num_tokens, executor);
   const headwise::SequenceId sequence = cache.add_sequence().value();
   Batch batch;
   for (std::size_t pos = 0; pos < tokens.size();) {

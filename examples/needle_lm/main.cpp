@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "arguments.hpp"
+#include "cuda_cache.hpp"
 #include "evaluate.hpp"
 #include "files.hpp"
 #include "headwise/core/check.hpp"
@@ -48,6 +49,7 @@ for all commands:
   --model M.safetensors    with config.json beside it   (the trained one of this example)
   --rows f16|bf16|f32      how the cache stores K and V   (f16; logits: f32)
   --threads N              (all of the machine's)
+  --device cpu|cuda        where cache and attention are   (cpu)
 )";
 
 using Pool = Eigen::ThreadPool;
@@ -55,7 +57,7 @@ using PoolExecutor = headwise::PoolExecutor<Pool>;
 
 std::string in_example(const std::string& path) { return std::string(NEEDLE_LM_DIR) + "/" + path; }
 
-const std::vector<std::string_view> kCommonOptions{"--model", "--rows", "--threads"};
+const std::vector<std::string_view> kCommonOptions{"--model", "--rows", "--threads", "--device"};
 const std::vector<std::string_view> kPlanOptions{"--policy",   "--heads",   "--echo",
                                                  "--sparsity", "--sink",    "--recent",
                                                  "--seed",     "--prefill", "--chunk"};
@@ -85,13 +87,23 @@ struct Engine {
   PoolExecutor executor;
 };
 
-/// Calls fn.template operator()<Row>() for the row type that --rows names.
+/// Calls fn.template operator()<Row, Cache>() for the rows that --rows names, where --device says.
 template <class Fn>
-auto with_rows(const Arguments& arguments, const char* otherwise, Fn fn) {
+auto with_cache(const Arguments& arguments, const char* otherwise, Fn fn) {
+  using headwise::bf16, headwise::f16, headwise::f32, headwise::KvCache;
+  if (arguments.choice("--device", "cpu", {"cpu", "cuda"}) == "cuda") {
+#ifdef NEEDLE_LM_CUDA
+    const std::string rows = arguments.choice("--rows", "f16", {"f16", "bf16"});
+    if (rows == "bf16") return fn.template operator()<bf16, CudaCache<bf16>>();
+    return fn.template operator()<f16, CudaCache<f16>>();
+#else
+    headwise::fail<headwise::ConfigError>("--device cuda: built without CUDA (HEADWISE_CUDA)");
+#endif
+  }
   const std::string rows = arguments.choice("--rows", otherwise, {"f16", "bf16", "f32"});
-  if (rows == "f32") return fn.template operator()<headwise::f32>();
-  if (rows == "bf16") return fn.template operator()<headwise::bf16>();
-  return fn.template operator()<headwise::f16>();
+  if (rows == "f32") return fn.template operator()<f32, KvCache<f32>>();
+  if (rows == "bf16") return fn.template operator()<bf16, KvCache<bf16>>();
+  return fn.template operator()<f16, KvCache<f16>>();
 }
 
 PlanOptions plan_options(const Arguments& arguments) {
@@ -161,19 +173,19 @@ std::vector<Result> evaluate_all(Engine& engine, const Tasks& tasks, const RunOp
   std::vector<Result> results;
   for (const NamedPlan& plan : plans) {
     progress.start(plan.title);
-    results.push_back(with_rows(arguments, "f16", [&]<class Row>() {
-      return evaluate<Row>(engine.model, tasks, plan, run, engine.executor,
-                           [&] { progress.step(); });
+    results.push_back(with_cache(arguments, "f16", [&]<class Row, class Cache>() {
+      return evaluate<Row, Cache>(engine.model, tasks, plan, run, engine.executor,
+                                  [&] { progress.step(); });
     }));
     progress.finish_plan();
   }
   print_table(results, stdout);
   std::printf(
       "\nKV: pages that a sequence of %d tokens holds, equal to the library's estimate.\n"
-      "%zu documents a task, %s prefill, %s rows; %zu sequences, %d threads.\n",
-      static_cast<int>(kMeasuredTokens), tasks.cot.documents.size(),
+      "%zu documents a task, %zu at a time, %s prefill,\n%s rows; device %s, %d threads.\n",
+      static_cast<int>(kMeasuredTokens), tasks.cot.documents.size(), run.batch,
       arguments.text("--prefill", "windowed").c_str(), arguments.text("--rows", "f16").c_str(),
-      run.batch, engine.num_threads);
+      arguments.text("--device", "cpu").c_str(), engine.num_threads);
   return results;
 }
 
@@ -244,9 +256,9 @@ void run_logits(const Arguments& arguments) {
   const auto prompt =
       static_cast<std::size_t>(arguments.integer("--prompt", num_tokens, 0, num_tokens));
   const headwise::HeadPlan plan = make_plan(options, config.shape());
-  with_rows(arguments, "f32", [&]<class Row>() {
-    for_each_logits<Row>(engine.model, plan, run, tokens, prompt, engine.executor,
-                         [&](const Matrix& logits) { write_logits(out.stream(), logits); });
+  with_cache(arguments, "f32", [&]<class Row, class Cache>() {
+    for_each_logits<Row, Cache>(engine.model, plan, run, tokens, prompt, engine.executor,
+                                [&](const Matrix& logits) { write_logits(out.stream(), logits); });
   });
   out.finish();
 }

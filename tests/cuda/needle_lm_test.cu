@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "../../examples/needle_lm/cuda_attention.cuh"
+#include "../../examples/needle_lm/cuda_cache.hpp"
 #include "cuda/device_model.cuh"
 #include "headwise/attention/attend.hpp"
 
@@ -22,9 +22,9 @@ TEST(CudaNeedleLm, GivesWhatTheCpuGives) {
   for (int l = 0; l < 2; ++l) plan.set(l, l + 1, KeepWindow{{4, 60}});
   const CacheOptions options{.max_context = 600};
   KvCache<f16> cpu(shape, plan, options);
-  needle_lm::CudaAttention<f16> device(shape, plan, options);
+  needle_lm::CudaCache<f16> device(shape, plan, options);
   const SequenceId id = *cpu.add_sequence();
-  ASSERT_EQ(device.cache().add_sequence(), id);
+  ASSERT_EQ(device.add_sequence(), id);
   Step cpu_step;
   Step device_step;
   std::mt19937 random(1);
@@ -56,7 +56,7 @@ TEST(CudaNeedleLm, GivesWhatTheCpuGives) {
     }
     ASSERT_EQ(cpu.commit(cpu_step), StepStatus::kOk);
     ASSERT_EQ(device.commit(device_step), StepStatus::kOk);
-    EXPECT_EQ(cpu.pages_held(id), device.cache().pages_held(id));
+    EXPECT_EQ(cpu.held_bytes(id), device.held_bytes(id));
   }
 }
 

@@ -3,6 +3,7 @@
 /// A borrowed [tokens, heads, dim] tensor: what an engine hands to attention.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 
 namespace headwise::inline v0 {
@@ -24,8 +25,10 @@ struct TensorView {
     return data + token * stride_n + head * stride_h;
   }
 
-  /// The same tensor, read-only.
-  constexpr operator TensorView<const T>() const { return {data, stride_n, stride_h}; }
+  /// The same tensor, read-only. A template, or nvcc warns where T is const already.
+  template <class Const>
+    requires(std::same_as<Const, const T> && !std::same_as<Const, T>)
+  constexpr operator TensorView<Const>() const { return {data, stride_n, stride_h}; }
 };
 
 }  // namespace headwise::inline v0

@@ -164,9 +164,18 @@ TEST_F(CommandLineTest, RefusesWrongUsage) {
   EXPECT_THAT(refusal(evaluate_command("--policy best")), HasSubstr("--policy best: expected one"));
   EXPECT_THAT(refusal(evaluate_command("--prefill lazy")), HasSubstr("--prefill lazy"));
   EXPECT_THAT(refusal(evaluate_command("--rows f8")), HasSubstr("--rows f8"));
+  EXPECT_THAT(refusal(evaluate_command("--device tpu")), HasSubstr("--device tpu"));
   EXPECT_THAT(refusal(evaluate_command("--sparsity 0.5")),
               HasSubstr("--sparsity needs a --policy"));
   EXPECT_THAT(refusal(evaluate_command("--compensation")), HasSubstr("--compensation belongs to"));
+}
+
+TEST_F(CommandLineTest, SaysWhyItCannotUseADevice) {
+  // The model's head width has no kernel here; without CUDA, or a device, that is said first.
+  const Outcome outcome = run(evaluate_command("--device cuda"));
+  EXPECT_NE(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.err,
+              ::testing::AnyOf(HasSubstr("CUDA"), HasSubstr("no device kernel for head width")));
 }
 
 TEST_F(CommandLineTest, RefusesNumbersOutOfRange) {

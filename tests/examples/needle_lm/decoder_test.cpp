@@ -117,11 +117,10 @@ TEST_F(DecoderTest, EqualsTheDoubleForwardChunkCausal) {
   const auto tokens = random_tokens(90);
   for (const int chunk : {1, 5, 13, 50, 80}) {
     for (const int prompt : {1, 50, 80}) {
-      // What was visible at the chunk's start, and the chunk itself; decode obeys the window.
+      // What the chunk's first query sees, and the chunk itself; decode obeys the window.
       const auto sees = [&](int layer, int head, int i, int j) {
         const int start = i < prompt ? i / chunk * chunk : i;
-        const int reach = static_cast<int>(kWindow.recent) - (i < prompt ? 0 : 1);
-        return !kStreams[layer][head] || j < kWindow.sink || j >= start - reach;
+        return !kStreams[layer][head] || j < kWindow.sink || start - j < kWindow.recent;
       };
       const RunOptions run{PrefillMode::kChunkCausal, static_cast<std::size_t>(chunk)};
       const Matrix got = logits(hard_masked(), run, tokens, static_cast<std::size_t>(prompt));
@@ -143,7 +142,8 @@ TEST_F(DecoderTest, BatchesSequencesOfUnequalLengthAsIfEachWereAlone) {
   const HeadPlan plan = hard_masked();
   headwise::KvCache<headwise::f32> cache(model_.config.shape(), plan,
                                          {.max_sequences = 4, .max_context = 80});
-  Decoder<headwise::f32, headwise::SerialExecutor> decoder(model_, 80, executor_);
+  Decoder<headwise::KvCache<headwise::f32>, headwise::SerialExecutor> decoder(model_, 80,
+                                                                              executor_);
   Batch batch;
   for (const auto& prompt : prompts) batch.add(cache.add_sequence().value(), prompt);
   decoder.forward(cache, batch, Phase::kPrompt);
@@ -170,7 +170,8 @@ TEST_F(DecoderTest, GeneratesForMoreRequestsThanTheCacheHasSequences) {
     headwise::KvCache<headwise::f32> cache(
         model_.config.shape(), hard_masked(),
         {.max_sequences = max_sequences, .max_context = 70 + kMaxNew});
-    Decoder<headwise::f32, headwise::SerialExecutor> decoder(model_, 70 + kMaxNew, executor_);
+    Decoder<headwise::KvCache<headwise::f32>, headwise::SerialExecutor> decoder(
+        model_, 70 + kMaxNew, executor_);
     DecodeTime time;
     std::size_t num_finished = 0;
     const auto outputs = generate(decoder, cache, requests, 16, time, [&] { ++num_finished; });
