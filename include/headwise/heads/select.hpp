@@ -94,9 +94,8 @@ struct SelectOptions {
 /// many also when values tie. HeadPlan::sparsity() is the share achieved. Deterministic; a higher
 /// sparsity never turns a streaming head back.
 /// @throws ConfigError for a sparsity outside [0, 1], or a window that was not given.
-/// @see DuoAttention, arXiv:2410.10819, eq. 4, and its released code, from which the count comes:
-/// the
-///   paper's `>` and the code's `>=` against the quantile differ when values tie.
+/// @see DuoAttention, arXiv:2410.10819, eq. 4, and its released code, from which the count comes.
+/// The paper's `>` and the code's `>=` against the quantile differ when values tie.
 inline HeadPlan select(const HeadScores& scores, const SelectOptions& options) {
   const std::size_t streaming =
       num_streaming(scores.num_heads(), options.sparsity, options.count_rule);
@@ -107,6 +106,6 @@ inline HeadPlan select(const HeadScores& scores, const SelectOptions& options) {
                     options.jitter_seed);
 }
 /// KV heads are stored, so KV heads are selected: reduce_max() or reduce_mean() comes first.
-HeadPlan select(const QueryHeadScores& scores, const SelectOptions& options) = delete;
+HeadPlan select(const HeadTable<HeadAxis::kQuery>& scores, const SelectOptions& options) = delete;
 
 }  // namespace headwise::inline v0
