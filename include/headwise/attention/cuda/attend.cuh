@@ -161,8 +161,8 @@ class DeviceAttention {
     LayerKind kind;
     kind.num_heads = layer.heads.num_heads;
     kind.query_tiles = (shape.group_size + kItemQueries - 1) / kItemQueries;
-    kind.grid = {std::min(limits_.num_sms, detail::kMaxBlocks),
-                 decode_warps_per_block(shape.k_dim, limits_)};
+    kind.grid = {std::min(limits_.num_sms, detail::kCutThreads),
+                 decode_warps_per_block<Dims>(shape.k_dim, limits_)};
     for (int i = 0; i < kind.num_heads; ++i) {
       kind.class_idx[i] = layer.heads.class_idx[i];
       kind.kv_head[i] = layer.heads.kv_head[i];

@@ -39,9 +39,11 @@ struct alignas(16) Piece {
   std::int32_t slot_end[2] = {};    ///< one after the last of each
   std::int32_t base = 0;            ///< first tile of the block's part
   std::int32_t tiles = 0;           ///< of the block's part
-  std::int32_t first = 0;           ///< position where the warp begins
-  std::int32_t count = 0;           ///< positions; 0: no piece
-  std::int32_t rounds = 0;          ///< of the block's part
+  std::int32_t count = 0;           ///< positions of the warp; 0: no piece
+  std::int32_t first_round = 0;     ///< where it begins: position first_column * rounds + this
+  std::int32_t last_round = 0;      ///< likewise one after the last
+  std::int16_t first_column = 0;    ///< see first_round
+  std::int16_t last_column = 0;     ///< see last_round
   std::int32_t item = 0;            ///< in DecodeWork::items
   std::int32_t new_slot = 0;        ///< of the step's own row
   // Blocks that share the item, numbered among those that have any work.
@@ -88,6 +90,7 @@ struct DecodeWork {
 
 namespace detail {
 
+/// Threads of a cut, and most blocks of a decode launch: one thread numbers one block.
 inline constexpr int kCutThreads = 1024;
 
 __host__ __device__ constexpr int tiles_of(int begin, int end) {
@@ -142,7 +145,8 @@ __device__ inline Piece whole_item(const DeviceStep& step, const LayerKind& kind
   const bool in_ring = state.ring_rows > 0 && entry.length >= state.ring_sink;
   piece.new_slot = static_cast<std::int32_t>(
       in_ring ? state.ring_sink + (entry.length - state.ring_sink) % turn : entry.length);
-  piece.tiles = piece.rounds = piece.count;
+  piece.tiles = piece.count;
+  piece.last_column = 1;  // one warp's column, as many rounds as tiles
   return piece;
 }
 
@@ -209,21 +213,34 @@ __global__ void __launch_bounds__(detail::kCutThreads)
   if (thread == 0) item_begin[num_present] = line_total;
   __syncthreads();
 
-  // Equal intervals; a cut close to an item's end moves there, which saves a merge.
+  // Equal intervals; a cut close to an item's end moves there, which saves a merge: a microsecond
+  // or two. Every warp waits for the one with the longest interval: between blocks a cut moves by
+  // one tile a warp at most, between the warps of a block by two tiles.
   const auto begin_of = [&](int k) { return item_begin[k]; };
-  // By two tiles at most: every warp waits for the one with the longest interval.
-  const int snap = min(line_total / num_warps / 8, 2);
+  const auto snapped = [&](int cut, int most) {
+    if (num_present == 0) return cut;
+    const int k = detail::last_at_most(num_present, cut, begin_of);
+    const int back = cut - begin_of(k);
+    const int ahead = begin_of(k + 1) - cut;
+    if (min(back, ahead) > most) return cut;
+    return back <= ahead ? begin_of(k) : begin_of(k + 1);
+  };
+  const int block_most = min(line_total / grid.num_blocks / 2, grid.warps_per_block);
+  const int warp_most = min(line_total / num_warps / 8, 2);
+  const auto block_cut = [&](int b) {
+    const int cut = static_cast<int>(static_cast<std::int64_t>(b) * line_total / grid.num_blocks);
+    return b > 0 && b < grid.num_blocks ? snapped(cut, block_most) : cut;
+  };
   for (int w = thread; w <= num_warps; w += detail::kCutThreads) {
-    int cut = static_cast<int>(static_cast<std::int64_t>(w) * line_total / num_warps);
-    if (w > 0 && w < num_warps && num_present > 0) {
-      const int k = detail::last_at_most(num_present, cut, begin_of);
-      if (cut - begin_of(k) <= snap) {
-        cut = begin_of(k);
-      } else if (begin_of(k + 1) - cut <= snap) {
-        cut = begin_of(k + 1);
-      }
+    const int begin_cut = block_cut(w / grid.warps_per_block);
+    const int of_block = w % grid.warps_per_block;
+    if (of_block == 0) {
+      interval[w] = begin_cut;
+    } else {
+      const int end_cut = block_cut(w / grid.warps_per_block + 1);
+      const int cut = begin_cut + (end_cut - begin_cut) * of_block / grid.warps_per_block;
+      interval[w] = min(max(snapped(cut, warp_most), begin_cut), end_cut);
     }
-    interval[w] = cut;
   }
   __syncthreads();
   const int busy = thread < grid.num_blocks && interval[thread * grid.warps_per_block] <
@@ -259,14 +276,19 @@ __global__ void __launch_bounds__(detail::kCutThreads)
         width += max(interval[i] - at, 0) < min(interval[i + 1] - at, count) ? 1 : 0;
       }
       piece.width = static_cast<std::int16_t>(width);
-      piece.rounds = (piece.tiles + width - 1) / width;
+      const int rounds = (piece.tiles + width - 1) / width;
       // Shares of whole rounds; the few positions too many lie behind the last tile and are empty.
       const auto position = [&](int tile) {
-        return static_cast<int>(static_cast<std::int64_t>(tile - piece.base) * piece.rounds *
-                                width / piece.tiles);
+        return static_cast<int>(static_cast<std::int64_t>(tile - piece.base) * rounds * width /
+                                piece.tiles);
       };
-      piece.first = position(first);
-      piece.count = position(last) - piece.first;
+      const int first_position = position(first);
+      const int last_position = position(last);
+      piece.count = last_position - first_position;
+      piece.first_round = first_position % rounds;
+      piece.last_round = last_position % rounds;
+      piece.first_column = static_cast<std::int16_t>(first_position / rounds);
+      piece.last_column = static_cast<std::int16_t>(last_position / rounds);
       const int first_warp = detail::last_at_most(num_warps, at, interval_at);
       const int last_warp = detail::last_at_most(num_warps, at + count - 1, interval_at);
       const int first_rank = rank[first_warp / grid.warps_per_block];

@@ -39,6 +39,24 @@ __device__ __forceinline__ void copy_async_16(std::uint32_t to, const void* from
                "r"(valid ? 16 : 0)
                : "memory");
 }
+/// What copy_async_16_once takes: lines that the L2 cache drops first.
+__device__ __forceinline__ std::uint64_t read_once_policy() {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+/// As copy_async_16, for bytes that nobody reads again soon: work lists, page tables, partial
+/// results and the layer's other data stay in the L2 cache.
+__device__ __forceinline__ void copy_async_16_once(std::uint32_t to, const void* from,
+                                                   std::uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
+               "l"(from), "l"(policy)
+               : "memory");
+}
+/// Copies 4 bytes.
+__device__ __forceinline__ void copy_async_4(std::uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
 /// Makes the copies since the last call one group.
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: MIT
+/// @file decode_args.cuh
+/// What every part of the decode kernel is told: the step, the work, the scratch, q and out.
+#pragma once
+
+#include <cstdint>
+
+#include "headwise/attention/cuda/decode_work.cuh"
+#include "headwise/cache/cuda/device.cuh"
+#include "headwise/cache/cuda/step_state.cuh"
+#include "headwise/core/tensor_view.hpp"
+
+namespace headwise::inline v0::cuda {
+
+/// Partial results between the blocks of a launch; free again when it ends, counters back at 0.
+struct DecodeScratch {
+  float* block_partials = nullptr;  ///< [2 num_blocks][detail::partial_floats(dim)]
+  float* warp_partials = nullptr;   ///< [num_warps][detail::partial_floats(dim)]
+  unsigned* arrived = nullptr;      ///< [num_blocks]
+};
+
+/// One layer's decode as a kernel's parameters.
+struct DecodeArgs {
+  DeviceStep step;                    ///< the open step and the pages
+  DecodeWork work;                    ///< which warp does which part
+  DecodeScratch scratch;              ///< between the blocks
+  TensorView<const std::uint16_t> q;  ///< [rows, num_qo_heads, dim]
+  TensorView<std::uint16_t> out;      ///< [rows, num_qo_heads, dim]
+  std::int64_t table_offset = 0;      ///< of the layer's first entry in a sequence's share
+  std::int32_t group_size = 1;        ///< query heads per KV head
+  float scale_log2 = 1.0F;            ///< softmax scale x log2(e)
+};
+
+namespace detail {
+
+/// Warps of a block: as many as make their tiles about equally large for every width.
+__host__ __device__ constexpr int decode_max_warps(int dim) {
+  return dim <= 64 ? 16 : dim <= 128 ? 8 : 4;
+}
+
+/// Where an item's queries and output are.
+struct ItemRows {
+  std::int64_t row = 0;
+  int first_head = 0;
+  int count = 0;
+};
+__device__ inline ItemRows rows_of(const DecodeArgs& args, const Piece& piece) {
+  const int first = piece.query_tile * kItemQueries;
+  return {piece.query_row, piece.kv_head * args.group_size + first,
+          min(args.group_size - first, kItemQueries)};
+}
+
+}  // namespace detail
+}  // namespace headwise::inline v0::cuda

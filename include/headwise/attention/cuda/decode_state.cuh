@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: MIT
+/// @file decode_state.cuh
+/// The computing half of a decode warp: online softmax over tiles, and its result in parts.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "headwise/attention/cuda/decode_tile.cuh"
+#include "headwise/attention/cuda/decode_work.cuh"
+#include "headwise/attention/cuda/tensor_core.cuh"
+
+namespace headwise::inline v0::cuda::detail {
+
+/// One partial result: (maximum, sum) of 8 queries, then 8 rows of unnormalised output.
+__host__ __device__ constexpr int partial_floats(int dim) { return kItemQueries * (dim + 4 + 2); }
+
+/// Where query `query`'s output begins in a partial result; 4 floats of padding a row keep the four
+/// queries that lanes store at once in different banks.
+template <int kDim>
+__device__ constexpr int partial_row(int query) {
+  return 2 * kItemQueries + query * (kDim + 4);
+}
+
+/// Attention of up to 8 queries over the tiles of one piece, transposed: scores are [keys,
+/// queries], the output [dims, queries], so that 16 keys or dims fill a tensor core's rows and the
+/// few queries of a group its 8 columns. Lane 4g + t has queries 2t and 2t + 1.
+template <class Row, int kDim>
+class DecodeState {
+ public:
+  /// Reads the queries that the next start() takes.
+  /// @param q  the group's first query row of an item; `count` of them, `stride` elements apart.
+  __device__ void fetch(const std::uint16_t* q, std::int64_t stride, int count) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int query = lane / 4;
+    const std::uint16_t* row = q + query * stride + lane % 4 * 2;
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+      next_q_[b][0] = query < count ? *reinterpret_cast<const std::uint32_t*>(row + b * 16) : 0U;
+      next_q_[b][1] =
+          query < count ? *reinterpret_cast<const std::uint32_t*>(row + b * 16 + 8) : 0U;
+    }
+  }
+
+  /// Begins an item with the queries fetched before.
+  __device__ void start() {
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+      q_[b][0] = next_q_[b][0];
+      q_[b][1] = next_q_[b][1];
+    }
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_[b][i] = 0.0F;
+    }
+    max_[0] = max_[1] = kMasked;
+    sum_[0] = sum_[1] = 0.0F;
+  }
+
+  /// Adds the rows [low, high) of a tile at shared-memory address `k`.
+  __device__ void add(std::uint32_t k, int low, int high, float scale_log2) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    using Layout = TileLayout<kDim>;
+    const std::uint32_t k_at = k + Layout::at(lane % 16, lane / 16);
+    float even[4] = {};
+    float odd[4] = {};  // two chains of products: half the latency
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+      std::uint32_t rows[4];
+      load_matrices(rows, Layout::pairs_on(k_at, b));
+      TensorCore<Row>::multiply(b % 2 == 0 ? even : odd, rows, q_[b][0], q_[b][1]);
+    }
+    float score[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) score[i] = (even[i] + odd[i]) * scale_log2;
+    if (low > 0 || high < kTileRows) {
+      const int g = lane / 4;
+      if (g < low || g >= high) score[0] = score[1] = kMasked;
+      if (g + 8 < low || g + 8 >= high) score[2] = score[3] = kMasked;
+    }
+
+    float top[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) {
+      top[0] = fmaxf(top[0], __shfl_xor_sync(kWholeWarp, top[0], d));
+      top[1] = fmaxf(top[1], __shfl_xor_sync(kWholeWarp, top[1], d));
+    }
+    top[0] = fmaxf(top[0], max_[0]);
+    top[1] = fmaxf(top[1], max_[1]);
+    if (__any_sync(kWholeWarp, top[0] > max_[0] || top[1] > max_[1])) rescale(top);
+
+    const float p[4] = {exp2_fast(score[0] - max_[0]), exp2_fast(score[1] - max_[1]),
+                        exp2_fast(score[2] - max_[0]), exp2_fast(score[3] - max_[1])};
+    sum_[0] += p[0] + p[2];
+    sum_[1] += p[1] + p[3];
+    const std::uint32_t p0 = transposed(TensorCore<Row>::pack(p[0], p[1]));
+    const std::uint32_t p1 = transposed(TensorCore<Row>::pack(p[2], p[3]));
+    const std::uint32_t v_at = k + Layout::at(kTileRows + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+      std::uint32_t columns[4];
+      load_matrices_transposed(columns, Layout::pairs_on(v_at, b));
+      TensorCore<Row>::multiply(out_[b], columns, p0, p1);
+    }
+  }
+
+  /// Sums over the keys that other lanes have; after the last add().
+  __device__ void finish() {
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) {
+      sum_[0] += __shfl_xor_sync(kWholeWarp, sum_[0], d);
+      sum_[1] += __shfl_xor_sync(kWholeWarp, sum_[1], d);
+    }
+  }
+
+  /// The finished output of `count` queries, `stride` elements apart.
+  __device__ void store(std::uint16_t* out, std::int64_t stride, int count) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const float inverse[2] = {sum_[0] > 0.0F ? 1.0F / sum_[0] : 0.0F,
+                              sum_[1] > 0.0F ? 1.0F / sum_[1] : 0.0F};
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const std::uint32_t pair = transposed(TensorCore<Row>::pack(
+            out_[b][2 * half] * inverse[0], out_[b][2 * half + 1] * inverse[1]));
+        if (lane / 4 < count) {
+          *reinterpret_cast<std::uint32_t*>(out + lane / 4 * stride + b * 16 + half * 8 +
+                                            lane % 4 * 2) = pair;
+        }
+      }
+    }
+  }
+
+  /// The state itself, as partial_floats() lays it out.
+  __device__ void store_partial(float* partial) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int g = lane / 4;
+    const int t = lane % 4;
+    if (g < 2) {
+      *reinterpret_cast<float2*>(partial + 2 * (2 * t + g)) =
+          g == 0 ? make_float2(max_[0], sum_[0]) : make_float2(max_[1], sum_[1]);
+    }
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        partial[partial_row<kDim>(2 * t + i % 2) + b * 16 + g + i / 2 * 8] = out_[b][i];
+      }
+    }
+  }
+
+ private:
+  __device__ void rescale(const float (&top)[2]) {
+    const float factor[2] = {exp2_fast(max_[0] - top[0]), exp2_fast(max_[1] - top[1])};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      max_[i] = top[i];
+      sum_[i] *= factor[i];
+    }
+#pragma unroll
+    for (int b = 0; b < kDim / 16; ++b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_[b][i] *= factor[i % 2];
+    }
+  }
+
+  std::uint32_t q_[kDim / 16][2];
+  std::uint32_t next_q_[kDim / 16][2];
+  float out_[kDim / 16][4];
+  float max_[2];
+  float sum_[2];
+};
+
+}  // namespace headwise::inline v0::cuda::detail
