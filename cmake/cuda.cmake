@@ -23,7 +23,8 @@ endif()
 
 if(HEADWISE_HAS_CUDA)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 90 CACHE STRING "What our own CUDA programs are built for")
+    # 90a: warpgroup products, for prefill; its code runs on compute capability 9.0 alone.
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual CACHE STRING "What our own CUDA programs are built for")
   endif()
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)

@@ -114,7 +114,7 @@ class DeviceAttention {
                       cudaStream_t stream) const {
     const Layer& place = layers_[static_cast<std::size_t>(layer)];
     PrefillArgs args{
-        cache_.device_step(), place.heads,         bits(q), bits(k), bits(v), bits(out),
+        cache_.device_step(), place.heads,         bits(q), bits(k), bits(v), bits(out), next_tile_,
         place.group_size,     place.scale * kLog2E};
     if (wanted != HeadsWanted::kAll) {
       args.heads = cache_.layer_heads(layer, [&](const HeadStore& store) {
@@ -123,15 +123,16 @@ class DeviceAttention {
     }
     std::int64_t tiles = 0;
     for (const StepEntry& entry : step.entries()) {
-      tiles += prefill_tiles(entry.num_tokens(), place.group_size, place.dim);
+      tiles += place.prefill.num_tiles(entry.num_tokens(), place.group_size);
     }
-    return cuda::prefill<Row, Dims>(args, place.dim, tiles, stream);
+    return cuda::prefill(args, place.prefill, tiles, limits_.num_sms, stream);
   }
 
  private:
   struct Layer {
     LayerHeads heads;
     DecodeWork work;
+    PrefillKernel prefill;
     std::int64_t table_offset = 0;
     int kind = 0;
     int dim = 0;
@@ -153,6 +154,7 @@ class DeviceAttention {
     }
     Layer layer{cache_.layer_heads(l),
                 {},
+                {},
                 cache_.geometry().head(l, 0).table_offset,
                 0,
                 shape.k_dim,
@@ -170,7 +172,7 @@ class DeviceAttention {
           layer.heads.table_offset[i] - static_cast<std::int32_t>(layer.table_offset);
     }
     require(prepare_decode<Row, Dims>(shape.k_dim, kind.grid.warps_per_block), "decode kernel");
-    require(prepare_prefill<Row, Dims>(shape.k_dim), "prefill kernel");
+    require(prepare_prefill<Row, Dims>(shape.k_dim, layer.prefill), "prefill kernel");
     const auto same = [&](const LayerKind& other) {
       return std::memcmp(&kind, &other, sizeof kind) == 0;
     };
@@ -182,7 +184,8 @@ class DeviceAttention {
     layers_.push_back(layer);
   }
 
-  /// One allocation: partial results, then each kind's lists, then the kinds and lists themselves.
+  /// One allocation: partial results and counters, then each kind's lists, then the kinds and lists
+  /// themselves.
   void allocate() {
     const auto blocks = static_cast<std::size_t>(limits_.num_sms);
     const auto warps = static_cast<std::size_t>(most_warps_);
@@ -197,6 +200,7 @@ class DeviceAttention {
     const std::size_t block_partials = section(2 * blocks * partial);
     const std::size_t warp_partials = section(warps * partial);
     const std::size_t arrived = section(blocks * sizeof(unsigned));
+    const std::size_t next_tile = section(sizeof(unsigned));
     struct Lists {
       std::size_t items, item_begin, warps;
     };
@@ -231,6 +235,7 @@ class DeviceAttention {
     scratch_ = {reinterpret_cast<float*>(base + block_partials),
                 reinterpret_cast<float*>(base + warp_partials),
                 reinterpret_cast<unsigned*>(base + arrived)};
+    next_tile_ = reinterpret_cast<unsigned*>(base + next_tile);
     std::vector<DecodeWork> host_work;
     for (const Lists& l : lists) {
       host_work.push_back({reinterpret_cast<Piece*>(base + l.items),
@@ -258,6 +263,7 @@ class DeviceAttention {
   int widest_ = 0;
   DeviceMemory memory_;
   DecodeScratch scratch_;
+  unsigned* next_tile_ = nullptr;
   int cut_items_ = 0;
   std::size_t cut_bytes_ = 0;
   const LayerKind* device_kinds_ = nullptr;

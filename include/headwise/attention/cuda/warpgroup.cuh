@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: MIT
+/// @file warpgroup.cuh
+/// Instructions of a warpgroup, four warps that multiply together, and the barriers that hand
+/// shared memory from copying warps to multiplying ones (compute capability 9.0).
+///
+/// A warpgroup's product needs code for sm_90a: 9.0 exactly, not what comes after it. Elsewhere
+/// kWarpgroupCode is false and nothing here may be called.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/core/dtype.hpp"
+
+namespace headwise::inline v0::cuda {
+
+/// Whether the code being compiled may use a warpgroup's instructions.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+inline constexpr bool kWarpgroupCode = true;
+#else
+inline constexpr bool kWarpgroupCode = false;
+#endif
+
+inline constexpr int kWarpgroupThreads = 128;  ///< four warps, the first a multiple of four
+
+// Barriers in shared memory: a phase ends when as many threads have arrived as begin_barrier said.
+
+/// Makes a barrier for `arrivals` arrivals a phase; one thread, before the block's threads meet.
+__device__ __forceinline__ void begin_barrier(std::uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+/// What this thread did before is visible to those that wait for the phase.
+__device__ __forceinline__ void arrive(std::uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+/// Whether the phase of this parity has ended; may wait a moment for it.
+__device__ __forceinline__ bool has_ended(std::uint32_t barrier, unsigned parity) {
+  std::uint32_t ended;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(ended)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+/// Waits for the end of the phase of this parity.
+__device__ __forceinline__ void wait_for(std::uint32_t barrier, unsigned parity) {
+  while (!has_ended(barrier, parity)) {
+  }
+}
+
+/// Orders this thread's writes to shared memory, copies that have landed included, before a
+/// warpgroup's products.
+__device__ __forceinline__ void fence_for_products() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// Registers a thread may use from here on; the block's warpgroups share what the kernel was
+/// launched with.
+template <int kRegisters>
+__device__ __forceinline__ void give_up_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+/// @copydoc give_up_registers
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+/// Before the first product after registers of its operands were written.
+__device__ __forceinline__ void begin_products() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+/// Makes the products since the last call one group.
+__device__ __forceinline__ void commit_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/// Waits until at most `kPending` of the committed groups are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+/// Keeps the compiler from using a product's registers earlier or later than this point.
+template <int kBlocks>
+__device__ __forceinline__ void pin_registers(float (&x)[kBlocks][4]) {
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(x[n][i])::"memory");
+  }
+}
+
+/// Rows of 64 elements (128 bytes) as products read them: the 16-byte chunk c of row r lies at
+/// chunk c ^ (r mod 8) of its row, so that neither rows nor columns collide in banks.
+__device__ __forceinline__ std::uint32_t swizzled(int row, int chunk) {
+  return static_cast<std::uint32_t>(row * 128 + (chunk ^ (row & 7)) * 16);
+}
+/// Such rows as an operand: PTX ISA, "Matrix Descriptor Format": address / 16, the bytes from eight
+/// rows to the next eight / 16 at bit 32, the mode "128-byte swizzle" at bit 62. The rows of
+/// address 0 mod 1024; `address` may point at a later column or at a later eight rows.
+__device__ __forceinline__ std::uint64_t operand(std::uint32_t address) {
+  constexpr std::uint64_t kFixed =
+      (std::uint64_t{1} << 62) | (std::uint64_t{1024 / 16} << 32) | (std::uint64_t{1} << 16);
+  return kFixed | ((address & 0x3FFFFU) >> 4);
+}
+
+/// Products of a warpgroup, accumulated in f32. Warp w has rows 16w to 16w + 15 of c and a, in the
+/// fragments of mma.m16n8k16.
+template <class Row>
+struct WarpgroupCore;
+
+/// f16 operands.
+template <>
+struct WarpgroupCore<f16> {
+  /// c = a b, or c += a b where `adds`: a [64][16], b [16][64] in shared memory, c [64][64].
+  /// @tparam kByRow  0: b's columns are the rows there (keys); 1: b's rows are (values).
+  template <int kByRow>
+  static __device__ __forceinline__ void multiply(float (&c)[8][4], const std::uint32_t (&a)[4],
+                                                  std::uint64_t b, int adds) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+        "{%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+          "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+          "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
+          "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
+          "+f"(c[7][2]), "+f"(c[7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(kByRow));
+  }
+};
+
+/// bf16 operands.
+template <>
+struct WarpgroupCore<bf16> {
+  /// @copydoc WarpgroupCore<f16>::multiply
+  template <int kByRow>
+  static __device__ __forceinline__ void multiply(float (&c)[8][4], const std::uint32_t (&a)[4],
+                                                  std::uint64_t b, int adds) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+        "{%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
+          "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+          "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
+          "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
+          "+f"(c[7][2]), "+f"(c[7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(kByRow));
+  }
+};
+
+}  // namespace headwise::inline v0::cuda
