@@ -102,9 +102,7 @@ class DeviceAttention {
     const DecodeArgs args{
         cache_.device_step(), place.work,          scratch_, bits(q), bits(out), place.table_offset,
         place.group_size,     place.scale * kLog2E};
-    return cuda::decode<Row, Dims>(args, place.dim,
-                                   kinds_[static_cast<std::size_t>(place.kind)].grid,
-                                   limits_.chains_launches, stream);
+    return cuda::decode(args, place.decode, limits_.chains_launches, stream);
   }
 
   /// The prefill launch alone, for sequences of more than one new token; before or after append.
@@ -132,6 +130,7 @@ class DeviceAttention {
   struct Layer {
     LayerHeads heads;
     DecodeWork work;
+    DecodeKernel decode;
     PrefillKernel prefill;
     std::int64_t table_offset = 0;
     int kind = 0;
@@ -155,24 +154,24 @@ class DeviceAttention {
     Layer layer{cache_.layer_heads(l),
                 {},
                 {},
+                {},
                 cache_.geometry().head(l, 0).table_offset,
                 0,
                 shape.k_dim,
                 shape.group_size,
                 shape.scale()};
+    require(prepare_decode<Row, Dims>(shape.k_dim, limits_, layer.decode), "decode kernel");
+    require(prepare_prefill<Row, Dims>(shape.k_dim, layer.prefill), "prefill kernel");
     LayerKind kind;
     kind.num_heads = layer.heads.num_heads;
     kind.query_tiles = (shape.group_size + kItemQueries - 1) / kItemQueries;
-    kind.grid = {std::min(limits_.num_sms, detail::kCutThreads),
-                 decode_warps_per_block<Dims>(shape.k_dim, limits_)};
+    kind.grid = layer.decode.grid;
     for (int i = 0; i < kind.num_heads; ++i) {
       kind.class_idx[i] = layer.heads.class_idx[i];
       kind.kv_head[i] = layer.heads.kv_head[i];
       kind.table_offset[i] =
           layer.heads.table_offset[i] - static_cast<std::int32_t>(layer.table_offset);
     }
-    require(prepare_decode<Row, Dims>(shape.k_dim, kind.grid.warps_per_block), "decode kernel");
-    require(prepare_prefill<Row, Dims>(shape.k_dim, layer.prefill), "prefill kernel");
     const auto same = [&](const LayerKind& other) {
       return std::memcmp(&kind, &other, sizeof kind) == 0;
     };

@@ -111,32 +111,34 @@ __global__ void __launch_bounds__(decode_max_warps(kDim) * 32, 1)
 
 }  // namespace detail
 
-/// Warps of a decode block for rows of `dim` elements on a device of these limits.
-template <class Dims = AllHeadDims>
-int decode_warps_per_block(int dim, const DeviceLimits& limits) {
-  int warps = 0;
-  with_head_dim(Dims{}, dim, [&](auto d) {
+/// How a head width is decoded on a device; found once, at set-up.
+///
+/// The kernel goes by its address: where two translation units instantiate it, each may have its
+/// own copy (nvcc's -static-global-template-stub), and only one has been prepared.
+struct DecodeKernel {
+  void (*function)(DecodeArgs) = nullptr;
+  DecodeGrid grid;             ///< as many warps as the device holds at once
+  std::size_t smem_bytes = 0;  ///< of a block
+};
+
+/// Finds the kernel for `dim` and lets it use its shared memory; once, at set-up.
+/// @return cudaErrorInvalidValue where `dim` is not one of Dims.
+template <DeviceRow Row, class Dims = AllHeadDims>
+cudaError_t prepare_decode(int dim, const DeviceLimits& limits, DecodeKernel& kernel) {
+  return with_head_dim(Dims{}, dim, [&](auto d) {
     constexpr int kDim = decltype(d)::value;
+    constexpr int kRingBytes = detail::TileLayout<kDim>::kRingBytes;
     // The kernel's own shared memory: lists, parts and two flags, each aligned.
     constexpr int kStaticBytes =
         detail::decode_max_warps(kDim) * static_cast<int>(sizeof(detail::WarpLists)) +
         static_cast<int>(sizeof(detail::BlockParts)) + 1024;
-    warps = std::min(detail::decode_max_warps(kDim),
-                     (limits.smem_per_block - kStaticBytes) / detail::TileLayout<kDim>::kRingBytes);
-    return cudaSuccess;
-  });
-  return warps;
-}
-
-/// Lets the kernel for `dim` use its shared memory; once, at set-up.
-/// @return cudaErrorInvalidValue where `dim` is not one of Dims.
-template <DeviceRow Row, class Dims = AllHeadDims>
-cudaError_t prepare_decode(int dim, int warps_per_block) {
-  return with_head_dim(Dims{}, dim, [&](auto d) {
-    constexpr int kDim = decltype(d)::value;
-    return cudaFuncSetAttribute(detail::decode_kernel<Row, kDim>,
-                                cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                warps_per_block * detail::TileLayout<kDim>::kRingBytes);
+    const int warps = std::min(detail::decode_max_warps(kDim),
+                               (limits.smem_per_block - kStaticBytes) / kRingBytes);
+    kernel = {detail::decode_kernel<Row, kDim>,
+              {std::min(limits.num_sms, detail::kCutThreads), warps},
+              static_cast<std::size_t>(warps * kRingBytes)};
+    return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(kernel.smem_bytes));
   });
 }
 
@@ -147,18 +149,12 @@ cudaError_t prepare_decode(int dim, int warps_per_block) {
 /// runs. Where that one launches its own successors early (programmatic dependent launch), it does
 /// so after it has waited for its predecessors, as every kernel here does; others need no care.
 /// @pre q and out are 16-byte aligned, their strides multiples of 8 elements; args.work was cut for
-///   `grid` since the step began.
-template <DeviceRow Row, class Dims = AllHeadDims>
-cudaError_t decode(const DecodeArgs& args, int dim, DecodeGrid grid, bool chains_launches,
-                   cudaStream_t stream) {
-  return with_head_dim(Dims{}, dim, [&](auto d) {
-    constexpr int kDim = decltype(d)::value;
-    return launch_chained(
-        detail::decode_kernel<Row, kDim>, dim3(static_cast<unsigned>(grid.num_blocks)),
-        dim3(static_cast<unsigned>(grid.warps_per_block) * 32),
-        static_cast<std::size_t>(grid.warps_per_block * detail::TileLayout<kDim>::kRingBytes),
-        stream, chains_launches, args);
-  });
+///   `kernel.grid` since the step began.
+inline cudaError_t decode(const DecodeArgs& args, const DecodeKernel& kernel, bool chains_launches,
+                          cudaStream_t stream) {
+  return launch_chained(kernel.function, dim3(static_cast<unsigned>(kernel.grid.num_blocks)),
+                        dim3(static_cast<unsigned>(kernel.grid.warps_per_block) * 32),
+                        kernel.smem_bytes, stream, chains_launches, args);
 }
 
 }  // namespace headwise::inline v0::cuda
