@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(decode_max_warps(kDim) * 32, 1)
 /// The kernel goes by its address: where two translation units instantiate it, each may have its
 /// own copy (nvcc's -static-global-template-stub), and only one has been prepared.
 struct DecodeKernel {
+  /// The kernel.
   void (*function)(DecodeArgs) = nullptr;
   DecodeGrid grid;             ///< as many warps as the device holds at once
   std::size_t smem_bytes = 0;  ///< of a block

@@ -22,6 +22,7 @@ namespace headwise::inline v0::cuda {
 /// The kernel goes by its address: where two translation units instantiate it, each may have its
 /// own copy (nvcc's -static-global-template-stub), and only one has been prepared.
 struct PrefillKernel {
+  /// The kernel.
   void (*function)(PrefillArgs, unsigned num_tiles) = nullptr;
   int tile_rows = 0;           ///< query rows (token, query head of a group) of a tile
   int num_threads = 0;         ///< of a block
