@@ -28,7 +28,7 @@ enum class HeadsWanted : std::uint8_t { kAll, kRetrieval, kStreaming };
 /// Attention over one DeviceCache. Allocates everything at construction.
 ///
 ///     cache.begin(step, chunks, phase, stream);
-///     attention.plan(step, stream); // once a step: cuts the decode work
+///     attention.plan(stream); // once a step: cuts the decode work
 ///     attention.attend(step, layer, q, k, v, out, stream); // once a layer
 ///     cache.commit(step);
 ///
