@@ -178,7 +178,6 @@ class DeviceAttention {
     const auto found = std::find_if(kinds_.begin(), kinds_.end(), same);
     layer.kind = static_cast<int>(found - kinds_.begin());
     if (found == kinds_.end()) kinds_.push_back(kind);
-    most_warps_ = std::max(most_warps_, kind.grid.num_warps());
     widest_ = std::max(widest_, shape.k_dim);
     layers_.push_back(layer);
   }
@@ -187,7 +186,6 @@ class DeviceAttention {
   /// themselves.
   void allocate() {
     const auto blocks = static_cast<std::size_t>(limits_.num_sms);
-    const auto warps = static_cast<std::size_t>(most_warps_);
     const std::size_t partial =
         static_cast<std::size_t>(detail::partial_floats(widest_)) * sizeof(float);
     std::size_t bytes = 0;
@@ -197,25 +195,23 @@ class DeviceAttention {
       return begin;
     };
     const std::size_t block_partials = section(2 * blocks * partial);
-    const std::size_t warp_partials = section(warps * partial);
     const std::size_t arrived = section(blocks * sizeof(unsigned));
     const std::size_t next_tile = section(sizeof(unsigned));
     struct Lists {
-      std::size_t items, item_begin, warps;
+      std::size_t items, item_begin, pieces, places, warps;
     };
     std::vector<Lists> lists;
-    for (const LayerKind& kind : kinds_) {
-      const std::size_t items =
-          static_cast<std::size_t>(cache_.geometry().options().max_sequences) *
-          static_cast<std::size_t>(kind.num_heads * kind.query_tiles);
-      lists.push_back(
-          {section(items * sizeof(Piece)), section((items + 1) * sizeof(std::int32_t)),
-           section(static_cast<std::size_t>(kind.grid.num_warps()) * sizeof(WarpWork))});
-    }
     int most_items = 0;
     for (const LayerKind& kind : kinds_) {
-      most_items = std::max(most_items, cache_.geometry().options().max_sequences * kind.num_heads *
-                                            kind.query_tiles);
+      const int kind_items =
+          cache_.geometry().options().max_sequences * kind.num_heads * kind.query_tiles;
+      most_items = std::max(most_items, kind_items);
+      const auto items = static_cast<std::size_t>(kind_items);
+      const auto pieces = static_cast<std::size_t>(DecodeWork::most_pieces(kind_items, kind.grid));
+      lists.push_back(
+          {section(items * sizeof(Piece)), section((items + 1) * sizeof(std::int32_t)),
+           section(pieces * sizeof(Piece)), section(pieces * sizeof(std::int32_t)),
+           section(static_cast<std::size_t>(kind.grid.num_warps()) * sizeof(WarpWork))});
     }
     const auto fits = [&](int items) {
       cut_bytes_ = 0;
@@ -232,13 +228,14 @@ class DeviceAttention {
     memory_ = DeviceMemory(bytes);
     std::byte* base = memory_.data();
     scratch_ = {reinterpret_cast<float*>(base + block_partials),
-                reinterpret_cast<float*>(base + warp_partials),
                 reinterpret_cast<unsigned*>(base + arrived)};
     next_tile_ = reinterpret_cast<unsigned*>(base + next_tile);
     std::vector<DecodeWork> host_work;
     for (const Lists& l : lists) {
       host_work.push_back({reinterpret_cast<Piece*>(base + l.items),
                            reinterpret_cast<std::int32_t*>(base + l.item_begin),
+                           reinterpret_cast<Piece*>(base + l.pieces),
+                           reinterpret_cast<std::int32_t*>(base + l.places),
                            reinterpret_cast<WarpWork*>(base + l.warps)});
     }
     for (Layer& layer : layers_) layer.work = host_work[static_cast<std::size_t>(layer.kind)];
@@ -258,7 +255,6 @@ class DeviceAttention {
   DeviceLimits limits_;
   std::vector<Layer> layers_;
   std::vector<LayerKind> kinds_;
-  int most_warps_ = 0;
   int widest_ = 0;
   DeviceMemory memory_;
   DecodeScratch scratch_;

@@ -15,7 +15,6 @@ namespace headwise::inline v0::cuda {
 /// Partial results between the blocks of a launch; free again when it ends, counters back at 0.
 struct DecodeScratch {
   float* block_partials = nullptr;  ///< [2 num_blocks][detail::partial_floats(dim)]
-  float* warp_partials = nullptr;   ///< [num_warps][detail::partial_floats(dim)]
   unsigned* arrived = nullptr;      ///< [num_blocks]
 };
 
@@ -33,18 +32,25 @@ struct DecodeArgs {
 
 namespace detail {
 
-/// Warps of a block: as many as make their tiles about equally large for every width.
-__host__ __device__ constexpr int decode_max_warps(int dim) {
-  return dim <= 64 ? 16 : dim <= 128 ? 8 : 4;
+/// Warps of a block that stream rows: as many as make their tiles about equally large for every
+/// width, and as the registers suffice for.
+__host__ __device__ constexpr int decode_max_workers(int dim) {
+  return dim <= 64 ? 12 : dim <= 128 ? 8 : 4;
 }
+static_assert(decode_max_workers(1) <= kMostWarps);
+/// Warps of a block that merge what the others have of one item while those stream the next.
+inline constexpr int kMergeWarps = 4;
 
-/// Where an item's queries and output are.
-struct ItemRows {
+/// A decode block's warps that stream rows; the merging ones come after them.
+__device__ inline int num_workers() { return static_cast<int>(blockDim.x / 32) - kMergeWarps; }
+
+/// Where a piece's queries and output are.
+struct PieceRows {
   std::int64_t row = 0;
   int first_head = 0;
   int count = 0;
 };
-__device__ inline ItemRows rows_of(const DecodeArgs& args, const Piece& piece) {
+__device__ inline PieceRows rows_of(const DecodeArgs& args, const Piece& piece) {
   const int first = piece.query_tile * kItemQueries;
   return {piece.query_row, piece.kv_head * args.group_size + first,
           min(args.group_size - first, kItemQueries)};

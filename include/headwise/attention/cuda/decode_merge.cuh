@@ -7,28 +7,72 @@
 
 #include <cstdint>
 
+#include "headwise/attention/cuda/barrier.cuh"
 #include "headwise/attention/cuda/decode_args.cuh"
 #include "headwise/attention/cuda/decode_state.cuh"
+#include "headwise/attention/cuda/decode_tile.cuh"
 #include "headwise/attention/cuda/decode_work.cuh"
 #include "headwise/attention/cuda/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 
-/// What a block's warps leave over at their two ends, in line order: slot 2w is the end of an item
-/// that began before warp w, slot 2w + 1 the beginning of one that goes on. In shared memory.
-struct BlockParts {
-  static constexpr int kSlots = 32;  // 16 warps at most
-  const Piece* piece[kSlots];
-  const float* part[kSlots];  ///< partial results
-  std::int32_t item[kSlots];  ///< -1: none
+/// Where worker warps leave partial results for the merge, behind the rings of their tiles.
+template <int kDim>
+class PartialMemory {
+ public:
+  /// Of a worker: ring and partial result.
+  static constexpr int kWarpBytes =
+      TileLayout<kDim>::kRingBytes + partial_floats(kDim) * static_cast<int>(sizeof(float));
 
-  __device__ void clear(int slot) { item[slot] = -1; }
-  __device__ void set(int slot, const Piece& left, const float* partial) {
-    piece[slot] = &left;
-    part[slot] = partial;
-    item[slot] = left.item;
+  __device__ explicit PartialMemory(std::byte* memory) : memory_(memory) {}
+  /// Of any wide piece but the last: the ring is still in use.
+  __device__ float* of_warp(int warp) const {
+    return reinterpret_cast<float*>(memory_ + num_workers() * TileLayout<kDim>::kRingBytes) +
+           warp * partial_floats(kDim);
   }
+  /// Of the last piece.
+  __device__ float* last_of_warp(int warp) const {
+    return reinterpret_cast<float*>(memory_ + warp * TileLayout<kDim>::kRingBytes);
+  }
+
+ private:
+  std::byte* memory_;
+};
+
+/// What a block's worker warps and merging warps tell each other. In shared memory.
+class MergeMemory {
+ public:
+  /// One thread, before the block's threads meet.
+  __device__ void begin() {
+    begin_barrier(shared_address(&handed_over_), num_workers() * 32);
+    begin_barrier(shared_address(&merged_), kMergeWarps * 32);
+  }
+  /// A worker's thread, before it stores what it has of wide piece `index`.
+  __device__ void wait_for_room(int index) {
+    if (index > 0) wait_for(shared_address(&merged_), static_cast<unsigned>(index - 1) % 2);
+  }
+  /// A worker's thread, after that.
+  __device__ void hand_over() { arrive(shared_address(&handed_over_)); }
+  /// A merging thread, before it reads what the workers have of wide piece `index`.
+  __device__ void wait_for_parts(int index) {
+    wait_for(shared_address(&handed_over_), static_cast<unsigned>(index) % 2);
+  }
+  /// A merging thread, after that.
+  __device__ void give_room() { arrive(shared_address(&merged_)); }
+
+  /// What one half of the merging warps hands to the other.
+  struct Exchange {
+    float4 columns[kMergeWarps * 16];
+    float2 states[kMergeWarps * 16];
+  };
+  Exchange exchange;
+  bool
+      finishes[2];  ///< whether the block is its item's last one: of the merging warps, the workers
+
+ private:
+  std::uint64_t handed_over_;  // a phase a wide piece
+  std::uint64_t merged_;
 };
 
 /// A softmax over some of an item's keys, as one thread merges it: 4 columns of one query.
@@ -66,33 +110,35 @@ struct MergedColumns {
   }
 };
 
-/// Half of a block's warps. After the last tile little is left to do, one dependent instruction
-/// after the other: two items, or two halves of one, are merged side by side.
-struct MergeTeam {
-  int num_teams = 2;  ///< 1 where the block is a single warp
-  int team = 0;       ///< no team where it is not below num_teams
-  int num_threads = 0;
-  int thread = 0;
+/// The threads that merge a piece: the block's workers, or its merging warps.
+class MergeTeam {
+ public:
+  __device__ explicit MergeTeam(bool of_workers)
+      : num_threads((of_workers ? num_workers() : kMergeWarps) * 32),
+        thread(static_cast<int>(threadIdx.x) - (of_workers ? 0 : num_workers() * 32)),
+        barrier_(of_workers ? 1 : 2) {}
 
-  __device__ MergeTeam() {
-    const int num_warps = static_cast<int>(blockDim.x / 32);
-    num_teams = num_warps > 1 ? 2 : 1;
-    num_threads = max(num_warps / 2, 1) * 32;
-    const int mine = static_cast<int>(threadIdx.x);
-    team = mine < num_threads ? 0 : mine < 2 * num_threads ? 1 : 2;
-    thread = mine - team * num_threads;
+  int num_threads;
+  int thread;  ///< of the team
+
+  /// The team's threads meet.
+  __device__ void meet() const {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier_), "r"(num_threads) : "memory");
   }
+
+ private:
+  int barrier_;  // 0 is __syncthreads'
 };
 
-/// Merges the parts in `slots`, all that the block's warps left of one item: into the output, or
-/// into block_partials where other blocks share the item.
+/// Merges what all workers have of a piece: into the output, or into block_partials where other
+/// blocks share the item.
+/// @param partials  those of worker 0; the next one's `stride` floats on.
 template <class Row, int kDim>
-__device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const BlockParts& parts,
-                            unsigned slots) {
+__device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const Piece& piece,
+                            const float* partials, int stride) {
   constexpr int kVectors = kDim / 4;
-  constexpr int kMost = decode_max_warps(kDim);
-  const Piece& piece = *parts.piece[__ffs(static_cast<int>(slots)) - 1];
-  const ItemRows rows = rows_of(args, piece);
+  constexpr int kMost = decode_max_workers(kDim);
+  const PieceRows rows = rows_of(args, piece);
   const int place = 2 * piece.block_rank + (piece.block_rank == piece.first_rank ? 1 : 0);
   float* to = args.scratch.block_partials + static_cast<std::int64_t>(place) * partial_floats(kDim);
 #pragma unroll 1
@@ -102,13 +148,12 @@ __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const
     // All loads before any use.
     float2 state[kMost];
     float4 x[kMost];
-    unsigned left = slots;
 #pragma unroll
-    for (int p = 0; p < kMost; ++p, left &= left - 1) {
+    for (int p = 0; p < kMost; ++p) {
       state[p] = make_float2(kMasked, 0.0F);
       x[p] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-      if (left != 0) {
-        const float* part = parts.part[__ffs(static_cast<int>(left)) - 1];
+      if (p < num_workers()) {
+        const float* part = partials + p * stride;
         state[p] = *reinterpret_cast<const float2*>(part + 2 * query);
         x[p] = *reinterpret_cast<const float4*>(part + partial_row<kDim>(query) + column);
       }
@@ -127,36 +172,37 @@ __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const
 }
 
 /// Merges an item whose `num_blocks` partial results all lie in block_partials. The first of them
-/// is in its block's second place, all others in their block's first.
-/// @param part, num_parts  every num_parts-th partial result is this team's business; part 0 adds
-///   what the others have and stores the output.
-/// @param shared  the block's tiles, no longer in use. All threads of the block come here together.
+/// is in its block's second place, all others in their block's first. Each half of the team adds up
+/// every second of them.
+/// @param columns, states  shared memory: [num_threads / 2] each
 template <class Row, int kDim>
 __device__ void merge_blocks(const DecodeArgs& args, const MergeTeam& team, const Piece& piece,
-                             int part, int num_parts, float* shared) {
+                             float4* columns, float2* states) {
   constexpr int kVectors = kDim / 4;
   // Loads on their way at once: 33 blocks share one of 4 long heads on 132 multiprocessors, and
-  // each team merges half of them.
+  // each half merges half of them.
   constexpr int kBatch = 17;
-  const ItemRows rows = rows_of(args, piece);
+  const PieceRows rows = rows_of(args, piece);
   const int count = piece.num_blocks;
   const float* partials = args.scratch.block_partials +
                           static_cast<std::int64_t>(2 * piece.first_rank) * partial_floats(kDim);
-  const int most_vectors = min(args.group_size, kItemQueries) * kVectors;  // of any item
+  const int per_half = team.num_threads / 2;
+  const int half = team.thread / per_half;
+  const int thread = team.thread % per_half;
 #pragma unroll 1
-  for (int begin = 0; begin < most_vectors; begin += team.num_threads) {
-    const int i = begin + team.thread;
+  for (int begin = 0; begin < rows.count * kVectors; begin += per_half) {
+    const int i = begin + thread;
     const int query = i / kVectors;
     const int column = i % kVectors * 4;
-    const bool works = team.team < team.num_teams && query < rows.count;
+    const bool works = query < rows.count;
     MergedColumns merged;
 #pragma unroll 1
-    for (int first = part; works && first < count; first += kBatch * num_parts) {
+    for (int first = half; works && first < count; first += 2 * kBatch) {
       float2 state[kBatch];
       float4 x[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const int p = first + b * num_parts;
+        const int p = first + 2 * b;
         state[b] = make_float2(kMasked, 0.0F);
         x[b] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
         if (p < count) {
@@ -167,22 +213,18 @@ __device__ void merge_blocks(const DecodeArgs& args, const MergeTeam& team, cons
       }
       merged.add(state, x);
     }
-    auto* columns = reinterpret_cast<float4*>(shared);
-    auto* states = reinterpret_cast<float2*>(columns + team.num_threads);
-    if (works && part == 1) {
-      columns[team.thread] = merged.out;
-      states[team.thread] = make_float2(merged.top, merged.sum);
+    if (works && half == 1) {
+      columns[thread] = merged.out;
+      states[thread] = make_float2(merged.top, merged.sum);
     }
-    __syncthreads();
-    if (works && part == 0) {
-      if (num_parts == 2) {
-        const float2 state[1] = {states[team.thread]};
-        const float4 x[1] = {columns[team.thread]};
-        merged.add(state, x);
-      }
+    team.meet();
+    if (works && half == 0) {
+      const float2 state[1] = {states[thread]};
+      const float4 x[1] = {columns[thread]};
+      merged.add(state, x);
       merged.store<Row>(row_at(args.out, rows.row, rows.first_head + query) + column);
     }
-    __syncthreads();
+    team.meet();
   }
 }
 
@@ -199,46 +241,45 @@ __device__ inline bool arrives_last(unsigned* arrived, unsigned num_blocks) {
   return before == num_blocks - 1;
 }
 
-/// Merges what the block's warps left over, and finishes what other blocks have left to it.
+/// Merges the block's wide pieces, and finishes those items whose other blocks were earlier.
+/// @param last  the workers' call: the last wide piece. Null for the merging warps, which take all
+///   others, each when every worker has handed it over.
 template <class Row, int kDim>
-__device__ void merge_warps(const DecodeArgs& args, const BlockParts& parts, float* shared) {
-  __shared__ bool finishes[2];
-  const MergeTeam team;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int num_slots = 2 * static_cast<int>(blockDim.x / 32);
-  const int item = lane < num_slots ? parts.item[lane] : -1;
-  const Piece* handed_on[2] = {};  // only a block's first and last items can be shared
-  int turn = 0;
+__device__ void merge_pieces(const DecodeArgs& args, const WarpWork& work, const Piece* last,
+                             const PartialMemory<kDim>& partials, MergeMemory& memory) {
+  const bool is_last = last != nullptr;
+  const MergeTeam team(is_last);
+  const int end = is_last ? work.num_wide : work.num_wide - 1;
+  if (!is_last && end > 0) wait_for_previous();
 #pragma unroll 1
-  for (unsigned left = __ballot_sync(kWholeWarp, item >= 0); left != 0;) {
-    const int slot = __ffs(static_cast<int>(left)) - 1;
-    const unsigned same =
-        __ballot_sync(kWholeWarp, item == __shfl_sync(kWholeWarp, item, slot)) & left;
-    if (turn == team.team) merge_parts<Row, kDim>(args, team, parts, same);
-    turn = turn + 1 == team.num_teams ? 0 : turn + 1;
-    if (parts.piece[slot]->num_blocks > 1) {
-      (handed_on[0] == nullptr ? handed_on[0] : handed_on[1]) = parts.piece[slot];
+  for (int index = is_last ? end - 1 : 0; index < end; ++index) {
+    const Piece piece = is_last ? *last : args.work.pieces[work.first_wide + index];
+    if (is_last) {
+      team.meet();
+    } else {
+      memory.wait_for_parts(index);
     }
-    left &= ~same;
-  }
-  if (handed_on[0] == nullptr) return;
-
-  __syncthreads();  // the block's partials are written, its shared memory is free
-  if (threadIdx.x < 2) {
-    const Piece* mine = threadIdx.x == 0 ? handed_on[0] : handed_on[1];
-    finishes[threadIdx.x] =
-        mine != nullptr && arrives_last(args.scratch.arrived + mine->first_rank,
-                                        static_cast<unsigned>(mine->num_blocks));
-  }
-  __syncthreads();
-  const bool side_by_side = finishes[0] && finishes[1] && team.num_teams == 2;
-#pragma unroll 1
-  for (int i = 0; i < 2; ++i) {
-    if (side_by_side ? i > 0 : !finishes[i]) continue;
-    const int mine = side_by_side ? team.team : i;
-    merge_blocks<Row, kDim>(args, team, mine == 0 ? *handed_on[0] : *handed_on[1],
-                            side_by_side ? 0 : team.team, side_by_side ? 1 : team.num_teams,
-                            shared);
+    merge_parts<Row, kDim>(args, team, piece,
+                           is_last ? partials.last_of_warp(0) : partials.of_warp(0),
+                           is_last ? TileLayout<kDim>::kRingBytes / static_cast<int>(sizeof(float))
+                                   : partial_floats(kDim));
+    if (!is_last) memory.give_room();
+    if (piece.num_blocks == 1) continue;
+    bool& finishes = memory.finishes[is_last ? 1 : 0];
+    team.meet();  // the team's partial result is written
+    if (team.thread == 0) {
+      finishes = arrives_last(args.scratch.arrived + piece.first_rank,
+                              static_cast<unsigned>(piece.num_blocks));
+    }
+    team.meet();
+    if (finishes) {
+      // After the last piece the workers' rings are free.
+      auto* columns =
+          is_last ? reinterpret_cast<float4*>(partials.last_of_warp(0)) : memory.exchange.columns;
+      auto* states = is_last ? reinterpret_cast<float2*>(columns + team.num_threads / 2)
+                             : memory.exchange.states;
+      merge_blocks<Row, kDim>(args, team, piece, columns, states);
+    }
   }
 }
 

@@ -41,55 +41,95 @@ static_assert(kPageTokens / kTileRows == 4);
 /// A warp's work and what it reads ahead of it, in shared memory.
 ///
 /// While all multiprocessors stream rows a load takes as long as a row: microseconds. So what the
-/// next tiles and items need is copied asynchronously, together with rows, and is there with them.
+/// next tiles and pieces need is copied asynchronously, together with rows, and is there with them.
 struct WarpLists {
-  /// Whole items copied ahead of the one that the walk opens: what is copied with one tile is there
+  /// Pieces copied ahead of the one that the walk opens: what is copied with one tile is there
   /// kDecodeStages - 1 tiles later.
-  static constexpr int kItemsAhead = kDecodeStages;
-  /// Room for those and for the items whose tiles are on their way, 2 (kDecodeStages - 1) at most.
-  static constexpr int kItems = 8;
-  static_assert(kItems > 2 * (kDecodeStages - 1) + 1 + kItemsAhead);
+  static constexpr int kPiecesAhead = kDecodeStages;
+  /// Room for those and for the pieces whose tiles are on their way, 2 (kDecodeStages - 1) at most.
+  static constexpr int kPieces = 8;
+  static_assert(kPieces > 2 * (kDecodeStages - 1) + 1 + kPiecesAhead);
   /// Page numbers on their way or in use; a power of two.
   static constexpr int kPages = 2;
   static_assert(kPages >= kDecodeStages);
   static constexpr int kPieceChunks = sizeof(Piece) / 16;
 
   WarpWork work;
-  Piece items[kItems];         ///< whole item i of the warp lies at i % kItems
+  Piece pieces[kPieces];       ///< the warp's piece i lies at i % kPieces
   std::int32_t pages[kPages];  ///< tile j's page lies at j % kPages
 
-  __device__ const Piece& item(int i) const { return items[i % kItems]; }
+  __device__ const Piece& piece(int i) const { return pieces[i % kPieces]; }
 
-  /// Reads the work and its first items; they are there for the whole warp on return.
+  /// Reads the work and the first pieces; they are there for the whole warp on return.
   __device__ void load(const DecodeWork& lists, int warp_idx) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     constexpr int kWorkChunks = sizeof(WarpWork) / 16;
-    static_assert(kWorkChunks <= 32 && kItemsAhead * kPieceChunks <= 32);
+    static_assert(kWorkChunks <= 32 && kPiecesAhead * kPieceChunks <= 32);
     if (lane < kWorkChunks) {
       reinterpret_cast<uint4*>(&work)[lane] =
           reinterpret_cast<const uint4*>(lists.warps + warp_idx)[lane];
     }
     __syncwarp();
-    if (lane < min(work.num_whole, kItemsAhead) * kPieceChunks) {
-      reinterpret_cast<uint4*>(items)[lane] =
-          reinterpret_cast<const uint4*>(lists.items + work.first_whole)[lane];
+    const int first = lane / kPieceChunks;
+    if (first < min(work.num_pieces(), kPiecesAhead)) {
+      reinterpret_cast<uint4*>(pieces)[lane] =
+          reinterpret_cast<const uint4*>(lists.pieces + place_of(first))[lane % kPieceChunks];
     }
     __syncwarp();
   }
-  /// Starts to copy whole item i, if there is one.
-  __device__ void copy_item(const DecodeWork& lists, int i) {
+  /// Starts to copy piece i, if there is one.
+  __device__ void copy_piece(const DecodeWork& lists, int i) {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    if (i < work.num_whole && lane < kPieceChunks) {
-      copy_async_16(shared_address(items + i % kItems) + lane * 16,
-                    reinterpret_cast<const uint4*>(lists.items + work.first_whole + i) + lane);
+    if (i < work.num_pieces() && lane < kPieceChunks) {
+      copy_async_16(shared_address(pieces + i % kPieces) + lane * 16,
+                    reinterpret_cast<const uint4*>(lists.pieces + place_of(i)) + lane);
     }
+  }
+
+ private:
+  __device__ int place_of(int i) const {
+    return i < work.num_narrow ? work.first_narrow + i : work.first_wide + (i - work.num_narrow);
   }
 };
 
-/// Walks over a warp's tiles in order: the part at its head, whole items, the part at its tail.
+/// The tiles that fall to one warp of those that take turns: one to each, in rounds; a warp takes
+/// part from its first round on. Tiles are numbered through all pieces.
+class Turns {
+ public:
+  /// @param first_round  each lane's: that of warp `lane`; kNever where there is none.
+  __device__ Turns(int first_round, int warp)
+      : first_round_(first_round), lower_warps_((1U << warp) - 1) {
+    round_ = __shfl_sync(kWholeWarp, first_round, warp);
+    given_ = static_cast<int>(
+        __reduce_add_sync(kWholeWarp, static_cast<unsigned>(max(round_ - first_round_, 0))));
+    taking_part_ = __ballot_sync(kWholeWarp, first_round_ <= round_);
+  }
+  static constexpr int kNever = 0x7FFFFFFF;
+
+  /// The warp's tile.
+  __device__ int tile() const { return given_ + __popc(taking_part_ & lower_warps_); }
+  /// On to the next round.
+  __device__ void advance() {
+    given_ += __popc(taking_part_);
+    taking_part_ = __ballot_sync(kWholeWarp, first_round_ <= ++round_);
+  }
+
+ private:
+  int first_round_;
+  unsigned lower_warps_;
+  int round_;
+  int given_;  // tiles of all former rounds
+  unsigned taking_part_;
+};
+
+/// Walks over a warp's tiles in order: its narrow pieces, then its turns in the wide ones.
 class TileWalk {
  public:
-  __device__ TileWalk(const DecodeArgs& args, WarpLists& lists) : args_(args), lists_(lists) {
+  __device__ TileWalk(const DecodeArgs& args, WarpLists& lists)
+      : args_(args),
+        lists_(lists),
+        first_round_(first_round_of_lane(args.work)),
+        turns_(threadIdx.x % 32 == 0 ? 0 : Turns::kNever, 0) {  // a narrow piece's are all its own
     open_next();
   }
 
@@ -98,13 +138,13 @@ class TileWalk {
     TileSource tile;
     const std::int32_t* page = nullptr;
   };
+  /// Where the warp has no tile of a piece, that is empty, too, and ends the piece.
   __device__ Place next() {
     Place place;
-    if (left_ == 0) return place;
-    const int offset = round_ * width_ + column_;
-    if (offset < tiles_) {
+    if (opened_ > lists_.work.num_pieces()) return place;
+    if (turns_.tile() < end_) {
       const int tiles0 = tiles_of(slot_begin_[0], slot_end_[0]);
-      const int index = base_ + offset;
+      const int index = first_tile_ + turns_.tile();
       const bool second = index >= tiles0;
       const int begin = second ? slot_begin_[1] : slot_begin_[0];
       const int end = second ? slot_end_[1] : slot_end_[0];
@@ -113,34 +153,33 @@ class TileWalk {
       place.tile = TileSource::of(slot_tile % 4, max(begin - first_slot, 0),
                                   min(end - first_slot, kTileRows), slot_tile == new_tile_);
       place.page = table_ + first_slot / kPageTokens;
+      turns_.advance();
     }
-    if (--left_ == 0) {
+    if (turns_.tile() >= end_) {
       place.tile.bits |= TileSource::kEndsPiece;
       open_next();
-    } else if (++column_ >= columns_end()) {
-      to_round(round_ + 1);
     }
     return place;
   }
 
  private:
-  // In each round a piece has the columns from its first position's on, less that one before the
-  // first position's round; likewise up to its last position's.
-  __device__ int columns_begin() const { return first_column_ + (round_ < first_round_ ? 1 : 0); }
-  __device__ int columns_end() const { return last_column_ + (round_ < last_round_ ? 1 : 0); }
+  static __device__ int first_round_of_lane(const DecodeWork& work) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    return lane < num_workers()
+               ? work.warps[static_cast<int>(blockIdx.x) * num_workers() + lane].first_round
+               : Turns::kNever;
+  }
 
-  /// The next piece that is not empty, if there is one.
   __device__ void open_next() {
-    const WarpWork& work = lists_.work;
-    const Piece* piece = &work.head;
-    if (began_ || work.head.count == 0) {
-      if (opened_ > work.num_whole) return;
-      piece = opened_ < work.num_whole ? &lists_.item(opened_) : &work.tail;
-      lists_.copy_item(args_.work, opened_ + WarpLists::kItemsAhead);
-      ++opened_;
+    if (opened_ == lists_.work.num_narrow) {
+      turns_ = Turns(first_round_, static_cast<int>(threadIdx.x / 32));
+      end_ = 0;
     }
-    began_ = true;
-    open(*piece);
+    if (opened_ < lists_.work.num_pieces()) {
+      open(lists_.piece(opened_));
+      lists_.copy_piece(args_.work, opened_ + WarpLists::kPiecesAhead);
+    }
+    ++opened_;
   }
 
   __device__ void open(const Piece& piece) {
@@ -150,46 +189,21 @@ class TileWalk {
       slot_end_[r] = piece.slot_end[r];
     }
     new_tile_ = piece.new_slot / kTileRows;
-    base_ = piece.base;
-    tiles_ = piece.tiles;
-    width_ = piece.width;
-    left_ = piece.count;
-    first_column_ = piece.first_column;
-    first_round_ = piece.first_round;
-    last_column_ = piece.last_column;
-    last_round_ = piece.last_round;
-    to_round(0);
-  }
-
-  /// Goes to the first round from `round` on in which the warp has a tile.
-  __device__ void to_round(int round) {
-    // In one column none is before its first position; with two, none is between the end of the
-    // second one's part and the start of the first one's.
-    const bool one_column = last_column_ == first_column_;
-    const bool two_columns = last_column_ == first_column_ + 1;
-    if (one_column || (two_columns && round >= last_round_)) round = max(round, first_round_);
-    round_ = round;
-    column_ = columns_begin();
+    first_tile_ = piece.first_tile - end_;
+    end_ += piece.num_tiles;
   }
 
   const DecodeArgs& args_;
   WarpLists& lists_;
+  int first_round_;  // of the warp that has the lane's number
+  Turns turns_;
   const std::int32_t* table_ = nullptr;
   int slot_begin_[2] = {};
   int slot_end_[2] = {};
   int new_tile_ = 0;
-  int base_ = 0;
-  int tiles_ = 0;
-  int width_ = 1;
-  int first_column_ = 0;
-  int first_round_ = 0;
-  int last_column_ = 0;
-  int last_round_ = 0;
-  int round_ = 0;
-  int column_ = 0;
-  int left_ = 0;
-  bool began_ = false;
-  int opened_ = 0;  // whole items, and the tail
+  int first_tile_ = 0;  // of the piece, in the item, less the number that the turns give it
+  int end_ = 0;         // the number after the piece's last tile
+  int opened_ = 0;      // pieces; one more than there are at the end
 };
 
 /// A warp's ring of tiles. The number of a tile's page is copied kAhead tiles before its rows, and

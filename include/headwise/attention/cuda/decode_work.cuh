@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: MIT
 /// @file decode_work.cuh
-/// Cuts one decode step into equal shares of unequal heads, one share a warp, on the device.
+/// Cuts one decode step into equal shares of unequal heads, on the device: a share a block, and in
+/// it a share a warp.
 ///
 /// An *item* is one KV head of one sequence (for up to 8 query heads); it costs as many *tiles* of
 /// 16 rows as it sees. All items lie end to end on a line, which is cut into one interval for each
-/// warp of the grid. Items inside an interval are one warp's business and need no merge, as most
-/// streaming heads of a large batch; only the two at an interval's ends may be shared.
+/// block of the grid. What an interval has of an item is a *piece*. A whole item that is small
+/// beside a warp's share is *narrow*: one warp does it and nobody merges, as most streaming heads
+/// of a large batch. All other pieces are *wide*: the block's warps read their tiles in turn, so
+/// that a block streams through one stretch of memory at a time. A warp with narrow pieces does
+/// those first and joins in later.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,14 +26,12 @@ namespace headwise::inline v0::cuda {
 inline constexpr int kTileRows = 16;
 /// Query heads of one item: the N of mma.m16n8k16. Larger groups are cut, and read K and V again.
 inline constexpr int kItemQueries = 8;
+/// Most warps of a decode block.
+inline constexpr int kMostWarps = 12;
 /// What an item costs a warp besides its tiles, in tiles: its queries' load and its output's store.
 inline constexpr int kItemOverhead = 1;
 
-/// A part of one item, done by one warp.
-///
-/// A block's part of an item is `tiles` tiles from `base` on, in rounds of `width` tiles: in each
-/// round the block's warps read neighbouring tiles. Positions are counted column by column, so that
-/// [first, first + count) is one warp's column, or parts of two.
+/// What one block has of one item.
 struct alignas(16) Piece {
   std::int64_t table = 0;       ///< page-table index of slot 0, the layer's first entry not counted
   std::int32_t query_row = 0;   ///< of q and out
@@ -37,30 +39,26 @@ struct alignas(16) Piece {
   std::int16_t query_tile = 0;  ///< which 8 query heads of the group
   std::int32_t slot_begin[2] = {};  ///< the rows seen: two runs of slots
   std::int32_t slot_end[2] = {};    ///< one after the last of each
-  std::int32_t base = 0;            ///< first tile of the block's part
-  std::int32_t tiles = 0;           ///< of the block's part
-  std::int32_t count = 0;           ///< positions of the warp; 0: no piece
-  std::int32_t first_round = 0;     ///< where it begins: position first_column * rounds + this
-  std::int32_t last_round = 0;      ///< likewise one after the last
-  std::int16_t first_column = 0;    ///< see first_round
-  std::int16_t last_column = 0;     ///< see last_round
-  std::int32_t item = 0;            ///< in DecodeWork::items
   std::int32_t new_slot = 0;        ///< of the step's own row
+  std::int32_t first_tile = 0;      ///< of the item's
+  std::int32_t num_tiles = 0;       ///< 0: no piece
   // Blocks that share the item, numbered among those that have any work.
-  std::int16_t width = 1;       ///< warps of the block that have a part of the item
   std::int16_t block_rank = 0;  ///< this block's number
   std::int16_t first_rank = 0;  ///< that of the first block that shares the item
   std::int16_t num_blocks = 1;  ///< 1: nobody else
 };
-static_assert(sizeof(Piece) == 80);
+static_assert(sizeof(Piece) == 64);
 
-/// What one warp does: a part of an item that began before it, whole items, and a part of an item
-/// that goes on after it.
+/// What one warp does: its narrow pieces, then its tiles of the block's wide ones.
+///
+/// Those tiles are dealt in rounds, one to each warp that takes part, in the order of warps.
 struct alignas(16) WarpWork {
-  Piece head;                    ///< the end of an item that began before
-  Piece tail;                    ///< the beginning of one that goes on
-  std::int32_t first_whole = 0;  ///< in DecodeWork::items
-  std::int32_t num_whole = 0;    ///< whole items between the two
+  std::int32_t first_narrow = 0;  ///< in DecodeWork::pieces
+  std::int32_t num_narrow = 0;    ///< the warp's own
+  std::int32_t first_wide = 0;    ///< likewise
+  std::int32_t num_wide = 0;      ///< the block's
+  std::int32_t first_round = 0;   ///< in which the warp takes part
+  __host__ __device__ int num_pieces() const { return num_narrow + num_wide; }
 };
 
 /// The grid of a decode launch.
@@ -85,7 +83,14 @@ struct LayerKind {
 struct DecodeWork {
   Piece* items = nullptr;              ///< [most items] each item whole, in line order
   std::int32_t* item_begin = nullptr;  ///< [most items + 1] where each begins on the line
+  Piece* pieces = nullptr;             ///< [most pieces] block by block: narrow ones, wide ones
+  std::int32_t* places = nullptr;      ///< [most pieces] scratch of the cut
   WarpWork* warps = nullptr;           ///< [num_warps]
+
+  /// Only an item that goes on in the next block makes a piece more.
+  static constexpr int most_pieces(int most_items, const DecodeGrid& grid) {
+    return most_items + grid.num_blocks;
+  }
 };
 
 namespace detail {
@@ -122,8 +127,8 @@ __device__ inline BlockScan block_scan(int value, int* warp_sums) {
   return {inclusive - value + (warp > 0 ? lower_warps : 0), __shfl_sync(0xFFFFFFFFU, sum, 31)};
 }
 
-/// Item `i` of the step: sequence by sequence, head by head, query tile by query tile. Its count is
-/// 0 where the sequence's chunk is not one token: such chunks are prefill's.
+/// Item `i` of the step: sequence by sequence, head by head, query tile by query tile. It has no
+/// tiles where the sequence's chunk is not one token: such chunks are prefill's.
 __device__ inline Piece whole_item(const DeviceStep& step, const LayerKind& kind, int i) {
   const int per_entry = kind.num_heads * kind.query_tiles;
   const int e = i / per_entry;
@@ -139,14 +144,12 @@ __device__ inline Piece whole_item(const DeviceStep& step, const LayerKind& kind
   for (int r = 0; r < 2; ++r) {
     piece.slot_begin[r] = state.slot_begin[r];
     piece.slot_end[r] = state.slot_end[r];
-    piece.count += tiles_of(state.slot_begin[r], state.slot_end[r]);
+    piece.num_tiles += tiles_of(state.slot_begin[r], state.slot_end[r]);
   }
   const std::int64_t turn = state.ring_rows - state.ring_sink;
   const bool in_ring = state.ring_rows > 0 && entry.length >= state.ring_sink;
   piece.new_slot = static_cast<std::int32_t>(
       in_ring ? state.ring_sink + (entry.length - state.ring_sink) % turn : entry.length);
-  piece.tiles = piece.count;
-  piece.last_column = 1;  // one warp's column, as many rounds as tiles
   return piece;
 }
 
@@ -162,9 +165,114 @@ __device__ int last_at_most(int n, int x, Get get) {
   return low;
 }
 
+/// A cut's numbers, in shared memory; those of items and pieces in `work` where they do not fit.
+struct CutMemory {
+  int* cut;          ///< [num_blocks + 1] where each block's interval begins on the line
+  int* rank;         ///< [num_blocks] among blocks that have any work
+  int* first_item;   ///< [num_blocks] of which a block has a piece
+  int* first_piece;  ///< [num_blocks + 1] of each block, in line order
+  int* item_begin;   ///< [num_items + 1] where each item begins on the line
+  int* places;       ///< [num_pieces] in DecodeWork::pieces; see BlockDeal
+
+  __device__ CutMemory(int* shared, const DecodeWork& work, const DecodeGrid& grid, int most_items)
+      : cut(shared),
+        rank(cut + grid.num_blocks + 1),
+        first_item(rank + grid.num_blocks),
+        first_piece(first_item + grid.num_blocks),
+        item_begin(most_items > 0 ? first_piece + grid.num_blocks + 1 : work.item_begin),
+        places(most_items > 0 ? item_begin + most_items + 1 : work.places) {}
+};
+
+/// A block's pieces, dealt to its warps; one thread.
+class BlockDeal {
+ public:
+  /// @param places  [num_pieces] in line order; the warp of a narrow piece, then its place.
+  __device__ BlockDeal(int num_warps, int* places, int num_pieces)
+      : num_warps_(num_warps), places_(places), num_pieces_(num_pieces) {}
+
+  /// @param num_tiles  of the i-th piece
+  /// @param is_narrow  whether one warp may do it
+  template <class NumTiles, class IsNarrow>
+  __device__ void deal(NumTiles num_tiles, IsNarrow is_narrow) {
+    for (int i = 0; i < num_pieces_; ++i) {
+      int warp = kWide;
+      if (is_narrow(i)) {
+        warp = 0;
+        for (int w = 1; w < num_warps_; ++w) {
+          if (load_[w] < load_[warp]) warp = w;
+        }
+        load_[warp] += num_tiles(i) + kItemOverhead;
+      } else {
+        wide_tiles_ += num_tiles(i);
+      }
+      places_[i] = warp;
+    }
+    // No warp may have more than its share: the wide tiles must fill all others' time.
+    for (int i = num_pieces_ - 1; room_beside_narrow() > wide_tiles_; --i) {
+      const int warp = places_[i];
+      if (warp == kWide) continue;
+      load_[warp] -= num_tiles(i) + kItemOverhead;
+      wide_tiles_ += num_tiles(i);
+      places_[i] = kWide;
+    }
+  }
+
+  /// Lays the pieces out from `first_piece` on, the narrow ones warp by warp, then the wide ones.
+  __device__ void lay_out(int first_piece, WarpWork* warps) {
+    int next[kMostWarps + 1] = {};  // the last one: wide
+    for (int i = 0; i < num_pieces_; ++i) ++next[index_of(places_[i])];
+    int place = first_piece;
+    for (int w = 0; w <= num_warps_; ++w) {
+      const int index = w < num_warps_ ? w : kMostWarps;
+      const int count = next[index];
+      next[index] = place;
+      if (w < num_warps_) {
+        warps[w].first_narrow = place;
+        warps[w].num_narrow = count;
+      }
+      place += count;
+    }
+    const int spare = wide_tiles_ - room_beside_narrow();
+    const auto rounds_of = [&](int w) {
+      return most_load() - load_[w] + spare / num_warps_ + (w < spare % num_warps_ ? 1 : 0);
+    };
+    int rounds = 0;
+    for (int w = 0; w < num_warps_; ++w) rounds = max(rounds, rounds_of(w));
+    for (int w = 0; w < num_warps_; ++w) {
+      warps[w].first_wide = next[kMostWarps];
+      warps[w].num_wide = place - next[kMostWarps];
+      warps[w].first_round = rounds - rounds_of(w);
+    }
+    for (int i = 0; i < num_pieces_; ++i) places_[i] = next[index_of(places_[i])]++;
+  }
+
+ private:
+  static constexpr int kWide = -1;
+  static __device__ int index_of(int warp) { return warp == kWide ? kMostWarps : warp; }
+
+  __device__ int most_load() const {
+    int most = 0;
+    for (int w = 0; w < num_warps_; ++w) most = max(most, load_[w]);
+    return most;
+  }
+  /// Tiles that the other warps have time for while the busiest one does its narrow pieces.
+  __device__ int room_beside_narrow() const {
+    const int most = most_load();
+    int room = 0;
+    for (int w = 0; w < num_warps_; ++w) room += most - load_[w];
+    return room;
+  }
+
+  int num_warps_;
+  int* places_;
+  int num_pieces_;
+  int load_[kMostWarps] = {};  // narrow tiles of each warp, and overhead
+  int wide_tiles_ = 0;
+};
+
 }  // namespace detail
 
-/// One block a kind of layer. Costs a few microseconds once a step, not once a layer.
+/// One block a kind of layer. Costs tens of microseconds once a step, nothing a layer.
 /// @param kinds, work  [gridDim.x]
 /// @param most_items  room for so many items' places in shared memory; 0: they lie in `work`.
 /// Dynamic shared memory: cut_decode_bytes().
@@ -177,11 +285,8 @@ __global__ void __launch_bounds__(detail::kCutThreads)
   wait_for_previous();  // and no early release: decode reads this work before it waits
   const LayerKind& kind = kinds[blockIdx.x];
   const DecodeGrid grid = kind.grid;
-  const int num_warps = grid.num_warps();
-  int* interval = shared;              // [num_warps + 1] where each warp's interval begins
-  int* rank = shared + num_warps + 1;  // [num_blocks] among blocks that have any work
   const DecodeWork lists = work[blockIdx.x];
-  int* item_begin = most_items > 0 ? rank + grid.num_blocks : lists.item_begin;
+  const detail::CutMemory memory(shared, lists, grid, most_items);
   const int thread = static_cast<int>(threadIdx.x);
   const int num_items = step.header->num_entries * kind.num_heads * kind.query_tiles;
   const int per_thread = (num_items + detail::kCutThreads - 1) / detail::kCutThreads;
@@ -192,7 +297,7 @@ __global__ void __launch_bounds__(detail::kCutThreads)
   int present = 0;
   int tiles = 0;
   for (int i = begin; i < end; ++i) {
-    const int count = detail::whole_item(step, kind, i).count;
+    const int count = detail::whole_item(step, kind, i).num_tiles;
     present += count > 0 ? 1 : 0;
     tiles += count > 0 ? count + kItemOverhead : 0;
   }
@@ -201,111 +306,97 @@ __global__ void __launch_bounds__(detail::kCutThreads)
   int item_at = item_scan.before;
   int line_at = line_scan.before;
   for (int i = begin; i < end; ++i) {
-    Piece item = detail::whole_item(step, kind, i);
-    if (item.count == 0) continue;
-    item.item = item_at;
+    const Piece item = detail::whole_item(step, kind, i);
+    if (item.num_tiles == 0) continue;
     lists.items[item_at] = item;
-    item_begin[item_at++] = line_at;
-    line_at += item.count + kItemOverhead;
+    memory.item_begin[item_at++] = line_at;
+    line_at += item.num_tiles + kItemOverhead;
   }
   const int num_present = item_scan.total;
   const int line_total = line_scan.total;
-  if (thread == 0) item_begin[num_present] = line_total;
+  if (thread == 0) memory.item_begin[num_present] = line_total;
   __syncthreads();
 
   // Equal intervals; a cut close to an item's end moves there, which saves a merge: a microsecond
-  // or two. Every warp waits for the one with the longest interval: between blocks a cut moves by
-  // one tile a warp at most, between the warps of a block by two tiles.
-  const auto begin_of = [&](int k) { return item_begin[k]; };
-  const auto snapped = [&](int cut, int most) {
-    if (num_present == 0) return cut;
-    const int k = detail::last_at_most(num_present, cut, begin_of);
-    const int back = cut - begin_of(k);
-    const int ahead = begin_of(k + 1) - cut;
-    if (min(back, ahead) > most) return cut;
-    return back <= ahead ? begin_of(k) : begin_of(k + 1);
+  // or two. Every block waits for the one with the longest interval: a cut moves by one tile a warp
+  // at most.
+  const auto begin_of = [&](int k) { return memory.item_begin[k]; };
+  const auto tiles_of_item = [&](int k) { return begin_of(k + 1) - begin_of(k) - kItemOverhead; };
+  const auto item_at_cut = [&](int cut) {
+    return detail::last_at_most(num_present, cut, begin_of);
   };
-  const int block_most = min(line_total / grid.num_blocks / 2, grid.warps_per_block);
-  const int warp_most = min(line_total / num_warps / 8, 2);
-  const auto block_cut = [&](int b) {
-    const int cut = static_cast<int>(static_cast<std::int64_t>(b) * line_total / grid.num_blocks);
-    return b > 0 && b < grid.num_blocks ? snapped(cut, block_most) : cut;
-  };
-  for (int w = thread; w <= num_warps; w += detail::kCutThreads) {
-    const int begin_cut = block_cut(w / grid.warps_per_block);
-    const int of_block = w % grid.warps_per_block;
-    if (of_block == 0) {
-      interval[w] = begin_cut;
-    } else {
-      const int end_cut = block_cut(w / grid.warps_per_block + 1);
-      const int cut = begin_cut + (end_cut - begin_cut) * of_block / grid.warps_per_block;
-      interval[w] = min(max(snapped(cut, warp_most), begin_cut), end_cut);
+  const int most = min(line_total / grid.num_blocks / 2, grid.warps_per_block);
+  for (int b = thread; b <= grid.num_blocks; b += detail::kCutThreads) {
+    int cut = static_cast<int>(static_cast<std::int64_t>(b) * line_total / grid.num_blocks);
+    if (num_present > 0 && b > 0 && b < grid.num_blocks) {
+      const int k = item_at_cut(cut);
+      const int back = cut - begin_of(k);
+      const int ahead = begin_of(k + 1) - cut;
+      if (min(back, ahead) <= most) cut = back <= ahead ? begin_of(k) : begin_of(k + 1);
     }
+    memory.cut[b] = cut;
   }
   __syncthreads();
-  const int busy = thread < grid.num_blocks && interval[thread * grid.warps_per_block] <
-                                                   interval[(thread + 1) * grid.warps_per_block];
-  const detail::BlockScan rank_scan = detail::block_scan(busy, warp_sums);
-  if (thread < grid.num_blocks) rank[thread] = rank_scan.before;
+
+  // Every block's pieces, dealt to its warps.
+  const bool has_block = thread < grid.num_blocks;
+  const int cut_begin = has_block ? memory.cut[thread] : 0;
+  const int cut_end = has_block ? memory.cut[thread + 1] : 0;
+  const auto piece_begin = [&](int k, int from) { return max(from - begin_of(k), 0); };
+  const auto piece_end = [&](int k, int to) { return min(to - begin_of(k), tiles_of_item(k)); };
+  int first_item = 0;
+  int num_pieces = 0;
+  if (cut_begin < cut_end) {
+    first_item = item_at_cut(cut_begin);
+    // Nothing but the overhead may be left of it.
+    if (piece_begin(first_item, cut_begin) >= tiles_of_item(first_item)) ++first_item;
+    if (first_item < num_present && begin_of(first_item) < cut_end) {
+      num_pieces = item_at_cut(cut_end - 1) - first_item + 1;
+    }
+  }
+  const detail::BlockScan rank_scan = detail::block_scan(num_pieces > 0 ? 1 : 0, warp_sums);
+  const detail::BlockScan piece_scan = detail::block_scan(num_pieces, warp_sums);
+  if (has_block) {
+    memory.rank[thread] = rank_scan.before;
+    memory.first_item[thread] = first_item;
+    memory.first_piece[thread] = piece_scan.before;
+    const auto num_tiles = [&](int i) {
+      return piece_end(first_item + i, cut_end) - piece_begin(first_item + i, cut_begin);
+    };
+    detail::BlockDeal deal(grid.warps_per_block, memory.places + piece_scan.before, num_pieces);
+    // Half of a warp's share: what is left over when all are dealt stays small beside the share.
+    const int most_narrow = line_total / grid.num_warps() / 2;
+    deal.deal(num_tiles, [&](int i) {
+      return num_tiles(i) == tiles_of_item(first_item + i) && num_tiles(i) <= most_narrow;
+    });
+    deal.lay_out(piece_scan.before, lists.warps + thread * grid.warps_per_block);
+  }
   __syncthreads();
 
-  const auto interval_at = [&](int w) { return interval[w]; };
-  for (int w = thread; w < num_warps; w += detail::kCutThreads) {
-    WarpWork warp;
-    const int from = interval[w];
-    const int to = interval[w + 1];
-    int k = from < to ? detail::last_at_most(num_present, from, begin_of) : num_present;
-    warp.first_whole = num_present;
-    for (; k < num_present && begin_of(k) < to; ++k) {
-      const int at = begin_of(k);
-      const int count = begin_of(k + 1) - at - kItemOverhead;
-      const int first = max(from - at, 0);
-      const int last = min(to - at, count);
-      if (first >= last) continue;  // nothing but the overhead is left of it
-      if (first == 0 && last == count) {
-        if (warp.num_whole++ == 0) warp.first_whole = k;
-        continue;
-      }
-      Piece piece = lists.items[k];
-      const int block = w / grid.warps_per_block;
-      const int block_warp = block * grid.warps_per_block;
-      piece.base = max(interval[block_warp] - at, 0);
-      piece.tiles = min(interval[block_warp + grid.warps_per_block] - at, count) - piece.base;
-      int width = 0;  // the block's warps that have a part of the item
-      for (int i = block_warp; i < block_warp + grid.warps_per_block; ++i) {
-        width += max(interval[i] - at, 0) < min(interval[i + 1] - at, count) ? 1 : 0;
-      }
-      piece.width = static_cast<std::int16_t>(width);
-      const int rounds = (piece.tiles + width - 1) / width;
-      // Shares of whole rounds; the few positions too many lie behind the last tile and are empty.
-      const auto position = [&](int tile) {
-        return static_cast<int>(static_cast<std::int64_t>(tile - piece.base) * rounds * width /
-                                piece.tiles);
-      };
-      const int first_position = position(first);
-      const int last_position = position(last);
-      piece.count = last_position - first_position;
-      piece.first_round = first_position % rounds;
-      piece.last_round = last_position % rounds;
-      piece.first_column = static_cast<std::int16_t>(first_position / rounds);
-      piece.last_column = static_cast<std::int16_t>(last_position / rounds);
-      const int first_warp = detail::last_at_most(num_warps, at, interval_at);
-      const int last_warp = detail::last_at_most(num_warps, at + count - 1, interval_at);
-      const int first_rank = rank[first_warp / grid.warps_per_block];
-      piece.block_rank = static_cast<std::int16_t>(rank[block]);
-      piece.first_rank = static_cast<std::int16_t>(first_rank);
-      piece.num_blocks =
-          static_cast<std::int16_t>(rank[last_warp / grid.warps_per_block] - first_rank + 1);
-      (first > 0 ? warp.head : warp.tail) = piece;
-    }
-    lists.warps[w] = warp;
+  const auto block_at = [&](int at) {
+    return detail::last_at_most(grid.num_blocks, at, [&](int b) { return memory.cut[b]; });
+  };
+  for (int i = thread; i < piece_scan.total; i += detail::kCutThreads) {
+    const int block =
+        detail::last_at_most(grid.num_blocks, i, [&](int b) { return memory.first_piece[b]; });
+    const int k = memory.first_item[block] + i - memory.first_piece[block];
+    Piece piece = lists.items[k];
+    piece.first_tile = piece_begin(k, memory.cut[block]);
+    piece.num_tiles = piece_end(k, memory.cut[block + 1]) - piece.first_tile;
+    const int first_rank = memory.rank[block_at(begin_of(k))];
+    const int last_rank = memory.rank[block_at(begin_of(k) + tiles_of_item(k) - 1)];
+    piece.block_rank = static_cast<std::int16_t>(memory.rank[block]);
+    piece.first_rank = static_cast<std::int16_t>(first_rank);
+    piece.num_blocks = static_cast<std::int16_t>(last_rank - first_rank + 1);
+    lists.pieces[memory.places[i]] = piece;
   }
 }
 
 /// Shared memory of cut_decode_kernel for at most `most_items` items (0: in `work`).
 constexpr std::size_t cut_decode_bytes(const DecodeGrid& grid, int most_items) {
-  return sizeof(int) * static_cast<std::size_t>(grid.num_warps() + 1 + grid.num_blocks +
-                                                (most_items > 0 ? most_items + 1 : 0));
+  const int of_items =
+      most_items > 0 ? most_items + 1 + DecodeWork::most_pieces(most_items, grid) : 0;
+  return sizeof(int) * static_cast<std::size_t>(4 * grid.num_blocks + 2 + of_items);
 }
 
 }  // namespace headwise::inline v0::cuda

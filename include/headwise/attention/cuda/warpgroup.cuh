@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "headwise/attention/cuda/barrier.cuh"
 #include "headwise/attention/cuda/tensor_core.cuh"
 #include "headwise/core/dtype.hpp"
 
@@ -24,34 +25,6 @@ inline constexpr bool kWarpgroupCode = false;
 #endif
 
 inline constexpr int kWarpgroupThreads = 128;  ///< four warps, the first a multiple of four
-
-// Barriers in shared memory: a phase ends when as many threads have arrived as begin_barrier said.
-
-/// Makes a barrier for `arrivals` arrivals a phase; one thread, before the block's threads meet.
-__device__ __forceinline__ void begin_barrier(std::uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-/// What this thread did before is visible to those that wait for the phase.
-__device__ __forceinline__ void arrive(std::uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-/// Whether the phase of this parity has ended; may wait a moment for it.
-__device__ __forceinline__ bool has_ended(std::uint32_t barrier, unsigned parity) {
-  std::uint32_t ended;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(ended)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return ended != 0;
-}
-/// Waits for the end of the phase of this parity.
-__device__ __forceinline__ void wait_for(std::uint32_t barrier, unsigned parity) {
-  while (!has_ended(barrier, parity)) {
-  }
-}
 
 /// Orders this thread's writes to shared memory, copies that have landed included, before a
 /// warpgroup's products.
