@@ -5,9 +5,13 @@
 //
 // f16, width 128, one token a sequence; the layers of one cache are the rotating buffers, 512 MiB
 // of K and V or more (8.5 x the L2 cache of an H200). Pages are those of prompts in one chunk; the
-// rows named "interleaved" grew by a page at a time, all heads in turn.
+// rows named "interleaved" grew by a page at a time, all heads in turn. All rows use one
+// allocation, made first, as an engine makes its own: in one that follows the freeing of another of
+// gigabytes, some rows of many heads take 12 % longer, from one run to the next (bench/results).
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -32,38 +36,53 @@ struct Row {
   bool interleaved;
 };
 
-/// A cache of equal layers at the row's length, and its attention.
-class Decoder {
- public:
-  explicit Decoder(const Row& row) : row_(row) {
-    const double row_bytes = 2.0 * kDim * 2;
-    layer_bytes_ = 0.0;
-    for (int h = 0; h < row.num_kv_heads; ++h) {
-      const double rows =
-          streams(h) ? std::min<double>(static_cast<double>(row.length),
-                                        static_cast<double>(row.window.sink + row.window.recent))
-                     : static_cast<double>(row.length);
-      layer_bytes_ += row.batch * rows * row_bytes;
-    }
-    num_layers_ = std::max(2, static_cast<int>(std::ceil(512.0 * (1 << 20) / layer_bytes_)));
-    const ModelShape shape =
-        ModelShape::uniform(num_layers_, row.num_qo_heads, row.num_kv_heads, kDim);
-    HeadPlan plan(shape);
-    for (int l = 0; l < num_layers_; ++l) {
+/// Equal layers that keep what the row says: as many as make the rotating buffers.
+struct Layers {
+  explicit Layers(const Row& row)
+      : bytes(bytes_of(row)),
+        count(std::max(2, static_cast<int>(std::ceil(512.0 * (1 << 20) / bytes)))),
+        shape(ModelShape::uniform(count, row.num_qo_heads, row.num_kv_heads, kDim)),
+        plan(shape) {
+    for (int l = 0; l < count; ++l) {
       for (int h = 0; h < row.num_kv_heads; ++h) {
-        if (streams(h)) plan.set(l, h, KeepWindow{row.window});
+        if (streams(row, h)) plan.set(l, h, KeepWindow{row.window});
       }
     }
-    CacheOptions options;
     options.max_sequences = row.batch;
     options.max_context = row.length;
+  }
+  static double bytes_of(const Row& row) {
+    const auto window = std::min<double>(static_cast<double>(row.length),
+                                         static_cast<double>(row.window.sink + row.window.recent));
+    double rows = 0.0;
+    for (int h = 0; h < row.num_kv_heads; ++h) {
+      rows += streams(row, h) ? window : static_cast<double>(row.length);
+    }
+    return row.batch * rows * 2.0 * kDim * 2;
+  }
+  static bool streams(const Row& row, int head) {
+    return !row.dense && head >= (row.num_kv_heads + 1) / 2;
+  }
+  std::size_t page_bytes() const {
     const CacheGeometry geometry(shape, plan, options, 2);
-    pages_ =
-        cuda::DeviceMemory(static_cast<std::size_t>(geometry.num_pages()) * geometry.page_bytes());
-    fill<false>(pages_.data(), pages_.num_bytes(), 1);
-    options.page_memory = {pages_.data(), pages_.num_bytes()};
-    options.page_memory_place = PageMemory::kDevice;
-    cache_ = std::make_unique<cuda::DeviceCache<f16>>(shape, plan, options);
+    return static_cast<std::size_t>(geometry.num_pages()) * geometry.page_bytes();
+  }
+
+  double bytes;  ///< of K and V that a layer's step reads
+  int count;
+  ModelShape shape;
+  HeadPlan plan;
+  CacheOptions options;
+};
+
+/// A cache at the row's length, and its attention.
+class Decoder {
+ public:
+  /// @param pages  Layers::page_bytes() or more
+  Decoder(const Row& row, std::byte* pages) : row_(row), layers_(row) {
+    layers_.options.page_memory = {pages, layers_.page_bytes()};
+    layers_.options.page_memory_place = PageMemory::kDevice;
+    cache_ = std::make_unique<cuda::DeviceCache<f16>>(layers_.shape, layers_.plan, layers_.options);
     attention_ = std::make_unique<cuda::DeviceAttention<f16, Dims>>(*cache_);
     const std::size_t elements =
         static_cast<std::size_t>(row.batch) * static_cast<std::size_t>(row.num_qo_heads) * kDim;
@@ -75,9 +94,8 @@ class Decoder {
   }
   ~Decoder() { cudaStreamDestroy(stream_); }
 
-  double layer_bytes() const { return layer_bytes_; }
+  const Layers& layers() const { return layers_; }
   cudaStream_t stream() const { return stream_; }
-  const cuda::DeviceMemory& pages() const { return pages_; }
 
   double microseconds_a_layer() {
     cuda::require(attention_->plan(stream_), "plan");
@@ -85,8 +103,8 @@ class Decoder {
                                               row_.num_qo_heads, kDim);
     const auto out =
         TensorView<f16>::nhd(reinterpret_cast<f16*>(out_.data()), row_.num_qo_heads, kDim);
-    return microseconds(stream_, 4.0 + layer_bytes_ / 4.4e6, [&](int i) {
-      return attention_->decode(i % num_layers_, q, out, stream_);
+    return microseconds(stream_, 4.0 + layers_.bytes / 4.4e6, [&](int i) {
+      return attention_->decode(i % layers_.count, q, out, stream_);
     });
   }
   double microseconds_to_plan() {
@@ -94,8 +112,6 @@ class Decoder {
   }
 
  private:
-  bool streams(int head) const { return !row_.dense && head >= (row_.num_kv_heads + 1) / 2; }
-
   /// To one token short of the row's length, then an open step of one token a sequence.
   void grow() {
     std::vector<SequenceChunk> chunks;
@@ -119,9 +135,8 @@ class Decoder {
   }
 
   Row row_;
-  double layer_bytes_ = 0.0;
-  int num_layers_ = 0;
-  cuda::DeviceMemory pages_, q_, out_;
+  Layers layers_;
+  cuda::DeviceMemory q_, out_;
   std::unique_ptr<cuda::DeviceCache<f16>> cache_;
   std::unique_ptr<cuda::DeviceAttention<f16, Dims>> attention_;
   cudaStream_t stream_ = nullptr;
@@ -148,14 +163,14 @@ std::string name_of(const Row& row) {
   return name;
 }
 
-Result measure(const Row& row, int num_sms) {
-  Decoder decoder(row);
+Result measure(const Row& row, std::byte* pages, int num_sms) {
+  Decoder decoder(row, pages);
   Result result;
   result.name = name_of(row);
   result.us = decoder.microseconds_a_layer();
-  result.bytes = decoder.layer_bytes();
+  result.bytes = decoder.layers().bytes;
   result.plan_us = decoder.microseconds_to_plan();
-  result.floor = read_floor(decoder.stream(), decoder.pages().data(), decoder.pages().num_bytes(),
+  result.floor = read_floor(decoder.stream(), pages, decoder.layers().page_bytes(),
                             static_cast<std::size_t>(result.bytes), num_sms);
   return result;
 }
@@ -188,42 +203,55 @@ void print(std::FILE* json, bool first, const Row& row, const Result& r) {
                share, r.plan_us);
 }
 
-int run(const char* path, const std::string& wanted) {
-  const auto limits = cuda::DeviceLimits::current();
-  std::FILE* json = std::fopen(path, "w");
-  if (json == nullptr) return 1;
-  std::fprintf(json, "[\n");
-  bool first = true;
-  const auto measure_row = [&](const Row& row, double dense_us) {
-    if (name_of(row).find(wanted) == std::string::npos) return 0.0;
-    Result result = measure(row, limits.num_sms);
-    result.dense_us = dense_us;
-    print(json, first, row, result);
-    first = false;
-    return result.us;
-  };
+/// Dense rows before those that stream half of the same heads.
+std::vector<Row> all_rows() {
   struct Shape {
     int batch;
     std::int64_t length;
   };
-  const std::vector<Shape> shapes = {{1, 4096},  {1, 16384},  {1, 65536}, {1, 131072}, {1, 524288},
-                                     {16, 4096}, {16, 16384}, {64, 4096}, {64, 16384}};
   const Window wide{64, 256};
   const Window narrow{16, 64};
+  std::vector<Row> rows;
   for (const int kv_heads : {8, 32}) {
-    for (const Shape& shape : shapes) {
-      if (kv_heads == 32 && shape.batch == 64) continue;
-      Row row{32, kv_heads, shape.batch, shape.length, wide, true, false};
-      const double dense_us = measure_row(row, 0.0);
-      row.dense = false;
-      for (const Window& window : {wide, narrow}) {
-        row.window = window;
-        measure_row(row, dense_us);
+    for (const Shape& s :
+         {Shape{1, 4096}, Shape{1, 16384}, Shape{1, 65536}, Shape{1, 131072}, Shape{1, 524288},
+          Shape{16, 4096}, Shape{16, 16384}, Shape{64, 4096}, Shape{64, 16384}}) {
+      if (kv_heads == 32 && s.batch == 64) continue;
+      rows.push_back({32, kv_heads, s.batch, s.length, wide, true, false});
+      for (const Window& w : {wide, narrow}) {
+        rows.push_back({32, kv_heads, s.batch, s.length, w, false, false});
       }
     }
   }
-  for (const Shape& shape : {Shape{1, 16384}, Shape{1, 131072}, Shape{16, 16384}}) {
-    measure_row({32, 8, shape.batch, shape.length, wide, false, true}, 0.0);
+  for (const Shape& s : {Shape{1, 16384}, Shape{1, 131072}, Shape{16, 16384}}) {
+    rows.push_back({32, 8, s.batch, s.length, wide, false, true});
+  }
+  return rows;
+}
+
+int run(const char* path, const std::string& wanted) {
+  std::vector<Row> rows = all_rows();
+  std::erase_if(rows,
+                [&](const Row& row) { return name_of(row).find(wanted) == std::string::npos; });
+  std::size_t page_bytes = 1;
+  for (const Row& row : rows) page_bytes = std::max(page_bytes, Layers(row).page_bytes());
+  const cuda::DeviceMemory pages(page_bytes);
+  fill<false>(pages.data(), pages.num_bytes(), 1);
+
+  std::FILE* json = std::fopen(path, "w");
+  if (json == nullptr) return 1;
+  std::fprintf(json, "[\n");
+  const auto limits = cuda::DeviceLimits::current();
+  std::map<std::string, double> dense_us;
+  for (const Row& row : rows) {
+    Result result = measure(row, pages.data(), limits.num_sms);
+    Row dense = row;
+    dense.dense = true;
+    dense.interleaved = false;
+    if (row.dense) dense_us[name_of(dense)] = result.us;
+    const auto found = dense_us.find(name_of(dense));
+    if (found != dense_us.end()) result.dense_us = found->second;
+    print(json, &row == rows.data(), row, result);
   }
   std::fprintf(json, "\n]\n");
   std::fclose(json);
