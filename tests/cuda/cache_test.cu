@@ -115,6 +115,26 @@ TEST(CudaCache, KeepsManySmallHeadsApart) {
   model.step(tokens, Phase::kDecode);
 }
 
+TEST(CudaCache, KeepsManyLongHeadsApart) {
+  HEADWISE_NEEDS_DEVICE();
+  // Several heads a block of the grid, each longer than what one warp does: all but a block's last
+  // one are merged while the next is under way.
+  Model<bf16> model({.dim = 128,
+                     .num_kv_heads = 8,
+                     .window = {16, 128},
+                     .max_context = 512,
+                     .max_sequences = 90});
+  std::vector<SequenceChunk> prompts;
+  std::vector<SequenceChunk> tokens;
+  for (int i = 0; i < 90; ++i) {
+    const SequenceId id = model.add();
+    prompts.push_back({id, 190 + i * 53 % 300});
+    tokens.push_back({id, 1});
+  }
+  model.step(prompts, Phase::kPrompt, 1);
+  model.step(tokens, Phase::kDecode);
+}
+
 TEST(CudaCache, RecyclesPagesAndSequences) {
   HEADWISE_NEEDS_DEVICE();
   Model<bf16> model({.max_context = 700, .max_sequences = 3});
