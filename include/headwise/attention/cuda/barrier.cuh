@@ -20,6 +20,11 @@ __device__ __forceinline__ void begin_barrier(std::uint32_t barrier, int arrival
 __device__ __forceinline__ void arrive(std::uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+/// Arrives when all copies that this thread has started so far have landed; the barrier counts it
+/// as any arrival.
+__device__ __forceinline__ void arrive_after_copies(std::uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 /// Whether the phase of this parity has ended; from compute capability 9.0 on this waits a moment
 /// for it.
 __device__ __forceinline__ bool has_ended(std::uint32_t barrier, unsigned parity) {

@@ -162,8 +162,11 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kDim <= 128 ? 2 : 1)
 
   std::uint16_t* q_rows = memory;
   const std::uint32_t stages = shared_address(memory) + kRows * kRowBytes;
-  copy_queries<kDim>(args, tile, group, kRows, shared_address(q_rows),
-                     static_cast<int>(threadIdx.x), kMmaWarps * 32);
+  const std::uint32_t queries = shared_address(q_rows + warp * kRowsPerWarp * kPaddedDim<kDim>);
+  copy_rows<kDim, kRowsPerWarp>(
+      find_query(args, tile, group,
+                 warp * kRowsPerWarp + static_cast<int>(threadIdx.x % kRowsPerWarp)),
+      [&](int row, int chunk) { return queries + row * kRowBytes + chunk * 16; });
   int copied = 0;
   const auto copy_next = [&](int stage) {
     if (copied < tile.keys.count) {
@@ -211,7 +214,9 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kDim <= 128 ? 2 : 1)
   __syncwarp();
   rows.store(own_rows);
   __syncwarp();
-  write_outputs<kDim>(args, tile, group, own_rows, warp_row, kRowsPerWarp);
+  write_outputs<kDim, kRowsPerWarp>(args, tile, group, warp_row, [&](int row, int chunk) {
+    return reinterpret_cast<const uint4*>(own_rows + row * kPaddedDim<kDim> + chunk * 8);
+  });
 }
 
 }  // namespace headwise::inline v0::cuda::detail

@@ -29,22 +29,27 @@ class RowSoftmax {
   /// Takes out the keys [first, first + 8 kBlocks) that a row does not see.
   template <int kBlocks>
   __device__ __forceinline__ void mask(int first, float (&score)[kBlocks][4]) const {
+    static_assert(kBlocks <= 16, "a bit for each of the lane's two keys of eight");
     first += static_cast<int>(threadIdx.x % 4) * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      const unsigned seen =
+          keys_below(seen_[r].end - first) &
+          (keys_below(seen_[r].sinks - first) | ~keys_below(seen_[r].recent - first));
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (!seen_[r].contains(first + n * 8 + i)) score[n][2 * r + i] = kMasked;
+          if ((seen >> (2 * n + i) & 1) == 0) score[n][2 * r + i] = kMasked;
         }
       }
     }
   }
 
-  /// Scores become weights, in units of exp2.
-  /// @param factor  what the two rows' earlier results must be multiplied by.
-  /// @return whether a factor of the warp differs from 1.
+  /// Scores become weights, in units of exp2, against the greatest score so far or one that is at
+  /// most kSlack below.
+  /// @param factor  what the two rows' earlier results must be multiplied by, if anything.
+  /// @return whether they must: the warp's rows agree on it.
   template <int kBlocks>
   __device__ __forceinline__ bool add(float scale_log2, float (&score)[kBlocks][4],
                                       float (&factor)[2]) {
@@ -59,25 +64,40 @@ class RowSoftmax {
       top[r] = fmaxf(top[r], __shfl_xor_sync(kWholeWarp, top[r], 1));
       top[r] = fmaxf(top[r], __shfl_xor_sync(kWholeWarp, top[r], 2));
     }
-    const bool changed = __any_sync(kWholeWarp, top[0] > max_[0] || top[1] > max_[1]);
+    const bool rises = __any_sync(kWholeWarp, (top[0] - max_[0]) * scale_log2 > kSlack ||
+                                                  (top[1] - max_[1]) * scale_log2 > kSlack);
+    if (rises) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        factor[r] = exp2_fast((max_[r] - top[r]) * scale_log2);
+        max_[r] = top[r];
+        sum_[r] *= factor[r];
+      }
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      factor[r] = exp2_fast((max_[r] - top[r]) * scale_log2);
-      max_[r] = top[r];
       // A row that has seen nothing yet must not take masked keys for its maximum: weight 0.
-      const float offset = top[r] <= kMasked ? 0.0F : top[r] * scale_log2;
-      float sum = 0.0F;
+      const float offset = max_[r] <= kMasked ? 0.0F : max_[r] * scale_log2;
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
         for (int i = 2 * r; i < 2 * r + 2; ++i) {
           score[n][i] = exp2_fast(fmaf(score[n][i], scale_log2, -offset));
-          sum += score[n][i];
+          sum_[r] += score[n][i];
         }
       }
-      sum_[r] = fmaf(sum_[r], factor[r], sum);
+      asm volatile("" : "+f"(sum_[r]));  // added up here, not behind the next wait
     }
-    return changed;
+    return rises;
+  }
+
+  /// What a row's results must be multiplied by in the end.
+  /// @param r  0: row g, 1: row g + 8.
+  __device__ __forceinline__ float inverse_sum(int r) const {
+    float sum = sum_[r];
+    sum += __shfl_xor_sync(kWholeWarp, sum, 1);
+    sum += __shfl_xor_sync(kWholeWarp, sum, 2);
+    return sum > 0.0F ? 1.0F / sum : 0.0F;
   }
 
   /// Divides by the sums of weights and writes the 16 rows to padded shared memory.
@@ -87,10 +107,7 @@ class RowSoftmax {
     const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = sum_[r];
-      sum += __shfl_xor_sync(kWholeWarp, sum, 1);
-      sum += __shfl_xor_sync(kWholeWarp, sum, 2);
-      const float inverse = sum > 0.0F ? 1.0F / sum : 0.0F;
+      const float inverse = inverse_sum(r);
       std::uint16_t* row = rows + (lane / 4 + r * 8) * kPaddedDim<kDim> + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
@@ -101,8 +118,18 @@ class RowSoftmax {
   }
 
  private:
+  /// Powers of two that weights may exceed 1 by before results are rescaled: 2^8 is far from the
+  /// end of f16 and of the sums, and after a row's first keys scores seldom rise by that much.
+  static constexpr float kSlack = 8.0F;
+
+  /// Of the keys 8n + i, i < 2, those below `key`: bit 2n + i each.
+  static __device__ __forceinline__ unsigned keys_below(int key) {
+    const int count = (key >> 3) * 2 + min(key & 7, 2);
+    return count <= 0 ? 0U : count >= 32 ? ~0U : (1U << count) - 1U;
+  }
+
   SeenKeys seen_[2];
-  float max_[2];  // of the scores before scaling
+  float max_[2];  // of the scores before scaling, but for kSlack
   float sum_[2];
 };
 

@@ -58,9 +58,6 @@ struct SeenKeys {
       : recent(keys.count_up_to(query_pos - rule.recent)), end(keys.count_up_to(query_pos)) {
     sinks = min(keys.count_up_to(rule.sink - 1), end);
   }
-  __device__ bool contains(int index) const {
-    return (index < end) & ((index < sinks) | (index >= recent));  // no branches
-  }
 };
 
 /// What the queries between two positions see alike.
@@ -209,46 +206,38 @@ __device__ __forceinline__ void copy_rows(const std::uint16_t* row_of_lane, Plac
   }
 }
 
-/// Starts to copy the tile's queries to padded rows: (token, query head of the group) each.
-/// @param thread  of num_threads that share the work; rows past the last one become 0.
-template <int kDim>
-__device__ void copy_queries(const PrefillArgs& args, const PrefillTile& tile,
-                             const QueryGroup& group, int num_rows, std::uint32_t to, int thread,
-                             int num_threads) {
-  constexpr int kChunks = kDim / 8;
-  const std::int64_t first_row = tile.entry.first_row + tile.first_token;
-  const int first_head = args.heads.kv_head[tile.head] * group.size;
-  const int used_rows = tile.num_tokens * group.size;
-  for (int i = thread; i < num_rows * kChunks; i += num_threads) {
-    const int row = i / kChunks;
-    const int column = i % kChunks * 8;
-    const bool exists = row < used_rows;
-    const int used = exists ? row : 0;
-    copy_async_16(
-        to + static_cast<std::uint32_t>(row * kPaddedDim<kDim> + column) * 2,
-        row_at(args.q, first_row + group.token_of(used), first_head + group.head_of(used)) + column,
-        exists);
-  }
+/// Where a query row lies; rows past the last one repeat it.
+__device__ __forceinline__ const std::uint16_t* find_query(const PrefillArgs& args,
+                                                           const PrefillTile& tile,
+                                                           const QueryGroup& group, int row) {
+  row = min(row, tile.num_tokens * group.size - 1);
+  return row_at(args.q, tile.entry.first_row + tile.first_token + group.token_of(row),
+                args.heads.kv_head[tile.head] * group.size + group.head_of(row));
 }
 
-/// One warp writes its rows [first, first + count) of the tile from padded shared memory to `out`,
-/// in 16-byte pieces.
-template <int kDim>
-__device__ void write_outputs(const PrefillArgs& args, const PrefillTile& tile,
-                              const QueryGroup& group, const std::uint16_t* rows, int first,
-                              int count) {
+/// One warp writes its rows [first, first + kRows) of the tile from shared memory to `out`, in
+/// 16-byte pieces.
+/// @param place  where 8 elements lie: place(row of the warp's, chunk of 8).
+template <int kDim, int kRows, class Place>
+__device__ __forceinline__ void write_outputs(const PrefillArgs& args, const PrefillTile& tile,
+                                              const QueryGroup& group, int first, Place place) {
   constexpr int kChunks = kDim / 8;
+  static_assert(kRows * kChunks % 32 == 0 && kRows <= 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const std::int64_t first_row = tile.entry.first_row + tile.first_token;
-  const int first_head = args.heads.kv_head[tile.head] * group.size;
-  const int last = min(count, tile.num_tokens * group.size - first);
-  for (int i = lane; i < last * kChunks; i += 32) {
-    const int row = i / kChunks;
-    const int column = i % kChunks * 8;
-    *reinterpret_cast<uint4*>(row_at(args.out, first_row + group.token_of(first + row),
-                                     first_head + group.head_of(first + row)) +
-                              column) =
-        *reinterpret_cast<const uint4*>(rows + row * kPaddedDim<kDim> + column);
+  // A lane finds one row for all: addresses are 64-bit products.
+  const int row_of_lane = first + lane % kRows;
+  std::uint16_t* to = nullptr;
+  if (row_of_lane < tile.num_tokens * group.size) {
+    to = row_at(args.out, tile.entry.first_row + tile.first_token + group.token_of(row_of_lane),
+                args.heads.kv_head[tile.head] * group.size + group.head_of(row_of_lane));
+  }
+#pragma unroll 8
+  for (int i = lane; i < kRows * kChunks; i += 32) {
+    const auto row = reinterpret_cast<std::uint16_t*>(
+        __shfl_sync(kWholeWarp, reinterpret_cast<std::uintptr_t>(to), i / kChunks));
+    if (row != nullptr) {
+      *reinterpret_cast<uint4*>(row + i % kChunks * 8) = *place(i / kChunks, i % kChunks);
+    }
   }
 }
 

@@ -5,7 +5,8 @@
 /// A block stays on its multiprocessor and draws tiles until there are none. One warpgroup copies:
 /// it runs ahead through a ring of key blocks, into the next tile where this one's keys have all
 /// been fetched. Two warpgroups multiply, 64 query rows each; the scores of the next keys are under
-/// way while a warpgroup turns the present ones into weights.
+/// way while a warpgroup turns the present ones into weights. Queries stay in shared memory, where
+/// products read them; a tile's outputs leave by their place.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,102 +25,54 @@ namespace headwise::inline v0::cuda::detail {
 /// 256 leaves no registers for scores.
 __host__ __device__ constexpr bool has_warpgroup_kernel(int dim) { return dim == 64 || dim == 128; }
 
-/// Keys handled at once. 128 would ask for more registers than there are.
-inline constexpr int kGroupKeys = 64;
-/// Key blocks under way: 256 keys of width 128 are 128 KiB with their values.
-inline constexpr int kGroupStages = 4;
-inline constexpr int kGroupRows = 128;     // of queries: two warpgroups' 64
-inline constexpr int kGroupThreads = 384;  // those two and the one that copies
+/// Keys handled at once: scores of 128 take the registers that queries leave, which stay in shared
+/// memory. 64 double the instructions, waits and shuffles around the products.
+inline constexpr int kGroupKeys = 128;
+/// Runs of keys or of values under way: five of 128 rows of width 128 are 160 KiB. Two are being
+/// multiplied.
+inline constexpr unsigned kGroupSlots = 5;
+inline constexpr int kGroupRows = 128;               // of queries: two warpgroups' 64
+inline constexpr int kGroupThreads = 384;            // those two and the one that copies
+inline constexpr int kGroupWarps = kGroupRows / 16;  // that multiply
 /// Eight swizzled rows, which begin at a multiple of this.
 inline constexpr std::uint32_t kSwizzleBytes = 1024;
 /// Tiles that are described at a time: one that is written, one whose scores have begun, one that
 /// is copied, the next.
 inline constexpr int kGroupTiles = 4;
-/// A warp's rows of a key block, each warp of the copying warpgroup a quarter.
+/// A warp's rows of a slot, each warp of the copying warpgroup a quarter: a lane knows one.
 inline constexpr int kGroupShare = kGroupKeys / 4;
 
 __host__ __device__ constexpr std::size_t group_bytes(int dim) {
   const auto row = static_cast<std::size_t>(dim) * 2;
-  return kSwizzleBytes + kGroupStages * 2 * kGroupKeys * row + 2 * kGroupRows * (row + 16);
+  return kSwizzleBytes + (kGroupSlots * kGroupKeys + 2 * kGroupRows) * row;
 }
 
-/// The ring of key blocks: slot 2s holds keys, slot 2s + 1 values of stage s. A slot is [dim / 64]
-/// times [kGroupKeys] swizzled rows of 64 elements.
+/// The address of 8 elements of swizzled rows: [dim / 64] times [kRows] rows of 64.
+template <int kRows>
+__device__ __forceinline__ std::uint32_t swizzled_chunk(int row, int chunk) {
+  return static_cast<std::uint32_t>(chunk / 8 * kRows * 128) + swizzled(row, chunk % 8);
+}
+
+/// What the copying warps and the multiplying ones hand each other. Slots hold kGroupKeys swizzled
+/// rows, of keys and of values in turn.
 struct KeyRing {
-  static constexpr unsigned kSlots = 2 * kGroupStages;
-  std::uint64_t full[kSlots];   ///< arrivals of the copying warps
-  std::uint64_t empty[kSlots];  ///< arrivals of the multiplying warps
-  std::uint64_t queries_read;   ///< the same, for the tile's query rows
+  std::uint64_t full[kGroupSlots];   ///< each copying thread's copies, and thread 0 itself
+  std::uint64_t empty[kGroupSlots];  ///< arrivals of the multiplying warps
+  std::uint64_t written[2];          ///< the same: outputs have left the queries' place
 };
 
-/// One copying warp's side of the ring. Copies are announced in the order of their start, when
-/// they have landed.
-class RingFiller {
- public:
-  __device__ explicit RingFiller(KeyRing& ring) : ring_(ring) {}
+/// A place in the ring.
+struct RingSlot {
+  unsigned slot = 0;
+  unsigned parity = 0;  ///< of the rounds so far
 
-  /// Waits for multiplying warps to be done with something. They may be waiting themselves for what
-  /// was copied last: it is announced first.
-  __device__ void wait(const std::uint64_t& barrier, unsigned parity) {
-    if (!__all_sync(kWholeWarp, has_ended(shared_address(&barrier), parity))) {
-      announce_all();
-      wait_for(shared_address(&barrier), parity);
+  __device__ __forceinline__ void advance(unsigned count) {
+    slot += count;
+    if (slot >= kGroupSlots) {
+      slot -= kGroupSlots;
+      parity ^= 1;
     }
   }
-  /// Waits until the next slot may be overwritten. @return its number.
-  __device__ unsigned acquire() {
-    const unsigned slot = issued_ % KeyRing::kSlots;
-    wait(ring_.empty[slot], (issued_ / KeyRing::kSlots + 1) % 2);  // a fresh ring is empty
-    return slot;
-  }
-  /// The slot's copies have been started.
-  __device__ void issue() {
-    commit_copies();
-    ++issued_;
-    if (issued_ - announced_ > kUnderWay) {
-      wait_copies<kUnderWay>();
-      announce(announced_ + 1);
-    }
-  }
-  __device__ void announce_all() {
-    wait_copies<0>();
-    announce(issued_);
-  }
-
- private:
-  static constexpr unsigned kUnderWay = 2;  // and the slot that is being issued
-
-  __device__ void announce(unsigned end) {
-    fence_for_products();
-    __syncwarp();
-    for (; announced_ != end; ++announced_) {
-      if (threadIdx.x % 32 == 0) arrive(shared_address(&ring_.full[announced_ % KeyRing::kSlots]));
-    }
-  }
-
-  KeyRing& ring_;
-  unsigned issued_ = 0;
-  unsigned announced_ = 0;
-};
-
-/// One multiplying warp's side of the ring: blocks are numbered through all tiles.
-class RingReader {
- public:
-  __device__ explicit RingReader(KeyRing& ring) : ring_(ring) {}
-  __device__ __forceinline__ void wait_keys(unsigned block) const { wait(2 * block); }
-  __device__ __forceinline__ void wait_values(unsigned block) const { wait(2 * block + 1); }
-  __device__ __forceinline__ void release_keys(unsigned block) const { release(2 * block); }
-  __device__ __forceinline__ void release_values(unsigned block) const { release(2 * block + 1); }
-
- private:
-  __device__ __forceinline__ void wait(unsigned slot) const {
-    wait_for(shared_address(&ring_.full[slot % KeyRing::kSlots]), slot / KeyRing::kSlots % 2);
-  }
-  __device__ __forceinline__ void release(unsigned slot) const {
-    if (threadIdx.x % 32 == 0) arrive(shared_address(&ring_.empty[slot % KeyRing::kSlots]));
-  }
-
-  KeyRing& ring_;
 };
 
 /// Draws the next tile of the launch: head by head, the last tokens first, as they see most. Each
@@ -139,19 +92,12 @@ __device__ inline void draw_tile(const PrefillArgs& args, unsigned num_tiles, Pr
   if (lane == 0) describe(args, chunk, static_cast<int>(drawn / num_tiles), tile_tokens, tile);
 }
 
-/// A multiplying warp's queries, weights and results.
+/// A multiplying warp's weights and results.
 template <class Row, int kDim>
 class GroupRows {
  public:
   using Scores = float[kGroupKeys / 8][4];
 
-  /// @param rows  shared-memory address of the warp's 16 padded query rows.
-  __device__ __forceinline__ void load_queries(std::uint32_t rows) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const std::uint32_t at = rows + (lane % 16) * kPaddedDim<kDim> * 2 + lane / 16 * 16;
-#pragma unroll
-    for (int b = 0; b < kDim / 16; ++b) load_matrices(query_[b], at + b * 32);
-  }
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
@@ -161,19 +107,19 @@ class GroupRows {
   }
 
   /// Starts score = queries x keys.
-  __device__ __forceinline__ void multiply_keys(std::uint32_t keys, Scores& score) const {
-    const std::uint64_t first = operand(keys);
+  /// @param queries  of the warpgroup's first row.
+  static __device__ __forceinline__ void multiply_keys(std::uint32_t queries, std::uint32_t keys,
+                                                       Scores& score) {
+    const std::uint64_t a = operand(queries);
+    const std::uint64_t b = operand(keys);
     begin_products();
 #pragma unroll
-    for (int n = 0; n < kGroupKeys / 64; ++n) {
-#pragma unroll
-      for (int b = 0; b < kDim / 16; ++b) {
-        // Rows n, column 16 b of rows of 64 elements.
-        constexpr int kPart = kGroupKeys * 128;
-        WarpgroupCore<Row>::template multiply<0>(
-            eight(score, n), query_[b], first + (b / 4 * kPart + n * 64 * 128 + b % 4 * 32) / 16,
-            b > 0 ? 1 : 0);
-      }
+    for (int k = 0; k < kDim / 16; ++k) {
+      // Column 16 k of rows of 64 elements.
+      const int column = k % 4 * 32;
+      WarpgroupCore<Row>::multiply_keys(
+          score, a + static_cast<unsigned>(k / 4 * kGroupRows * 128 + column) / 16,
+          b + static_cast<unsigned>(k / 4 * kGroupKeys * 128 + column) / 16, k > 0 ? 1 : 0);
     }
     commit_products();
   }
@@ -192,15 +138,11 @@ class GroupRows {
 
   /// Starts results += weights x values.
   __device__ __forceinline__ void multiply_values(std::uint32_t values) {
-    const std::uint64_t first = operand(values);
+    const std::uint64_t b = operand<kGroupKeys * 128>(values);
     begin_products();
 #pragma unroll
     for (int k = 0; k < kGroupKeys / 16; ++k) {
-#pragma unroll
-      for (int n = 0; n < kDim / 64; ++n) {
-        WarpgroupCore<Row>::template multiply<1>(eight(out_, n), weight_[k],
-                                                 first + (n * kGroupKeys + k * 16) * 128 / 16, 1);
-      }
+      WarpgroupCore<Row>::multiply_values(out_, weight_[k], b + k * 16 * 128 / 16);
     }
     commit_products();
   }
@@ -210,58 +152,116 @@ class GroupRows {
     pin_registers(out_);
   }
   __device__ __forceinline__ void scale(const float (&factor)[2]) { scale_rows(factor, out_); }
-  __device__ __forceinline__ void store(const RowSoftmax& softmax, std::uint16_t* rows) const {
-    softmax.store<Row, kDim>(out_, rows);
+
+  /// Divides by the sums of weights and writes the warp's rows, swizzled.
+  /// @param first_row  the warp's, of kGroupRows at `rows`.
+  __device__ __forceinline__ void store(const RowSoftmax& softmax, std::uint32_t rows,
+                                        int first_row) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      std::uint32_t m[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = &out_[2 * k + i / 2][i % 2 * 2];
+        m[i] = TensorCore<Row>::pack(pair[0] * inverse[i % 2], pair[1] * inverse[i % 2]);
+      }
+      store_matrices(m,
+                     rows + swizzled_chunk<kGroupRows>(first_row + lane % 16, 2 * k + lane / 16));
+    }
   }
 
  private:
-  template <int kBlocks>
-  static __device__ __forceinline__ float (&eight(float (&x)[kBlocks][4], int n))[8][4] {
-    return reinterpret_cast<float(&)[8][4]>(x[n * 8]);
-  }
-
-  std::uint32_t query_[kDim / 16][4];
   std::uint32_t weight_[kGroupKeys / 16][4];
   float out_[kDim / 8][4];
 };
+
+/// A copying warp starts to copy its rows of a slot, of which each lane knows one.
+/// @param to  the shared-memory address of the first row, whose number is a multiple of eight.
+template <int kDim>
+__device__ __forceinline__ void copy_share(const std::uint16_t* row_of_lane, std::uint32_t to) {
+  constexpr int kChunks = kDim / 8;
+  constexpr int kRows = 32 / kChunks;  // that the warp copies at once
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int chunk = lane % kChunks;
+  const int row = lane / kChunks;
+  to += static_cast<std::uint32_t>(chunk / 8 * kGroupKeys * 128);
+  const auto address = reinterpret_cast<std::uintptr_t>(row_of_lane);
+  const std::uintptr_t first = __shfl_sync(kWholeWarp, address, 0);
+  const std::uintptr_t step = __shfl_sync(kWholeWarp, address, 1) - first;
+  const auto copy = [&](int in_eight, int eight, std::uintptr_t from) {
+    copy_async_16(to + swizzled(row + in_eight, chunk % 8) + eight * kSwizzleBytes,
+                  reinterpret_cast<const void*>(from));
+  };
+  // Rows of one page, or the step's own, lie at equal distances. To ask the other lanes for each
+  // takes this warp longer than the products take.
+  if (__all_sync(kWholeWarp, address == first + static_cast<unsigned>(lane) * step)) {
+#pragma unroll
+    for (int in_eight = 0; in_eight < 8; in_eight += kRows) {
+      std::uintptr_t from = first + static_cast<unsigned>(row + in_eight) * step + chunk * 16;
+#pragma unroll
+      for (int eight = 0; eight < kGroupShare / 8; ++eight, from += 8 * step) {
+        copy(in_eight, eight, from);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int eight = 0; eight < kGroupShare / 8; ++eight) {
+#pragma unroll
+      for (int in_eight = 0; in_eight < 8; in_eight += kRows) {
+        copy(in_eight, eight,
+             __shfl_sync(kWholeWarp, address, eight * 8 + in_eight + row) + chunk * 16);
+      }
+    }
+  }
+}
 
 /// What the copying warpgroup does.
 template <int kDim>
 __device__ __forceinline__ void copy_tiles(const PrefillArgs& args, unsigned num_tiles,
                                            KeyRing& ring, PrefillTile (&tiles)[kGroupTiles],
-                                           std::uint32_t stages, std::uint32_t query_rows) {
-  constexpr int kSlotBytes = kGroupKeys * kDim * 2;
+                                           std::uint32_t slots, std::uint32_t queries) {
+  constexpr std::uint32_t kSlotBytes = kGroupKeys * kDim * 2;
+  constexpr std::uint32_t kQueryBytes = kGroupRows * kDim * 2;
+  static_assert(kGroupRows == kGroupKeys, "queries are copied as a slot's rows are");
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
   const int warp = thread / 32;
+  const int own = warp * kGroupShare + thread % 32;  // the lane's row of a slot
+  const std::uint32_t own_rows = static_cast<std::uint32_t>(warp * kGroupShare) * 128;
   const QueryGroup group(args.group_size);
-  RingFiller filler(ring);
+  RingSlot next;
+  const auto acquire = [&] {  // a fresh ring is empty
+    wait_for(shared_address(&ring.empty[next.slot]), next.parity ^ 1);
+  };
+  const auto hand_over = [&] {
+    arrive_after_copies(shared_address(&ring.full[next.slot]));
+    // Copies do not take other writes with them: the tile's description.
+    if (thread == 0) arrive(shared_address(&ring.full[next.slot]));
+    next.advance(1);
+  };
   if (warp == 0) draw_tile(args, num_tiles, tiles[0]);
   for (unsigned t = 0;; ++t) {
-    filler.wait(ring.queries_read, (t + 1) % 2);
-    asm volatile("bar.sync 1, 128;" ::: "memory");  // the first warp has described the tile
+    wait_for(shared_address(&ring.written[t % 2]), (t / 2 + 1) % 2);
+    meet_warpgroup(1);  // the first warp has described the tile
     const PrefillTile& tile = tiles[t % kGroupTiles];
     if (tile.num_tokens == 0) break;
-    copy_queries<kDim>(args, tile, group, kGroupRows, query_rows, thread, kWarpgroupThreads);
+    copy_share<kDim>(find_query(args, tile, group, own), queries + t % 2 * kQueryBytes + own_rows);
     for (int first = 0; first < tile.keys.count; first += kGroupKeys) {
-      const int own = warp * kGroupShare;
-      const int lane = thread % 32;
-      const KeyRows rows = find_key<kDim>(args, tile, first + own + lane % kGroupShare);
-      for (const std::uint16_t* row_of_lane : {rows.k, rows.v}) {
-        const std::uint32_t slot = stages + filler.acquire() * kSlotBytes;
-        copy_rows<kDim, kGroupShare>(row_of_lane, [&](int row, int chunk) {
-          return slot + static_cast<std::uint32_t>(chunk / 8 * kGroupKeys * 128) +
-                 swizzled(own + row, chunk % 8);
-        });
-        filler.issue();
+      const KeyRows rows = find_key<kDim>(args, tile, first + own);
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        acquire();
+        copy_share<kDim>(i == 0 ? rows.k : rows.v, slots + next.slot * kSlotBytes + own_rows);
+        hand_over();
       }
-      // While the others copy on. Whoever multiplies has read the queries of tile t - 1, so it has
-      // written tile t - 3, whose description this one replaces.
+      // While the others copy on. Tile t - 2 has been written: this description replaces that of
+      // tile t - 3.
       if (first == 0 && warp == 0) draw_tile(args, num_tiles, tiles[(t + 1) % kGroupTiles]);
     }
   }
-  (void)filler.acquire();
-  filler.issue();  // keys of a tile without tokens: the end
-  filler.announce_all();
+  acquire();
+  hand_over();  // keys of a tile without tokens: the end
 }
 
 /// What a multiplying warp does: one pipeline through the key blocks of all its tiles. While block
@@ -270,88 +270,106 @@ __device__ __forceinline__ void copy_tiles(const PrefillArgs& args, unsigned num
 template <class Row, int kDim>
 __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing& ring,
                                                const PrefillTile (&tiles)[kGroupTiles],
-                                               std::uint32_t stages, std::uint32_t query_rows,
-                                               std::uint16_t* out_rows) {
-  constexpr int kSlotBytes = kGroupKeys * kDim * 2;
+                                               std::uint32_t slots, std::uint32_t queries) {
+  constexpr std::uint32_t kSlotBytes = kGroupKeys * kDim * 2;
+  constexpr std::uint32_t kQueryBytes = kGroupRows * kDim * 2;
   const QueryGroup group(args.group_size);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int first_row = static_cast<int>(threadIdx.x / 32) * 16;
-  query_rows += static_cast<std::uint32_t>(first_row * kPaddedDim<kDim> * 2);
-  out_rows += first_row * kPaddedDim<kDim>;
-  const RingReader reader(ring);
-  const auto keys_of = [&](unsigned block) {
-    return stages + block % kGroupStages * (2 * kSlotBytes);
+  // The same in all lanes, which the compiler cannot know of a quotient.
+  const unsigned warpgroup = __shfl_sync(kWholeWarp, threadIdx.x / kWarpgroupThreads, 0);
+  const auto wait_full = [&](const RingSlot& at) {
+    wait_for(shared_address(&ring.full[at.slot]), at.parity);
+    fence_for_products();  // whose copies these were could not, before they had landed
   };
+  const auto release = [&](const RingSlot& at) {
+    if (lane == 0) arrive(shared_address(&ring.empty[at.slot]));
+  };
+  const auto address_of = [&](const RingSlot& at) { return slots + at.slot * kSlotBytes; };
+  const auto queries_of = [&](unsigned t) { return queries + t % 2 * kQueryBytes; };
   GroupRows<Row, kDim> rows;
   RowSoftmax softmax;
   SeenByAll seen_by_all;
+  int count = 0;  // of the tile's keys
   const auto begin = [&](const PrefillTile& tile) {
-    rows.load_queries(query_rows);
-    __syncwarp();
-    if (lane == 0) arrive(shared_address(&ring.queries_read));
+    count = tile.keys.count;
     softmax.begin(tile, group, first_row + lane / 4);
     seen_by_all = SeenByAll(tile.keys, tile.state, tile.pos_of(first_row, group),
                             tile.pos_of(first_row + 15, group));
   };
-  const auto write = [&](const PrefillTile& tile, const RowSoftmax& done) {
+  const auto multiply_keys = [&](unsigned t, const RingSlot& keys, auto& score) {
+    rows.multiply_keys(queries_of(t) + warpgroup * (64 * 128), address_of(keys), score);
+  };
+  // Outputs leave in 16-byte pieces, by way of the place of the tile's queries.
+  const auto write = [&](unsigned t, const RowSoftmax& done) {
+    const std::uint32_t place = queries_of(t);
+    meet_warpgroup(2 + warpgroup);  // none of its products reads queries any more
+    rows.store(done, place, first_row);
     __syncwarp();
-    rows.store(done, out_rows);  // so that rows leave in 16-byte pieces
+    write_outputs<kDim, 16>(
+        args, tiles[t % kGroupTiles], group, first_row, [&](int row, int chunk) {
+          return shared_pointer<const uint4>(place +
+                                             swizzled_chunk<kGroupRows>(first_row + row, chunk));
+        });
     __syncwarp();
-    write_outputs<kDim>(args, tile, group, out_rows, first_row, 16);
+    if (lane == 0) arrive(shared_address(&ring.written[t % 2]));
   };
 
-  unsigned block = 0;
   unsigned t = 0;
-  reader.wait_keys(block);  // and the tile's description, and its queries
+  RingSlot keys;
+  RingSlot values;
+  wait_full(keys);  // and the tile's description, and its queries
   if (tiles[t].num_tokens == 0) return;
   typename GroupRows<Row, kDim>::Scores score = {};
   float factor[2];
+  multiply_keys(t, keys, score);
   begin(tiles[t]);
-  rows.multiply_keys(keys_of(block), score);
   wait_products<0>();
   pin_registers(score);
-  reader.release_keys(block);
+  release(keys);
+  keys.advance(2);
+  values.advance(1);
   if (!seen_by_all.contains(0, kGroupKeys)) softmax.mask(0, score);
   (void)softmax.add(args.scale_log2, score, factor);
   rows.set_weights(score);
   rows.clear();
   int first = 0;  // of the block's keys in the tile's list
   while (true) {
-    const PrefillTile& tile = tiles[t % kGroupTiles];
     const RowSoftmax done = softmax;
     first += kGroupKeys;
-    const bool is_last = first >= tile.keys.count;
-    reader.wait_keys(block + 1);
+    const bool is_last = first >= count;
+    wait_full(keys);
+    if (is_last && tiles[(t + 1) % kGroupTiles].num_tokens == 0) break;
+    multiply_keys(is_last ? t + 1 : t, keys, score);
+    wait_full(values);
+    rows.multiply_values(address_of(values));
     if (is_last) {
-      const PrefillTile& next = tiles[++t % kGroupTiles];
-      if (next.num_tokens == 0) break;
-      begin(next);
+      begin(tiles[(t + 1) % kGroupTiles]);
       first = 0;
     }
-    rows.multiply_keys(keys_of(block + 1), score);
-    reader.wait_values(block);
-    rows.multiply_values(keys_of(block) + kSlotBytes);
+    const bool all_seen = seen_by_all.contains(first, kGroupKeys);
     wait_products<1>();
     pin_registers(score);
-    reader.release_keys(block + 1);
-    if (!seen_by_all.contains(first, kGroupKeys)) softmax.mask(first, score);
-    const bool changed = softmax.add(args.scale_log2, score, factor);
+    release(keys);
+    keys.advance(2);
+    if (!all_seen) softmax.mask(first, score);
+    const bool rises = softmax.add(args.scale_log2, score, factor);
     rows.wait();
-    reader.release_values(block);
+    release(values);
+    values.advance(2);
     if (is_last) {
-      write(tile, done);
+      write(t, done);
       rows.clear();
-    } else if (changed) {
+      ++t;
+    } else if (rises) {
       rows.scale(factor);
     }
     rows.set_weights(score);
-    ++block;
   }
-  reader.wait_values(block);
-  rows.multiply_values(keys_of(block) + kSlotBytes);
+  wait_full(values);
+  rows.multiply_values(address_of(values));
   rows.wait();
-  reader.release_values(block);
-  write(tiles[(t - 1) % kGroupTiles], softmax);
+  write(t, softmax);
 }
 
 /// One block a multiprocessor; see the top of the file.
@@ -359,8 +377,8 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
 ///
 /// Cost: a tile reads the keys that any of its tokens sees, so a streaming head costs O(n x
 /// window). Its code is there in builds for sm_90a alone; elsewhere the kernel is empty and has no
-/// static shared memory, by which has_warpgroup_code() knows. Aims at
-/// cuDNN's 600 TFLOP/s on an H200; reaches 460 (bench/results).
+/// static shared memory, by which has_warpgroup_code() knows. Aims at cuDNN's 600 TFLOP/s on an
+/// H200, and reaches it (bench/results).
 template <class Row, int kDim>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     prefill_warpgroup_kernel(const __grid_constant__ PrefillArgs args, unsigned num_tiles) {
@@ -370,27 +388,27 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     __shared__ PrefillTile tiles[kGroupTiles];
     // What begins behind static memory is less aligned than swizzling asks.
     const std::uint32_t begin = shared_address(group_memory);
-    std::uint16_t* stages = group_memory + (kSwizzleBytes - begin % kSwizzleBytes) / 2;
-    std::uint16_t* query_rows = stages + kGroupStages * 2 * kGroupKeys * kDim;
-    std::uint16_t* out_rows = query_rows + kGroupRows * kPaddedDim<kDim>;
+    const std::uint32_t slots = (begin + kSwizzleBytes - 1) / kSwizzleBytes * kSwizzleBytes;
+    const std::uint32_t queries = slots + kGroupSlots * kGroupKeys * kDim * 2;
     if (threadIdx.x == 0) {
-      constexpr int kMultiplyingWarps = kGroupRows / 16;
-      for (std::uint64_t& barrier : ring.full) begin_barrier(shared_address(&barrier), 4);
-      for (std::uint64_t& barrier : ring.empty) {
-        begin_barrier(shared_address(&barrier), kMultiplyingWarps);
+      for (std::uint64_t& barrier : ring.full) {
+        begin_barrier(shared_address(&barrier), kWarpgroupThreads + 1);
       }
-      begin_barrier(shared_address(&ring.queries_read), kMultiplyingWarps);
+      for (std::uint64_t& barrier : ring.empty) {
+        begin_barrier(shared_address(&barrier), kGroupWarps);
+      }
+      for (std::uint64_t& barrier : ring.written) {
+        begin_barrier(shared_address(&barrier), kGroupWarps);
+      }
     }
     __syncthreads();
-    // Of 65536 registers: 2 x 128 threads with 224, 128 with 56.
+    // Of 65536 registers: 2 x 128 threads with 216, 128 with 72.
     if (threadIdx.x >= kGroupThreads - kWarpgroupThreads) {
-      give_up_registers<56>();
-      copy_tiles<kDim>(args, num_tiles, ring, tiles, shared_address(stages),
-                       shared_address(query_rows));
+      give_up_registers<72>();
+      copy_tiles<kDim>(args, num_tiles, ring, tiles, slots, queries);
     } else {
-      take_registers<224>();
-      multiply_tiles<Row, kDim>(args, ring, tiles, shared_address(stages),
-                                shared_address(query_rows), out_rows);
+      take_registers<216>();
+      multiply_tiles<Row, kDim>(args, ring, tiles, slots, queries);
     }
   }
 }

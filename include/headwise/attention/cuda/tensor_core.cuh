@@ -27,16 +27,16 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
+/// The way back: what lies at a shared-memory address.
+template <class T>
+__device__ __forceinline__ T* shared_pointer(std::uint32_t address) {
+  return static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 /// Copies 16 bytes past the registers and the L1 cache. Plain loads stop at 4.3 TB/s where these
 /// reach 4.6 on an H200 (bench/results).
 __device__ __forceinline__ void copy_async_16(std::uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
-               : "memory");
-}
-/// As copy_async_16; zeros where `valid` is false, and nothing is read.
-__device__ __forceinline__ void copy_async_16(std::uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0)
                : "memory");
 }
 /// What copy_async_16_once takes: lines that the L2 cache drops first.
@@ -82,6 +82,12 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&m)[4],
                : "r"(address)
                : "memory");
 }
+/// The way back of load_matrices, compute capability 9.0 and up.
+__device__ __forceinline__ void store_matrices(const std::uint32_t (&m)[4], std::uint32_t address) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+}
 /// An 8x8 matrix of two-byte elements held by a warp, transposed.
 __device__ __forceinline__ std::uint32_t transposed(std::uint32_t matrix) {
   std::uint32_t out;
@@ -103,6 +109,7 @@ struct TensorCore;
 /// f16 operands.
 template <>
 struct TensorCore<f16> {
+  static constexpr char kName[] = "f16";  ///< in instructions
   /// c += a b: a [16][16], b [16][8], c [16][8], each lane with its fragments.
   static __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)[4],
                                                   std::uint32_t b0, std::uint32_t b1) {
@@ -122,6 +129,7 @@ struct TensorCore<f16> {
 /// bf16 operands.
 template <>
 struct TensorCore<bf16> {
+  static constexpr char kName[] = "bf16";  ///< in instructions
   /// c += a b: a [16][16], b [16][8], c [16][8], each lane with its fragments.
   static __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)[4],
                                                   std::uint32_t b0, std::uint32_t b1) {
