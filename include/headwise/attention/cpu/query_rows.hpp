@@ -22,7 +22,7 @@ namespace headwise::inline v0::detail {
 /// `num_queries` x `group_size` query rows that share a KV head, in the order of the step's q, with
 /// the softmax state of each. K and V are read once for all of them.
 struct QueryRows {
-  float* q = nullptr;        ///< [rows][k_dim], times the softmax scale
+  float* q = nullptr;        ///< [k_dim / 64][rows][64], times the softmax scale
   float* scores = nullptr;   ///< [rows][64]: one block's scores, then its probabilities
   float* rescale = nullptr;  ///< [rows]: what the block does to the earlier blocks' sums
   float* max = nullptr;      ///< [rows]: SoftmaxState, as arrays
@@ -37,15 +37,25 @@ struct QueryRows {
   int v_dim = 0;
 
   HEADWISE_ALWAYS_INLINE int num_rows() const { return num_queries * group_size; }
+  /// Floats from one panel of q to the next.
+  HEADWISE_ALWAYS_INLINE std::ptrdiff_t q_stride() const {
+    return static_cast<std::ptrdiff_t>(num_rows()) * kPanel;
+  }
   HEADWISE_ALWAYS_INLINE Pos last_query() const { return first_query + (num_queries - 1); }
 };
 
 /// Arrays of one float a row start on cache lines.
 constexpr std::size_t round_up_to_line(std::size_t floats) { return (floats + 15) / 16 * 16; }
 
+/// The last panel of q may be wider than what is left of a row.
+constexpr std::size_t round_up_to_panel(int k_dim) {
+  return (static_cast<std::size_t>(k_dim) + kPanel - 1) / kPanel * kPanel;
+}
+
 /// Floats of q, scores and rescale.
 constexpr std::size_t query_scratch_floats(std::size_t num_rows, int k_dim) {
-  return num_rows * static_cast<std::size_t>(k_dim + kBlockRows) + round_up_to_line(num_rows);
+  return num_rows * (round_up_to_panel(k_dim) + std::size_t{kBlockRows}) +
+         round_up_to_line(num_rows);
 }
 
 /// Floats of max, sum and out.
@@ -70,7 +80,7 @@ QueryRows load_queries(const HeadProblem<Row, Layout>& problem, std::int64_t beg
 
   const auto num_rows = static_cast<std::size_t>(rows.num_rows());
   rows.q = scratch;
-  rows.scores = rows.q + num_rows * static_cast<std::size_t>(rows.k_dim);
+  rows.scores = rows.q + num_rows * round_up_to_panel(rows.k_dim);
   rows.rescale = rows.scores + num_rows * kBlockRows;
   rows.max = state;
   rows.sum = rows.max + round_up_to_line(num_rows);
@@ -79,10 +89,11 @@ QueryRows load_queries(const HeadProblem<Row, Layout>& problem, std::int64_t beg
   const auto scale = O::broadcast(problem.scale);
   float* to = rows.q;
   for (std::int64_t i = begin; i < end; ++i) {
-    for (int g = 0; g < rows.group_size; ++g, to += rows.k_dim) {
+    for (int g = 0; g < rows.group_size; ++g, to += kPanel) {
       const float* q = problem.q.row(i, g);
-      for (int d = 0; d < rows.k_dim; d += O::kWidth)
-        O::store(to + d, O::mul(scale, O::load(q + d)));
+      for (int d = 0; d < rows.k_dim; d += O::kWidth) {
+        O::store(to + d / kPanel * rows.q_stride() + d % kPanel, O::mul(scale, O::load(q + d)));
+      }
     }
   }
   return rows;
@@ -106,11 +117,12 @@ void reset_state(const QueryRows& rows, const CompensationRow& row) noexcept {
   const auto count = static_cast<float>(row.count);
   const auto share = O::broadcast(1.0F / count);
   for (int r = 0; r < rows.num_rows(); ++r) {
-    const float* q = rows.q + static_cast<std::ptrdiff_t>(r) * rows.k_dim;
+    const float* q = rows.q + static_cast<std::ptrdiff_t>(r) * kPanel;
     float* out = rows.out + static_cast<std::ptrdiff_t>(r) * rows.v_dim;
     auto dot = O::zero();
     for (int d = 0; d < rows.k_dim; d += O::kWidth) {
-      dot = O::fma(O::load(q + d), O::mul(share, O::load(row.k_sum + d)), dot);
+      const auto x = O::load(q + d / kPanel * rows.q_stride() + d % kPanel);
+      dot = O::fma(x, O::mul(share, O::load(row.k_sum + d)), dot);
     }
     rows.max[r] = O::reduce_add(dot) + std::log(count);
     rows.sum[r] = 1.0F;
@@ -171,8 +183,8 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   const std::ptrdiff_t first_row = std::ptrdiff_t{queries.first} * rows.group_size;
 
   TileProduct<Element> scores;
-  scores.a = rows.q + first_row * rows.k_dim;
-  scores.a_stride = rows.k_dim;
+  scores.a = rows.q + first_row * kPanel;
+  scores.a_stride = rows.q_stride();
   scores.b_stride = static_cast<std::ptrdiff_t>(rows.k_dim) * kTile;
   scores.b = block.k + tile_begin * scores.b_stride;
   scores.c = rows.scores + first_row * kBlockRows + tile_begin * kTile;
@@ -193,9 +205,9 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
     }
   }
 
+  static_assert(kBlockRows == kPanel, "a block's probabilities are one panel");
   TileProduct<Element> output;
   output.a = rows.scores + first_row * kBlockRows + block.first;
-  output.a_stride = kBlockRows;
   output.b = block.v + block.first * kTile;
   output.b_stride = block.v_stride;
   output.c = rows.out + first_row * rows.v_dim;

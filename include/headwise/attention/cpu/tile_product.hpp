@@ -17,6 +17,12 @@ namespace headwise::inline v0::detail {
 
 inline constexpr int kTile = static_cast<int>(TiledLayout::kTile);
 
+/// Columns of a panel of the left factor. A row of a panel lies a constant distance behind the one
+/// before, so that one pointer and constants address all rows of a block: with a stride known only
+/// at run time g++ keeps row pointers in vector registers, and moving them costs the FMA ports a
+/// fifth of a step. 64 is the width of a block's scores, which are one panel.
+inline constexpr int kPanel = 64;
+
 /// Bytes from each line that is read to the lines that are fetched meanwhile.
 struct Prefetch {
   std::ptrdiff_t near = 0;  ///< read next: into the nearest cache
@@ -27,7 +33,7 @@ struct Prefetch {
 /// for `num_rows` rows r, `num_tiles` tiles t and `depth` steps i.
 template <class Element>
 struct TileProduct {
-  const float* a = nullptr;  ///< [num_rows][a_stride]
+  const float* a = nullptr;  ///< [depth / 64][num_rows][64], panels `a_stride` floats apart
   std::ptrdiff_t a_stride = 0;
   const Element* b = nullptr;  ///< [num_tiles][depth][16], tiles `b_stride` elements apart
   std::ptrdiff_t b_stride = 0;
@@ -73,7 +79,7 @@ void multiply_block(const TileProduct<Element>& p, int row, int tile) noexcept {
   // Steps per cache line: one prefetch each into either cache.
   constexpr int kSteps = kFetch ? static_cast<int>(64 / (kTile * sizeof(Element))) : 1;
 
-  const float* HEADWISE_RESTRICT a = p.a + row * p.a_stride;
+  const float* HEADWISE_RESTRICT a = p.a + row * kPanel;
   const Element* HEADWISE_RESTRICT b = p.b + tile * p.b_stride;
   float* c = p.c + row * p.c_stride + tile * kTile;
 
@@ -88,7 +94,7 @@ void multiply_block(const TileProduct<Element>& p, int row, int tile) noexcept {
     }
   }
 
-  const auto step = [&](int i) {
+  const auto step = [&](int i) {  // within a panel
     V column[std::size_t{kVectors}];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
@@ -98,26 +104,31 @@ void multiply_block(const TileProduct<Element>& p, int row, int tile) noexcept {
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V x = O::broadcast(a[r * p.a_stride + i]);
+      const V x = O::broadcast(a[r * kPanel + i]);
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) sum[r][v] = O::fma(x, column[v], sum[r][v]);
     }
   };
 
-  int i = 0;
-  for (; i + kSteps <= p.depth; i += kSteps) {
-    if constexpr (kFetch) {
+  for (int done = 0; done < p.depth; done += kPanel) {
+    const int depth = std::min(p.depth - done, kPanel);
+    int i = 0;
+    for (; i + kSteps <= depth; i += kSteps) {
+      if constexpr (kFetch) {
 #pragma GCC unroll 4
-      for (int t = 0; t < kTiles; ++t) {
-        const auto* line = reinterpret_cast<const char*>(b + t * p.b_stride + i * kTile);
-        __builtin_prefetch(line + p.fetch.near);
-        __builtin_prefetch(line + p.fetch.far, 0, 2);
+        for (int t = 0; t < kTiles; ++t) {
+          const auto* line = reinterpret_cast<const char*>(b + t * p.b_stride + i * kTile);
+          __builtin_prefetch(line + p.fetch.near);
+          __builtin_prefetch(line + p.fetch.far, 0, 2);
+        }
       }
-    }
 #pragma GCC unroll 2
-    for (int j = 0; j < kSteps; ++j) step(i + j);
+      for (int j = 0; j < kSteps; ++j) step(i + j);
+    }
+    for (; i < depth; ++i) step(i);
+    a += p.a_stride;
+    b += kPanel * kTile;
   }
-  for (; i < p.depth; ++i) step(i);
 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
