@@ -143,6 +143,8 @@ TYPED_TEST(Simd, ReducesEveryLane) {
     x[lane] = 5.0F;
     EXPECT_EQ(Ops::reduce_add(Ops::load(x)), 5.0F);
     EXPECT_EQ(Ops::reduce_max(Ops::load(x)), 5.0F);
+    EXPECT_TRUE(Ops::any_above(Ops::load(x), Ops::broadcast(4.0F)));
+    EXPECT_FALSE(Ops::any_above(Ops::load(x), Ops::broadcast(5.0F)));
     for (float& value : x) value -= 9.0F;
     EXPECT_EQ(Ops::reduce_max(Ops::load(x)), -4.0F);
     EXPECT_EQ(Ops::reduce_add(Ops::load(x)), 5.0F - 9.0F * static_cast<float>(Ops::kWidth));

@@ -34,6 +34,9 @@ struct Ops<Avx2> {
   static HEADWISE_ALWAYS_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static HEADWISE_ALWAYS_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
 
+  static HEADWISE_ALWAYS_INLINE bool any_above(V a, V b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+  }
   static HEADWISE_ALWAYS_INLINE float reduce_add(V v) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));

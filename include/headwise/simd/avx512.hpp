@@ -43,6 +43,9 @@ struct Ops<Avx512> {
   static HEADWISE_ALWAYS_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static HEADWISE_ALWAYS_INLINE V max(V a, V b) { return _mm512_maskz_max_ps(kAll, a, b); }
 
+  static HEADWISE_ALWAYS_INLINE bool any_above(V a, V b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+  }
   static HEADWISE_ALWAYS_INLINE float reduce_add(V v) {
     const __m256 halves = _mm256_add_ps(half<0>(v), half<1>(v));
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));

@@ -29,7 +29,8 @@ HEADWISE_ALWAYS_INLINE typename Ops<Isa>::V exp(typename Ops<Isa>::V x) {
   p = O::fma(p, r, O::broadcast(4.1665795894e-2F));
   p = O::fma(p, r, O::broadcast(1.6666665459e-1F));
   p = O::fma(p, r, O::broadcast(5.0000001201e-1F));
-  p = O::add(O::fma(O::mul(r, r), p, r), O::broadcast(1.0F));
+  p = O::fma(p, r, O::broadcast(1.0F));
+  p = O::fma(p, r, O::broadcast(1.0F));
   return O::zero_below(O::scale_by_exp2(p, n), x, kSmallestNormal);
 }
 

@@ -36,6 +36,9 @@ struct Ops<Neon> {
   static HEADWISE_ALWAYS_INLINE V mul(V a, V b) { return vmulq_f32(a, b); }
   static HEADWISE_ALWAYS_INLINE V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
   static HEADWISE_ALWAYS_INLINE V max(V a, V b) { return vmaxq_f32(a, b); }
+  static HEADWISE_ALWAYS_INLINE bool any_above(V a, V b) {
+    return vmaxvq_u32(vcgtq_f32(a, b)) != 0;
+  }
   static HEADWISE_ALWAYS_INLINE float reduce_add(V v) { return vaddvq_f32(v); }
   static HEADWISE_ALWAYS_INLINE float reduce_max(V v) { return vmaxvq_f32(v); }
 

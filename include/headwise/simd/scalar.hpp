@@ -32,6 +32,7 @@ struct Ops<Scalar> {
   /// Two roundings: std::fma is a library call where there is no instruction for it.
   static HEADWISE_ALWAYS_INLINE V fma(V a, V b, V c) { return a * b + c; }
   static HEADWISE_ALWAYS_INLINE V max(V a, V b) { return a > b ? a : b; }
+  static HEADWISE_ALWAYS_INLINE bool any_above(V a, V b) { return a > b; }
   static HEADWISE_ALWAYS_INLINE float reduce_add(V v) { return v; }
   static HEADWISE_ALWAYS_INLINE float reduce_max(V v) { return v; }
 

@@ -80,6 +80,7 @@ void decode_split(const HeadProblem<Row, Layout>& problem, DecodeSplit split, fl
         });
   }
   if (split.own_rows) detail::attend_own_rows<Isa>(problem, queries, packed);
+  detail::add_lanes<Isa>(queries);
 }
 
 /// Merges the partial results of a head's splits, in index order, and writes the head's output

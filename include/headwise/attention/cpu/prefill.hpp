@@ -60,6 +60,7 @@ void prefill_tile(const HeadProblem<Row, Layout>& problem, std::int64_t query_be
                           });
   }
   detail::attend_own_rows<Isa>(problem, queries, packed);
+  detail::add_lanes<Isa>(queries);
 
   std::size_t row = 0;
   for (std::int64_t i = query_begin; i < query_end; ++i) {

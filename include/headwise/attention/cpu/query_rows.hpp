@@ -22,12 +22,13 @@ namespace headwise::inline v0::detail {
 /// `num_queries` x `group_size` query rows that share a KV head, in the order of the step's q, with
 /// the softmax state of each. K and V are read once for all of them.
 struct QueryRows {
-  float* q = nullptr;        ///< [k_dim / 64][rows][64], times the softmax scale
-  float* scores = nullptr;   ///< [rows][64]: one block's scores, then its probabilities
-  float* rescale = nullptr;  ///< [rows]: what the block does to the earlier blocks' sums
-  float* max = nullptr;      ///< [rows]: SoftmaxState, as arrays
-  float* sum = nullptr;      ///< [rows]
-  float* out = nullptr;      ///< [rows][v_dim]
+  float* q = nullptr;          ///< [k_dim / 64][rows][64], times the softmax scale
+  float* scores = nullptr;     ///< [rows][64]: one block's scores, then its probabilities
+  float* lane_sums = nullptr;  ///< [rows][16]: what adds up to sum, once all blocks are done
+  float* rescale = nullptr;    ///< [rows]: what the block does to the earlier blocks' sums
+  float* max = nullptr;        ///< [rows]: SoftmaxState, as arrays
+  float* sum = nullptr;        ///< [rows]
+  float* out = nullptr;        ///< [rows][v_dim]
 
   Window window;
   Pos first_query;
@@ -52,9 +53,9 @@ constexpr std::size_t round_up_to_panel(int k_dim) {
   return (static_cast<std::size_t>(k_dim) + kPanel - 1) / kPanel * kPanel;
 }
 
-/// Floats of q, scores and rescale.
+/// Floats of q, scores, lane_sums and rescale.
 constexpr std::size_t query_scratch_floats(std::size_t num_rows, int k_dim) {
-  return num_rows * (round_up_to_panel(k_dim) + std::size_t{kBlockRows}) +
+  return num_rows * (round_up_to_panel(k_dim) + std::size_t{kBlockRows + kTile}) +
          round_up_to_line(num_rows);
 }
 
@@ -81,7 +82,8 @@ QueryRows load_queries(const HeadProblem<Row, Layout>& problem, std::int64_t beg
   const auto num_rows = static_cast<std::size_t>(rows.num_rows());
   rows.q = scratch;
   rows.scores = rows.q + num_rows * round_up_to_panel(rows.k_dim);
-  rows.rescale = rows.scores + num_rows * kBlockRows;
+  rows.lane_sums = rows.scores + num_rows * kBlockRows;
+  rows.rescale = rows.lane_sums + num_rows * kTile;
   rows.max = state;
   rows.sum = rows.max + round_up_to_line(num_rows);
   rows.out = rows.sum + round_up_to_line(num_rows);
@@ -104,7 +106,7 @@ template <class Isa>
 void reset_state(const QueryRows& rows) noexcept {
   const int num_rows = rows.num_rows();
   std::fill_n(rows.max, num_rows, kNoScore);
-  std::fill_n(rows.sum, num_rows, 0.0F);
+  std::fill_n(rows.lane_sums, num_rows * kTile, 0.0F);
   std::fill_n(rows.out, static_cast<std::ptrdiff_t>(num_rows) * rows.v_dim, 0.0F);
 }
 
@@ -113,7 +115,8 @@ void reset_state(const QueryRows& rows) noexcept {
 template <class Isa>
 void reset_state(const QueryRows& rows, const CompensationRow& row) noexcept {
   using O = simd::Ops<Isa>;
-  if (row.count <= 0) return reset_state<Isa>(rows);
+  reset_state<Isa>(rows);
+  if (row.count <= 0) return;
   const auto count = static_cast<float>(row.count);
   const auto share = O::broadcast(1.0F / count);
   for (int r = 0; r < rows.num_rows(); ++r) {
@@ -125,10 +128,19 @@ void reset_state(const QueryRows& rows, const CompensationRow& row) noexcept {
       dot = O::fma(x, O::mul(share, O::load(row.k_sum + d)), dot);
     }
     rows.max[r] = O::reduce_add(dot) + std::log(count);
-    rows.sum[r] = 1.0F;
+    rows.lane_sums[static_cast<std::ptrdiff_t>(r) * kTile] = 1.0F;
     for (int d = 0; d < rows.v_dim; d += O::kWidth) {
       O::store(out + d, O::mul(share, O::load(row.v_sum + d)));
     }
+  }
+}
+
+/// After the last block: the sums of the softmax states.
+template <class Isa>
+void add_lanes(const QueryRows& rows) noexcept {
+  using O = simd::Ops<Isa>;
+  for (int r = 0; r < rows.num_rows(); ++r) {
+    rows.sum[r] = O::reduce_add(O::load(rows.lane_sums + static_cast<std::ptrdiff_t>(r) * kTile));
   }
 }
 
@@ -138,7 +150,7 @@ void reset_state(const QueryRows& rows, const CompensationRow& row) noexcept {
 /// @return the factor by which what was summed so far shrinks
 template <class Isa>
 float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& max,
-                  float& sum) noexcept {
+                  float* lane_sums) noexcept {
   using O = simd::Ops<Isa>;
   using V = typename O::V;
   if (seen.count() == 0) {
@@ -154,20 +166,20 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
 
   V top = O::load(scores + begin);
   for (int i = begin + O::kWidth; i < end; i += O::kWidth) top = O::max(top, O::load(scores + i));
-  const float block_max = O::reduce_max(top);
   float shrink = 1.0F;
-  if (block_max > max) {
+  if (O::any_above(top, O::broadcast(max))) {
+    const float block_max = O::reduce_max(top);
     shrink = std::exp(max - block_max);
     max = block_max;
   }
   const V ceiling = O::broadcast(max);
-  V total = O::zero();
+  V total = O::mul(O::load(lane_sums), O::broadcast(shrink));
   for (int i = begin; i < end; i += O::kWidth) {
     const V p = simd::exp<Isa>(O::sub(O::load(scores + i), ceiling));
     O::store(scores + i, p);
     total = O::add(total, p);
   }
-  sum = sum * shrink + O::reduce_add(total);
+  O::store(lane_sums, total);
   return shrink;
 }
 
@@ -201,7 +213,7 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
         visible_rows(rows.window, rows.first_query + i, block.row0, block.first, block.last);
     for (int g = 0; g < rows.group_size; ++g, ++row) {
       rows.rescale[row] = softmax_row<Isa>(rows.scores + row * kBlockRows, seen, block.last,
-                                           rows.max[row], rows.sum[row]);
+                                           rows.max[row], rows.lane_sums + row * kTile);
     }
   }
 
