@@ -207,11 +207,20 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   scores.fetch = block.fetch_with_k;
   multiply_tiles<Isa, kFetch>(scores);
 
+  // Memory is kept busy meanwhile. Measured with AVX-512: 4 lines a row make decode 2% faster with
+  // groups of 4 and of 8; 8 lines are too many at once.
+  constexpr int kLinesPerRow = 4;
+  const char* fetch = reinterpret_cast<const char*>(block.v) + block.fetch_with_v.far;
   std::ptrdiff_t row = first_row;
   for (int i = queries.first; i < queries.last; ++i) {
     const VisibleRows seen =
         visible_rows(rows.window, rows.first_query + i, block.row0, block.first, block.last);
     for (int g = 0; g < rows.group_size; ++g, ++row) {
+      if constexpr (kFetch) {
+        for (int line = 0; line < kLinesPerRow; ++line, fetch += 64) {
+          __builtin_prefetch(fetch, 0, 2);
+        }
+      }
       rows.rescale[row] = softmax_row<Isa>(rows.scores + row * kBlockRows, seen, block.last,
                                            rows.max[row], rows.lane_sums + row * kTile);
     }
