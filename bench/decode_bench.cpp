@@ -30,21 +30,25 @@ const float* read_buffer(std::size_t bytes) {
   return buffer->data();
 }
 
-/// The layer of the row before, where only the number of threads differs.
+/// The layers of the row before, where only the number of threads differs: a dense one, and one
+/// whose heads stream in part.
 template <class Row>
 BenchLayer<Row>& layer_of(const BenchShape& shape, const BenchPlan& plan, std::int64_t kv) {
-  static std::unique_ptr<BenchLayer<Row>> layer;
-  static std::string built;
+  static std::unique_ptr<BenchLayer<Row>> layers[2];
+  static std::string built[2];
+  const std::size_t i = plan.streams ? 1 : 0;
   const std::string wanted = std::string(shape.name) + '/' + plan.name + '/' + std::to_string(kv);
-  if (built != wanted) {
-    layer.reset();
-    layer = std::make_unique<BenchLayer<Row>>(shape, plan, kv, 1);
-    built = wanted;
+  if (built[i] != wanted) {
+    layers[i].reset();
+    layers[i] = std::make_unique<BenchLayer<Row>>(shape, plan, kv, 1);
+    built[i] = wanted;
   }
-  return *layer;
+  return *layers[i];
 }
 
-/// Each iteration reads a buffer, multiplies in registers and decodes; medians of each.
+/// Each iteration reads a buffer, multiplies in registers and decodes; medians of each. Where heads
+/// stream it decodes with a dense cache as well, in turns: rows that were timed one after the other
+/// compare the machine with itself a minute later.
 template <class Row>
 void decode(benchmark::State& state, BenchShape shape, BenchPlan plan, std::int64_t kv,
             std::size_t num_threads) {
@@ -57,13 +61,23 @@ void decode(benchmark::State& state, BenchShape shape, BenchPlan plan, std::int6
   PinnedThreads threads(num_threads);
 
   layer.step(1, Phase::kDecode, threads);  // first touch
-  Samples read, flops, decode;
+  BenchLayer<Row>* dense = plan.streams ? &layer_of<Row>(shape, kDense, kv) : nullptr;
+  const auto step = [&](BenchLayer<Row>& of) {
+    return seconds_of([&] { of.step(1, Phase::kDecode, threads); });
+  };
+  Samples read, flops, decode, over_dense;
   for (auto _ : state) {
     state.PauseTiming();
+    if (dense != nullptr) {
+      over_dense.add([&] {
+        const double whole = step(*dense);
+        return step(layer) / whole;
+      });
+    }
     read.add([&] { return read_seconds(threads, buffer, static_cast<std::size_t>(kv_bytes)); });
     flops.add([&] { return fma_flops(threads); });
     state.ResumeTiming();
-    decode.add([&] { return seconds_of([&] { layer.step(1, Phase::kDecode, threads); }); });
+    decode.add([&] { return step(layer); });
   }
   state.counters["kv_bytes"] = kv_bytes;
   state.counters["clean"] = decode.num_clean();
@@ -71,6 +85,10 @@ void decode(benchmark::State& state, BenchShape shape, BenchPlan plan, std::int6
   state.counters["GB/s"] = kv_bytes / decode.median() * 1e-9;
   state.counters["of_ceiling"] = read.median() / decode.median();
   state.counters["of_fma"] = flop / decode.median() / flops.median();
+  if (dense != nullptr) {
+    const double kept = rows / static_cast<double>(dense->rows_read());
+    state.counters["over_kept_bytes"] = over_dense.median() / kept;
+  }
 }
 
 void ceiling_read(benchmark::State& state, std::size_t num_threads) {
