@@ -19,8 +19,8 @@ inline constexpr int kTile = static_cast<int>(TiledLayout::kTile);
 
 /// Columns of a panel of the left factor. A row of a panel lies a constant distance behind the one
 /// before, so that one pointer and constants address all rows of a block: with a stride known only
-/// at run time g++ keeps row pointers in vector registers, and moving them costs the FMA ports a
-/// fifth of a step. 64 is the width of a block's scores, which are one panel.
+/// at run time g++ keeps row pointers in vector registers, and moving them back takes 5 % of the
+/// FMA ports' time (AVX-512, 8 rows). 64 is the width of a block's scores, which are one panel.
 inline constexpr int kPanel = 64;
 
 /// Bytes from each line that is read to the lines that are fetched meanwhile.
