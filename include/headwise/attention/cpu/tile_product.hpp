@@ -13,6 +13,11 @@
 #include "headwise/core/dtype.hpp"
 #include "headwise/simd/simd.hpp"
 
+#ifdef __NVCC__  // leaves "GCC unroll" to the host compiler, and says so at each one
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 1675
+#endif
+
 namespace headwise::inline v0::detail {
 
 inline constexpr int kTile = static_cast<int>(TiledLayout::kTile);
@@ -182,3 +187,7 @@ void multiply_tiles(const TileProduct<Element>& p) noexcept {
 }
 
 }  // namespace headwise::inline v0::detail
+
+#ifdef __NVCC__
+#pragma nv_diagnostic pop
+#endif
