@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,8 @@ double visible_pairs(const Window& window, std::int64_t n) {
   return pairs;
 }
 
+/// Where heads stream, each iteration runs a dense layer as well, in turns: rows that are timed
+/// minutes apart compare the machine with itself.
 template <class Row>
 void prefill(benchmark::State& state, BenchShape shape, BenchPlan plan, std::int64_t n,
              std::size_t num_threads) {
@@ -40,13 +43,26 @@ void prefill(benchmark::State& state, BenchShape shape, BenchPlan plan, std::int
                        visible_pairs(plan.window, n) * streaming;
   const double flop = pairs * group * 2 * kHeadDim * 2;  // q.k and p.v, a multiply and an add each
 
+  std::optional<BenchLayer<Row>> dense;
+  if (plan.streams) dense.emplace(shape, kDense, 0, n);
+
+  const auto prompt = [&](BenchLayer<Row>& of) {
+    return seconds_of([&] { of.step(n, Phase::kPrompt, threads); });
+  };
   layer.step(1, Phase::kPrompt, threads);  // first touch
-  Samples prefill, flops;
+  if (dense) dense->step(1, Phase::kPrompt, threads);
+  Samples prefill, flops, over_dense;
   for (auto _ : state) {
     state.PauseTiming();
+    if (dense) {
+      over_dense.add([&] {
+        const double whole = prompt(*dense);
+        return prompt(layer) / whole;
+      });
+    }
     flops.add([&] { return fma_flops(threads); });
     state.ResumeTiming();
-    prefill.add([&] { return seconds_of([&] { layer.step(n, Phase::kPrompt, threads); }); });
+    prefill.add([&] { return prompt(layer); });
     state.PauseTiming();
     flops.add([&] { return fma_flops(threads); });
     state.ResumeTiming();
@@ -57,6 +73,7 @@ void prefill(benchmark::State& state, BenchShape shape, BenchPlan plan, std::int
   state.counters["ms"] = prefill.median() * 1e3;
   state.counters["GFLOP/s"] = flop / prefill.median() * 1e-9;
   state.counters["of_ceiling"] = flop / prefill.median() / flops.median();
+  if (dense) state.counters["over_dense"] = over_dense.median();
 }
 
 void ceiling_fma(benchmark::State& state, std::size_t num_threads) {
