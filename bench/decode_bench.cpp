@@ -62,6 +62,7 @@ void decode(benchmark::State& state, BenchShape shape, BenchPlan plan, std::int6
 
   layer.step(1, Phase::kDecode, threads);  // first touch
   BenchLayer<Row>* dense = plan.streams ? &layer_of<Row>(shape, kDense, kv) : nullptr;
+  if (dense != nullptr) dense->step(1, Phase::kDecode, threads);
   const auto step = [&](BenchLayer<Row>& of) {
     return seconds_of([&] { of.step(1, Phase::kDecode, threads); });
   };

@@ -115,6 +115,26 @@ TEST(CudaCache, KeepsManySmallHeadsApart) {
   model.step(tokens, Phase::kDecode);
 }
 
+TEST(CudaCache, CutsMoreItemsThanSharedMemoryLists) {
+  HEADWISE_NEEDS_DEVICE();
+  // 200 sequences x 32 heads could be 6400 items: see DeviceAttention's allocation.
+  Model<f16> model({.dim = 32,
+                    .num_kv_heads = 32,
+                    .window = {16, 64},
+                    .first_streams = true,
+                    .max_context = 256,
+                    .max_sequences = 200});
+  std::vector<SequenceChunk> prompts;
+  std::vector<SequenceChunk> tokens;
+  for (int i = 0; i < 40; ++i) {
+    const SequenceId id = model.add();
+    prompts.push_back({id, 1 + i * 41 % 210});
+    tokens.push_back({id, 1});
+  }
+  model.step(prompts, Phase::kPrompt, 1);
+  model.step(tokens, Phase::kDecode);
+}
+
 TEST(CudaCache, KeepsManyLongHeadsApart) {
   HEADWISE_NEEDS_DEVICE();
   // Several heads a block of the grid, each longer than what one warp does: all but a block's last

@@ -56,6 +56,7 @@ inline Model small_model(PrefillMode prefill, std::int64_t rollback = 4) {
 /// The largest difference of two sets of outputs; infinite where their sizes differ or one is NaN.
 template <class Expected>
 double largest_difference(const std::vector<Outputs>& a, const std::vector<Expected>& b) {
+  if (a.size() != b.size()) return std::numeric_limits<double>::infinity();
   double worst = 0.0;
   for (std::size_t l = 0; l < a.size(); ++l) {
     if (a[l].size() != b[l].size()) return std::numeric_limits<double>::infinity();

@@ -211,14 +211,15 @@ class DeviceAttention {
       lists.push_back(
           {section(items * sizeof(Piece)), section((items + 1) * sizeof(std::int32_t)),
            section(pieces * sizeof(Piece)), section(pieces * sizeof(std::int32_t)),
-           section(static_cast<std::size_t>(kind.grid.num_warps()) * sizeof(WarpWork))});
+           section(static_cast<std::size_t>(kind.grid.num_workers()) * sizeof(WarpWork))});
     }
     const auto fits = [&](int items) {
       cut_bytes_ = 0;
       for (const LayerKind& kind : kinds_) {
         cut_bytes_ = std::max(cut_bytes_, cut_decode_bytes(kind.grid, items));
       }
-      return cut_bytes_ <= 48 * 1024 - 1024;  // what every block may have without asking
+      // What every block may have without asking; the rest is for the kernel's own.
+      return cut_bytes_ <= 48 * 1024 - 1024;
     };
     cut_items_ = fits(most_items) ? most_items : 0;
     if (cut_items_ == 0) (void)fits(0);

@@ -20,6 +20,7 @@
 #include "headwise/attention/cuda/decode_tile.cuh"
 #include "headwise/attention/cuda/decode_work.cuh"
 #include "headwise/attention/cuda/head_dims.cuh"
+#include "headwise/attention/cuda/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/device_cache.cuh"
 
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__((decode_max_workers(kDim) + kMergeWarps) * 32,
   if (threadIdx.x == 0) merge_memory.begin();
   __syncthreads();
   if (warp >= num_workers()) {
-    release_next();
+    release_next();  // the workers wait before the block ends, see decode()
     merge_pieces<Row, kDim>(args, args.work.warps[first_warp], nullptr, partials, merge_memory);
     return;
   }
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__((decode_max_workers(kDim) + kMergeWarps) * 32,
 struct DecodeKernel {
   /// The kernel.
   void (*function)(DecodeArgs) = nullptr;
-  DecodeGrid grid;             ///< as many warps that stream rows as the device holds at once
+  DecodeGrid grid;             ///< as many workers as the device holds at once
   std::size_t smem_bytes = 0;  ///< of a block
 };
 
@@ -123,15 +124,15 @@ cudaError_t prepare_decode(int dim, const DeviceLimits& limits, DecodeKernel& ke
   return with_head_dim(Dims{}, dim, [&](auto d) {
     constexpr int kDim = decltype(d)::value;
     constexpr int kWarpBytes = detail::PartialMemory<kDim>::kWarpBytes;
-    // The kernel's own shared memory: lists, what merging needs, each aligned.
+    // The kernel's own shared memory: lists, and what merging needs, padded to 1024.
     constexpr int kStaticBytes =
         detail::decode_max_workers(kDim) * static_cast<int>(sizeof(detail::WarpLists)) +
         static_cast<int>(sizeof(detail::MergeMemory)) + 1024;
-    const int warps = std::min(detail::decode_max_workers(kDim),
-                               (limits.smem_per_block - kStaticBytes) / kWarpBytes);
+    const int workers = std::min(detail::decode_max_workers(kDim),
+                                 (limits.smem_per_block - kStaticBytes) / kWarpBytes);
     kernel = {detail::decode_kernel<Row, kDim>,
-              {std::min(limits.num_sms, detail::kCutThreads), warps},
-              static_cast<std::size_t>(warps * kWarpBytes)};
+              {std::min(limits.num_sms, detail::kCutThreads), workers},
+              static_cast<std::size_t>(workers * kWarpBytes)};
     return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 static_cast<int>(kernel.smem_bytes));
   });
@@ -142,14 +143,15 @@ cudaError_t prepare_decode(int dim, const DeviceLimits& limits, DecodeKernel& ke
 ///
 /// The launch reads work, page tables and rows of former steps while the stream's last kernel still
 /// runs. Where that one launches its own successors early (programmatic dependent launch), it does
-/// so after it has waited for its predecessors, as every kernel here does; others need no care.
+/// so after it has waited for its predecessors, as append does. A decode launch may release its
+/// successors before it has waited, but never ends before: who waits for it has waited for all.
 /// @pre q and out are 16-byte aligned, their strides multiples of 8 elements; args.work was cut for
 ///   `kernel.grid` since the step began.
 inline cudaError_t decode(const DecodeArgs& args, const DecodeKernel& kernel, bool chains_launches,
                           cudaStream_t stream) {
   return launch_chained(
       kernel.function, dim3(static_cast<unsigned>(kernel.grid.num_blocks)),
-      dim3(static_cast<unsigned>(kernel.grid.warps_per_block + detail::kMergeWarps) * 32),
+      dim3(static_cast<unsigned>(kernel.grid.workers_per_block + detail::kMergeWarps) * 32),
       kernel.smem_bytes, stream, chains_launches, args);
 }
 

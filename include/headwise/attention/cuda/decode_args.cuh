@@ -3,10 +3,11 @@
 /// What every part of the decode kernel is told: the step, the work, the scratch, q and out.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 #include "headwise/attention/cuda/decode_work.cuh"
-#include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 #include "headwise/core/tensor_view.hpp"
 
@@ -32,13 +33,13 @@ struct DecodeArgs {
 
 namespace detail {
 
-/// Warps of a block that stream rows: as many as make their tiles about equally large for every
-/// width, and as the registers suffice for.
+/// Warps of a block that stream rows. With 12 or 8 of them, and 4 that merge, there are 128 and 168
+/// registers a thread, which the kernel needs at widths up to 64 and up to 128.
 __host__ __device__ constexpr int decode_max_workers(int dim) {
   return dim <= 64 ? 12 : dim <= 128 ? 8 : 4;
 }
-static_assert(decode_max_workers(1) <= kMostWarps);
-/// Warps of a block that merge what the others have of one item while those stream the next.
+static_assert(decode_max_workers(1) <= kMostWorkers);  // the narrowest width has most
+/// Warps of a block that merge what the others have of one wide piece while those stream the next.
 inline constexpr int kMergeWarps = 4;
 
 /// A decode block's warps that stream rows; the merging ones come after them.

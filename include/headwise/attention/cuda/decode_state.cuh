@@ -30,7 +30,7 @@ template <class Row, int kDim>
 class DecodeState {
  public:
   /// Reads the queries that the next start() takes.
-  /// @param q  the group's first query row of an item; `count` of them, `stride` elements apart.
+  /// @param q  the first query row of a piece; `count` of them, `stride` elements apart.
   __device__ void fetch(const std::uint16_t* q, std::int64_t stride, int count) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int query = lane / 4;
@@ -43,7 +43,7 @@ class DecodeState {
     }
   }
 
-  /// Begins an item with the queries fetched before.
+  /// Begins a piece with the queries fetched before.
   __device__ void start() {
 #pragma unroll
     for (int b = 0; b < kDim / 16; ++b) {

@@ -12,8 +12,9 @@
 namespace headwise::inline v0::cuda::detail {
 
 /// Tiles of a warp in shared memory: one in use, the others on their way. One on its way is 64 KiB
-/// a multiprocessor; 4.6 TB/s x 1 us over 132 of them are 35 KiB. A third tile reads no faster and
-/// lengthens the queue behind which page numbers, queries and partial results wait as well.
+/// a multiprocessor at widths 128 and 256, 48 KiB at 64; 4.6 TB/s x 1 us over 132 of them are 35
+/// KiB. A third tile reads no faster and lengthens the queue behind which page numbers, queries and
+/// partial results wait as well.
 inline constexpr int kDecodeStages = 2;
 
 /// How a tile's rows lie in shared memory, K, then V: so that the eight rows of a matrix load lie
@@ -32,6 +33,8 @@ struct TileLayout {
     return row * kRowBytes + (kPermuted ? chunk ^ row % 8 : chunk) * 16;
   }
   /// The address `block` pairs of chunks after `address`, which at() gave for chunk 0 or 1.
+  /// @pre the tile begins at a multiple of kRowBytes where kPermuted: the kernel asks for 1024, to
+  ///   which ptxas pads its static shared memory.
   static __device__ constexpr std::uint32_t pairs_on(std::uint32_t address, int block) {
     return kPermuted ? address ^ static_cast<std::uint32_t>(block * 32)
                      : address + static_cast<std::uint32_t>(block * 32);

@@ -26,8 +26,8 @@ namespace headwise::inline v0::cuda {
 inline constexpr int kTileRows = 16;
 /// Query heads of one item: the N of mma.m16n8k16. Larger groups are cut, and read K and V again.
 inline constexpr int kItemQueries = 8;
-/// Most warps of a decode block.
-inline constexpr int kMostWarps = 12;
+/// Most worker warps of a decode block: those that stream rows.
+inline constexpr int kMostWorkers = 12;
 /// What an item costs a warp besides its tiles, in tiles: its queries' load and its output's store.
 inline constexpr int kItemOverhead = 1;
 
@@ -63,10 +63,10 @@ struct alignas(16) WarpWork {
 
 /// The grid of a decode launch.
 struct DecodeGrid {
-  int num_blocks = 0;       ///< of the launch
-  int warps_per_block = 0;  ///< of 32 threads
-  /// Warps of the launch.
-  constexpr __host__ __device__ int num_warps() const { return num_blocks * warps_per_block; }
+  int num_blocks = 0;         ///< of the launch
+  int workers_per_block = 0;  ///< warps that stream rows; merging ones come on top
+  /// Worker warps of the launch.
+  constexpr __host__ __device__ int num_workers() const { return num_blocks * workers_per_block; }
 };
 
 /// One kind of layer: layers whose heads keep alike, one by one, share one list of work.
@@ -85,7 +85,7 @@ struct DecodeWork {
   std::int32_t* item_begin = nullptr;  ///< [most items + 1] where each begins on the line
   Piece* pieces = nullptr;             ///< [most pieces] block by block: narrow ones, wide ones
   std::int32_t* places = nullptr;      ///< [most pieces] scratch of the cut
-  WarpWork* warps = nullptr;           ///< [num_warps]
+  WarpWork* warps = nullptr;           ///< [num_workers]
 
   /// Only an item that goes on in the next block makes a piece more.
   static constexpr int most_pieces(int most_items, const DecodeGrid& grid) {
@@ -219,11 +219,11 @@ class BlockDeal {
 
   /// Lays the pieces out from `first_piece` on, the narrow ones warp by warp, then the wide ones.
   __device__ void lay_out(int first_piece, WarpWork* warps) {
-    int next[kMostWarps + 1] = {};  // the last one: wide
+    int next[kMostWorkers + 1] = {};  // the last one: wide
     for (int i = 0; i < num_pieces_; ++i) ++next[index_of(places_[i])];
     int place = first_piece;
     for (int w = 0; w <= num_warps_; ++w) {
-      const int index = w < num_warps_ ? w : kMostWarps;
+      const int index = w < num_warps_ ? w : kMostWorkers;
       const int count = next[index];
       next[index] = place;
       if (w < num_warps_) {
@@ -239,8 +239,8 @@ class BlockDeal {
     int rounds = 0;
     for (int w = 0; w < num_warps_; ++w) rounds = max(rounds, rounds_of(w));
     for (int w = 0; w < num_warps_; ++w) {
-      warps[w].first_wide = next[kMostWarps];
-      warps[w].num_wide = place - next[kMostWarps];
+      warps[w].first_wide = next[kMostWorkers];
+      warps[w].num_wide = place - next[kMostWorkers];
       warps[w].first_round = rounds - rounds_of(w);
     }
     for (int i = 0; i < num_pieces_; ++i) places_[i] = next[index_of(places_[i])]++;
@@ -248,7 +248,7 @@ class BlockDeal {
 
  private:
   static constexpr int kWide = -1;
-  static __device__ int index_of(int warp) { return warp == kWide ? kMostWarps : warp; }
+  static __device__ int index_of(int warp) { return warp == kWide ? kMostWorkers : warp; }
 
   __device__ int most_load() const {
     int most = 0;
@@ -266,7 +266,7 @@ class BlockDeal {
   int num_warps_;
   int* places_;
   int num_pieces_;
-  int load_[kMostWarps] = {};  // narrow tiles of each warp, and overhead
+  int load_[kMostWorkers] = {};  // narrow tiles of each warp, and overhead
   int wide_tiles_ = 0;
 };
 
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(detail::kCutThreads)
   const auto item_at_cut = [&](int cut) {
     return detail::last_at_most(num_present, cut, begin_of);
   };
-  const int most = min(line_total / grid.num_blocks / 2, grid.warps_per_block);
+  const int most = min(line_total / grid.num_blocks / 2, grid.workers_per_block);
   for (int b = thread; b <= grid.num_blocks; b += detail::kCutThreads) {
     int cut = static_cast<int>(static_cast<std::int64_t>(b) * line_total / grid.num_blocks);
     if (num_present > 0 && b > 0 && b < grid.num_blocks) {
@@ -363,13 +363,13 @@ __global__ void __launch_bounds__(detail::kCutThreads)
     const auto num_tiles = [&](int i) {
       return piece_end(first_item + i, cut_end) - piece_begin(first_item + i, cut_begin);
     };
-    detail::BlockDeal deal(grid.warps_per_block, memory.places + piece_scan.before, num_pieces);
+    detail::BlockDeal deal(grid.workers_per_block, memory.places + piece_scan.before, num_pieces);
     // Half of a warp's share: what is left over when all are dealt stays small beside the share.
-    const int most_narrow = line_total / grid.num_warps() / 2;
+    const int most_narrow = line_total / grid.num_workers() / 2;
     deal.deal(num_tiles, [&](int i) {
       return num_tiles(i) == tiles_of_item(first_item + i) && num_tiles(i) <= most_narrow;
     });
-    deal.lay_out(piece_scan.before, lists.warps + thread * grid.warps_per_block);
+    deal.lay_out(piece_scan.before, lists.warps + thread * grid.workers_per_block);
   }
   __syncthreads();
 

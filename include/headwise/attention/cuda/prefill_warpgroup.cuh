@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "headwise/attention/cuda/barrier.cuh"
 #include "headwise/attention/cuda/prefill_softmax.cuh"
 #include "headwise/attention/cuda/prefill_tile.cuh"
 #include "headwise/attention/cuda/tensor_core.cuh"

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// @file warpgroup.cuh
-/// Instructions of a warpgroup, four warps that multiply together, and the barriers that hand
-/// shared memory from copying warps to multiplying ones (compute capability 9.0).
+/// Instructions of a warpgroup, four warps that multiply together (compute capability 9.0).
 ///
 /// A warpgroup's product needs code for sm_90a: 9.0 exactly, not what comes after it. Elsewhere
 /// kWarpgroupCode is false and nothing here may be called.
@@ -11,9 +10,7 @@
 
 #include <cstdint>
 
-#include "headwise/attention/cuda/barrier.cuh"
 #include "headwise/attention/cuda/tensor_core.cuh"
-#include "headwise/core/dtype.hpp"
 
 namespace headwise::inline v0::cuda {
 
