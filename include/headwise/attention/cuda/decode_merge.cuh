@@ -68,8 +68,8 @@ class MergeMemory {
     float2 states[kMergeWarps * 16];
   };
   Exchange exchange;
-  bool
-      finishes[2];  ///< whether the block is its item's last one: of the merging warps, the workers
+  /// Whether the block is the last one of its team's item; the merging warps', the workers'.
+  bool finishes[2];
 
  private:
   std::uint64_t handed_over_;  // a phase a wide piece
