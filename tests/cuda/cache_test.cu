@@ -95,6 +95,20 @@ TEST(CudaCache, ServesARaggedBatch) {
   model.step({{ids[3], 1}, {ids[0], 70}, {ids[6], 0}, {ids[1], 1}}, Phase::kPrompt, 3);
 }
 
+/// A prompt of length_of(i) tokens for each of `count` sequences, then a token for each.
+template <class RowT, class LengthOf>
+void prompt_and_decode(Model<RowT>& model, int count, LengthOf length_of) {
+  std::vector<SequenceChunk> prompts;
+  std::vector<SequenceChunk> tokens;
+  for (int i = 0; i < count; ++i) {
+    const SequenceId id = model.add();
+    prompts.push_back({id, length_of(i)});
+    tokens.push_back({id, 1});
+  }
+  model.step(prompts, Phase::kPrompt, 1);
+  model.step(tokens, Phase::kDecode);
+}
+
 TEST(CudaCache, KeepsManySmallHeadsApart) {
   HEADWISE_NEEDS_DEVICE();
   // More items than warps of the grid, most of them a few tiles.
@@ -104,15 +118,7 @@ TEST(CudaCache, KeepsManySmallHeadsApart) {
                     .first_streams = true,
                     .max_context = 256,
                     .max_sequences = 96});
-  std::vector<SequenceChunk> prompts;
-  std::vector<SequenceChunk> tokens;
-  for (int i = 0; i < 96; ++i) {
-    const SequenceId id = model.add();
-    prompts.push_back({id, 1 + i * 37 % 200});
-    tokens.push_back({id, 1});
-  }
-  model.step(prompts, Phase::kPrompt, 1);
-  model.step(tokens, Phase::kDecode);
+  prompt_and_decode(model, 96, [](int i) { return 1 + i * 37 % 200; });
 }
 
 TEST(CudaCache, CutsMoreItemsThanSharedMemoryLists) {
@@ -124,15 +130,7 @@ TEST(CudaCache, CutsMoreItemsThanSharedMemoryLists) {
                     .first_streams = true,
                     .max_context = 256,
                     .max_sequences = 200});
-  std::vector<SequenceChunk> prompts;
-  std::vector<SequenceChunk> tokens;
-  for (int i = 0; i < 40; ++i) {
-    const SequenceId id = model.add();
-    prompts.push_back({id, 1 + i * 41 % 210});
-    tokens.push_back({id, 1});
-  }
-  model.step(prompts, Phase::kPrompt, 1);
-  model.step(tokens, Phase::kDecode);
+  prompt_and_decode(model, 40, [](int i) { return 1 + i * 41 % 210; });
 }
 
 TEST(CudaCache, KeepsManyLongHeadsApart) {
@@ -144,15 +142,7 @@ TEST(CudaCache, KeepsManyLongHeadsApart) {
                      .window = {16, 128},
                      .max_context = 512,
                      .max_sequences = 90});
-  std::vector<SequenceChunk> prompts;
-  std::vector<SequenceChunk> tokens;
-  for (int i = 0; i < 90; ++i) {
-    const SequenceId id = model.add();
-    prompts.push_back({id, 190 + i * 53 % 300});
-    tokens.push_back({id, 1});
-  }
-  model.step(prompts, Phase::kPrompt, 1);
-  model.step(tokens, Phase::kDecode);
+  prompt_and_decode(model, 90, [](int i) { return 190 + i * 53 % 300; });
 }
 
 TEST(CudaCache, RecyclesPagesAndSequences) {
