@@ -58,6 +58,7 @@ struct alignas(16) WarpWork {
   std::int32_t first_wide = 0;    ///< likewise
   std::int32_t num_wide = 0;      ///< the block's
   std::int32_t first_round = 0;   ///< in which the warp takes part
+  /// Of both kinds.
   __host__ __device__ int num_pieces() const { return num_narrow + num_wide; }
 };
 
