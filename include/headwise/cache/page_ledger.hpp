@@ -304,7 +304,9 @@ class PageLedger {
     }
   }
 
-  /// `fn(entry)` for the table entries `range` of every head of class `c`.
+  /// `fn(entry)` for the table entries `range` of every head of class `c`, head by head: a prompt's
+  /// pages lie in a row for each head, which a device reads 2 to 3 % faster than pages dealt to all
+  /// heads in turn (bench/results).
   template <class Fn>
   void for_each_entry(SequenceId id, std::size_t c, EntryRange range, Fn&& fn) {
     if (range.count() == 0) return;  // nearly every decode step: no head of the class moves

@@ -144,9 +144,10 @@ void add_lanes(const QueryRows& rows) noexcept {
   }
 }
 
-/// Turns one row of scores into exp(score - max) and updates that row's max and sum.
+/// Turns one row of scores into exp(score - max) and updates that row's max and sums.
 /// @param scores  [64]; whole tiles around [seen.first, seen.last) hold scores
 /// @param rows_end  probabilities are needed up to here
+/// @param lane_sums  [16] of the row, as many as the vector is wide are used: see add_lanes()
 /// @return the factor by which what was summed so far shrinks
 template <class Isa>
 float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& max,

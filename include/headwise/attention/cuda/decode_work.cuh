@@ -188,8 +188,8 @@ struct CutMemory {
 class BlockDeal {
  public:
   /// @param places  [num_pieces] in line order; the warp of a narrow piece, then its place.
-  __device__ BlockDeal(int num_warps, int* places, int num_pieces)
-      : num_warps_(num_warps), places_(places), num_pieces_(num_pieces) {}
+  __device__ BlockDeal(int num_workers, int* places, int num_pieces)
+      : num_workers_(num_workers), places_(places), num_pieces_(num_pieces) {}
 
   /// @param num_tiles  of the i-th piece
   /// @param is_narrow  whether one warp may do it
@@ -199,7 +199,7 @@ class BlockDeal {
       int warp = kWide;
       if (is_narrow(i)) {
         warp = 0;
-        for (int w = 1; w < num_warps_; ++w) {
+        for (int w = 1; w < num_workers_; ++w) {
           if (load_[w] < load_[warp]) warp = w;
         }
         load_[warp] += num_tiles(i) + kItemOverhead;
@@ -223,11 +223,11 @@ class BlockDeal {
     int next[kMostWorkers + 1] = {};  // the last one: wide
     for (int i = 0; i < num_pieces_; ++i) ++next[index_of(places_[i])];
     int place = first_piece;
-    for (int w = 0; w <= num_warps_; ++w) {
-      const int index = w < num_warps_ ? w : kMostWorkers;
+    for (int w = 0; w <= num_workers_; ++w) {
+      const int index = w < num_workers_ ? w : kMostWorkers;
       const int count = next[index];
       next[index] = place;
-      if (w < num_warps_) {
+      if (w < num_workers_) {
         warps[w].first_narrow = place;
         warps[w].num_narrow = count;
       }
@@ -235,11 +235,11 @@ class BlockDeal {
     }
     const int spare = wide_tiles_ - room_beside_narrow();
     const auto rounds_of = [&](int w) {
-      return most_load() - load_[w] + spare / num_warps_ + (w < spare % num_warps_ ? 1 : 0);
+      return most_load() - load_[w] + spare / num_workers_ + (w < spare % num_workers_ ? 1 : 0);
     };
     int rounds = 0;
-    for (int w = 0; w < num_warps_; ++w) rounds = max(rounds, rounds_of(w));
-    for (int w = 0; w < num_warps_; ++w) {
+    for (int w = 0; w < num_workers_; ++w) rounds = max(rounds, rounds_of(w));
+    for (int w = 0; w < num_workers_; ++w) {
       warps[w].first_wide = next[kMostWorkers];
       warps[w].num_wide = place - next[kMostWorkers];
       warps[w].first_round = rounds - rounds_of(w);
@@ -253,18 +253,18 @@ class BlockDeal {
 
   __device__ int most_load() const {
     int most = 0;
-    for (int w = 0; w < num_warps_; ++w) most = max(most, load_[w]);
+    for (int w = 0; w < num_workers_; ++w) most = max(most, load_[w]);
     return most;
   }
   /// Tiles that the other warps have time for while the busiest one does its narrow pieces.
   __device__ int room_beside_narrow() const {
     const int most = most_load();
     int room = 0;
-    for (int w = 0; w < num_warps_; ++w) room += most - load_[w];
+    for (int w = 0; w < num_workers_; ++w) room += most - load_[w];
     return room;
   }
 
-  int num_warps_;
+  int num_workers_;
   int* places_;
   int num_pieces_;
   int load_[kMostWorkers] = {};  // narrow tiles of each warp, and overhead
