@@ -38,3 +38,11 @@
 #define HEADWISE_ALWAYS_INLINE inline
 #define HEADWISE_RESTRICT
 #endif
+
+/// @def HEADWISE_HOST_DEVICE
+/// What kernels and the host both compute, by the same code.
+#ifdef __CUDACC__
+#define HEADWISE_HOST_DEVICE __host__ __device__
+#else
+#define HEADWISE_HOST_DEVICE
+#endif

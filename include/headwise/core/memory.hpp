@@ -28,8 +28,8 @@ class Sections {
   template <class T>
   std::size_t add(std::size_t count) {
     const std::size_t begin = total_bytes_;
-    const std::size_t bytes = checked_mul(count, sizeof(T), "bytes of a section");
-    total_bytes_ = checked_add(begin, checked_add(bytes, kCacheLine - 1, "bytes of a section") /
+    const std::size_t bytes = detail::checked_mul(count, sizeof(T), "bytes of a section");
+    total_bytes_ = detail::checked_add(begin, detail::checked_add(bytes, kCacheLine - 1, "bytes of a section") /
                                           kCacheLine * kCacheLine,
                                "bytes of all sections");
     return begin;

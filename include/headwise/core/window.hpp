@@ -3,6 +3,7 @@
 /// The window rule: which keys a streaming head's query may see.
 #pragma once
 
+#include <compare>
 #include <cstdint>
 #include <limits>
 
@@ -43,7 +44,7 @@ struct Window {
     return bounded() && query.value >= recent ? Pos{query.value - recent + 1} : Pos{0};
   }
 
-  friend constexpr bool operator==(Window, Window) = default;
+  friend constexpr auto operator<=>(Window, Window) = default;
 };
 
 }  // namespace headwise::inline v0

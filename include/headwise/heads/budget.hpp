@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 /// @file budget.hpp
-/// What one KV head may keep. A new kind is one type here and one store in cache/.
+/// What one KV head may keep. A new kind is one type here and one file in cache/keep/.
 #pragma once
 
 #include <algorithm>
+#include <compare>
 #include <cstdint>
 #include <variant>
 
@@ -13,13 +14,22 @@ namespace headwise::inline v0 {
 
 /// A retrieval head: every token. RLKV's "reasoning heads" are retrieval heads here.
 struct KeepEverything {
-  friend constexpr bool operator==(KeepEverything, KeepEverything) = default;
+  friend constexpr auto operator<=>(KeepEverything, KeepEverything) = default;
 };
 
 /// A streaming head: the window rule of core/window.hpp.
 struct KeepWindow {
   Window window;  ///< bounded: recent >= 1, sink >= 0
-  friend constexpr bool operator==(KeepWindow, KeepWindow) = default;
+  /// `recent` of prompt chunks where it is not decode's: the window is wider while a prompt is read
+  /// (LServe), or the published server counts differently (RLKV); 0: the same. The head's ring holds
+  /// the wider of the two.
+  std::int64_t prompt_recent = 0;
+
+  /// The rule of prompt chunks.
+  constexpr Window prompt_window() const {
+    return prompt_recent == 0 ? window : Window{window.sink, prompt_recent};
+  }
+  friend constexpr auto operator<=>(KeepWindow, KeepWindow) = default;
 };
 
 /// RazorAttention's non-retrieval head (arXiv:2407.15891, Algorithm 1): `sink` first tokens, a
@@ -39,7 +49,7 @@ struct KeepGrowingWindow {
     return std::max<std::int64_t>(0, n - sink - recent(n));
   }
 
-  friend constexpr bool operator==(KeepGrowingWindow, KeepGrowingWindow) = default;
+  friend constexpr auto operator<=>(KeepGrowingWindow, KeepGrowingWindow) = default;
 };
 
 /// What one KV head may keep; default: everything.
