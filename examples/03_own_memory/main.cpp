@@ -12,7 +12,7 @@
 #include "headwise/attention/cpu/decode.hpp"
 #include "headwise/attention/cpu/prefill.hpp"
 #include "headwise/core/scratch.hpp"
-#include "headwise/policies/random.hpp"
+#include "headwise/policies/random_heads.hpp"
 
 namespace {
 
@@ -103,7 +103,7 @@ class Engine {
   }
 
   stand_in::Model model_{kLayers, kKvHeads* kGroup, kKvHeads, kDim};
-  HeadPlan plan_ = random::Policy{.sparsity = 0.5, .window = {4, 124}}.plan(model_.shape());
+  HeadPlan plan_ = random_heads::Policy{.sparsity = 0.5, .window = {4, 124}}.plan(model_.shape());
   own_memory::EngineMemory memory_{400, std::size_t{kLayers} * kKvHeads};
   std::vector<stand_in::Token> rows_;
   std::int64_t length_ = 0;
