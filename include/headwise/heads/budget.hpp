@@ -23,8 +23,8 @@ struct KeepEverything {
 struct KeepWindow {
   Window window;  ///< bounded: recent >= 1, sink >= 0
   /// `recent` of prompt chunks where it is not decode's: the window is wider while a prompt is read
-  /// (LServe), or the published server counts differently (RLKV); 0: the same. The head's ring holds
-  /// the wider of the two.
+  /// (LServe), or the published server counts differently (RLKV); 0: the same. The head's ring
+  /// holds the wider of the two.
   std::int64_t prompt_recent = 0;
 
   /// The rule of prompt chunks.
