@@ -38,8 +38,8 @@ struct SequenceState {
 
 /// A page whose rows another page is to have, too.
 struct PageCopy {
-  std::int32_t from = 0;   ///< page number
-  std::int32_t to = 0;     ///< page number
+  std::int32_t from = 0;  ///< page number
+  std::int32_t to = 0;    ///< page number
   std::size_t bytes = 0;  ///< of either
 };
 
@@ -210,8 +210,8 @@ class Books {
 
   /// Whether `id` was added and not released since.
   bool is_live(SequenceId id) const {
-    return id.index >= 0 && id.index < geometry_.options().max_sequences &&
-           state(id).is_live && state(id).generation == id.generation;
+    return id.index >= 0 && id.index < geometry_.options().max_sequences && state(id).is_live &&
+           state(id).generation == id.generation;
   }
   /// Tokens committed; the position of the sequence's next token. 0 where the id names nobody.
   std::int64_t length(SequenceId id) const { return is_live(id) ? state(id).length : 0; }
@@ -390,8 +390,7 @@ class Books {
     }
   }
   void take(std::int32_t index, std::size_t c, EntryRange range) {
-    for_each_entry(index, c, range,
-                   [&](std::int32_t& entry) { entry = pool_.take(size_of(c)); });
+    for_each_entry(index, c, range, [&](std::int32_t& entry) { entry = pool_.take(size_of(c)); });
     tables_.note(index, c, range.first, range.last);
   }
   void give_back(std::int32_t index, std::size_t c, EntryRange range) {

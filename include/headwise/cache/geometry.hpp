@@ -16,9 +16,9 @@
 #include "headwise/cache/options.hpp"
 #include "headwise/cache/pages/page_pool.hpp"
 #include "headwise/cache/pages/page_tables.hpp"
-#include "headwise/core/page_shape.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
+#include "headwise/core/page_shape.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/plan.hpp"
 
@@ -92,8 +92,7 @@ class CacheGeometry {
   }
   /// One head's place.
   const HeadPlace& head(int l, int kv_head) const& {
-    HEADWISE_ASSERT(kv_head >= 0 && kv_head < layer(l).shape.num_kv_heads,
-                    "KV head out of range");
+    HEADWISE_ASSERT(kv_head >= 0 && kv_head < layer(l).shape.num_kv_heads, "KV head out of range");
     return heads_[static_cast<std::size_t>(layer(l).first_head + kv_head)];
   }
   /// All heads, layer by layer.
@@ -126,8 +125,7 @@ class CacheGeometry {
   std::size_t bytes_held(std::int64_t length, std::int64_t high_water) const {
     std::size_t bytes = 0;
     for (const HeadClass& heads : classes_) {
-      bytes += static_cast<std::size_t>(heads.num_heads *
-                                        entries_held(heads, length, high_water)) *
+      bytes += static_cast<std::size_t>(heads.num_heads * entries_held(heads, length, high_water)) *
                pool_.page_bytes(heads.page_size);
     }
     return bytes;
@@ -138,15 +136,16 @@ class CacheGeometry {
   std::vector<std::int64_t> peak_pages(std::int64_t max_chunk) const {
     std::vector<std::int64_t> pages(pool_.num_sizes(), 0);
     for (const HeadClass& heads : classes_) {
-      const std::int64_t peak = std::visit(
-          [&](const auto& rule) { return rule.peak_entries(max_chunk); }, heads.rule);
+      const std::int64_t peak =
+          std::visit([&](const auto& rule) { return rule.peak_entries(max_chunk); }, heads.rule);
       std::int64_t& sum = pages[heads.page_size];
       sum = detail::checked_add(sum, detail::checked_mul(heads.num_heads, peak, "pages"), "pages");
     }
     return pages;
   }
 
-  /// Slabs of a pool in which `max_sequences` sequences may be in a step of `max_chunk` tokens each.
+  /// Slabs of a pool in which `max_sequences` sequences may be in a step of `max_chunk` tokens
+  /// each.
   std::int64_t slabs_for_steps_of(std::int64_t max_chunk) const {
     std::vector<std::int64_t> pages = peak_pages(max_chunk);
     for (std::int64_t& of_size : pages) {
@@ -176,11 +175,10 @@ class CacheGeometry {
     for (const HeadClass& heads : classes_) shape.heads.push_back(heads.num_heads);
     // Tables of the longest context for every sequence, unless that is much more than a pool of
     // this size can fill: then blocks follow the sequences' lengths.
-    const std::int64_t all = detail::checked_mul(
-        std::int64_t{options_.max_sequences}, levels_.back().num_entries, "page-table entries");
-    const std::int64_t small = detail::checked_mul(std::int64_t{options_.max_sequences},
-                                                   levels_.front().num_entries,
-                                                   "page-table entries");
+    const std::int64_t all = detail::checked_mul(std::int64_t{options_.max_sequences},
+                                                 levels_.back().num_entries, "page-table entries");
+    const std::int64_t small = detail::checked_mul(
+        std::int64_t{options_.max_sequences}, levels_.front().num_entries, "page-table entries");
     const auto granules = static_cast<std::int64_t>(pool_bytes() / pool_.granule());
     const std::int64_t by_use = small + detail::checked_mul(kEntriesPerPage, granules, "entries");
     if (all <= by_use) {
@@ -208,8 +206,7 @@ class CacheGeometry {
 
   static CacheOptions checked(CacheOptions options) {
     if (options.page_tokens < 16 || options.page_tokens % 16 != 0) {
-      fail<ConfigError>("page_tokens must be a positive multiple of 16, got ",
-                        options.page_tokens);
+      fail<ConfigError>("page_tokens must be a positive multiple of 16, got ", options.page_tokens);
     }
     detail::checked_range(options.max_context, 1, kMaxTokens, "max_context");
     detail::checked_range(options.max_rollback, 0, kMaxTokens, "max_rollback");
@@ -275,8 +272,8 @@ class CacheGeometry {
     for (int h = 0; h < shape.num_kv_heads; ++h) {
       const int class_idx = class_of({plan.budget(l, h), page_size}, known);
       HeadClass& heads = classes_[static_cast<std::size_t>(class_idx)];
-      heads_.push_back({class_idx, heads.num_heads++,
-                        static_cast<std::int64_t>(compensation_bytes_)});
+      heads_.push_back(
+          {class_idx, heads.num_heads++, static_cast<std::int64_t>(compensation_bytes_)});
       const std::int64_t rows =
           std::visit([](const auto& rule) { return rule.compensation_rows(); }, heads.rule);
       compensation_bytes_ = detail::checked_add(
@@ -312,9 +309,9 @@ class CacheGeometry {
   }
 
   void add_table_levels() {
-    const std::int64_t most =
-        ceil_div(options_.max_context, std::int64_t{options_.page_tokens});
-    for (std::int64_t pages = std::min(kFirstLevelPages, most);; pages = std::min(2 * pages, most)) {
+    const std::int64_t most = ceil_div(options_.max_context, std::int64_t{options_.page_tokens});
+    for (std::int64_t pages = std::min(kFirstLevelPages, most);;
+         pages = std::min(2 * pages, most)) {
       TableLevel level;
       level.capacity_pages = pages;
       for (const HeadClass& heads : classes_) {

@@ -6,10 +6,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <span>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "headwise/cache/books.hpp"
@@ -17,6 +18,8 @@
 #include "headwise/cache/keep/keep.hpp"
 #include "headwise/cache/place.hpp"
 #include "headwise/cache/rows/format.hpp"
+#include "headwise/cache/rows/plain_rows.hpp"
+#include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/core/kv_view.hpp"
@@ -35,11 +38,13 @@ struct SeenRows {
 /// K and V of many independent sequences, head by head as the plan says.
 ///
 /// One step: `begin` takes pages, attend() (attention/attend.hpp) runs the layers, each once and in
-/// any order, `commit` makes the new tokens part of their sequences. All calls that change the cache
-/// are one thread's business; begin, commit, drop and rollback neither allocate (after the first
-/// step) nor lock nor throw. A cache neither moves nor copies: steps and attention point to it.
+/// any order, `commit` makes the new tokens part of their sequences. All calls that change the
+/// cache are one thread's business; begin, commit, drop and rollback neither allocate (after the
+/// first step) nor lock nor throw. A cache neither moves nor copies: steps and attention point to
+/// it.
 ///
-/// @tparam Row  a row format (cache/rows/), or an element type for its usual format: f32, f16, bf16.
+/// @tparam Row  a row format (cache/rows/), or an element type for its usual format: f32, f16,
+/// bf16.
 /// @tparam Place  where the pages live (cache/place.hpp).
 template <class Row = f16, CachePlace Place = HostPlace>
   requires RowFormat<FormatOf<Row>>
@@ -80,9 +85,8 @@ class KvCache {
   StepStatus fork(SequenceId id, SequenceId& child, Stream stream = {}) {
     copies_.clear();
     SequenceId forked;
-    StepStatus status = books_.fork(id, forked, [&](const PageCopy& copy) {
-      copies_.push_back(copy);
-    });
+    StepStatus status =
+        books_.fork(id, forked, [&](const PageCopy& copy) { copies_.push_back(copy); });
     if (status == StepStatus::kOk) status = place_.copy_pages(copies_, stream);
     if (status == StepStatus::kOk) {
       child = forked;
@@ -166,8 +170,7 @@ class KvCache {
 
   /// What the entry's queries may see of one head, as of the step's start. Any thread.
   SeenRows<Format> seen(const StepEntry& entry, int layer, int kv_head) const
-    requires(Place::kOnHost)
-  {
+      requires(Place::kOnHost) {
     const LayerPlace& place = geometry().layer(layer);
     const HeadPlace& head = geometry().head(layer, kv_head);
     return visit_head(entry, head, [&](const auto& rule, const auto& state) {
@@ -193,15 +196,13 @@ class KvCache {
   /// @param k,v  [num_tokens, 1, k_dim] and [num_tokens, 1, v_dim].
   template <class Isa>
   void append(const Step& step, const StepEntry& entry, int layer, int kv_head,
-              TensorView<const float> k, TensorView<const float> v) const
-    requires(Place::kOnHost)
-  {
+              TensorView<const float> k, TensorView<const float> v) const requires(Place::kOnHost) {
     const PageShape& page = geometry().layer(layer).page;
     const HeadPlace& head = geometry().head(layer, kv_head);
     visit_head(entry, head, [&](const auto& rule, const auto& state) {
       const SlotMap to = rule.append_slots(state, entry.lengths);
-      carry_over(rule.slots(state), to, rule.held(state, entry.lengths.length,
-                                                  entry.lengths.high_water)[0], entry, head);
+      carry_over(rule.slots(state), to,
+                 rule.held(state, entry.lengths.length, entry.lengths.high_water)[0], entry, head);
       std::int64_t overflows = 0;
       for (std::int64_t i = 0; i < entry.num_tokens(); ++i) {
         const Pos pos{entry.lengths.length + i};
@@ -212,9 +213,8 @@ class KvCache {
             static_cast<std::size_t>(slot.value % page.page_tokens), k.row(i, 0), v.row(i, 0));
       }
       step.note_overflows(overflows);
-      rule.for_each_fold(state, entry.lengths, [&](const FoldMove& move) {
-        fold<Isa>(move, entry, head, page);
-      });
+      rule.for_each_fold(state, entry.lengths,
+                         [&](const FoldMove& move) { fold<Isa>(move, entry, head, page); });
     });
   }
 
@@ -234,8 +234,7 @@ class KvCache {
   template <class Fn>
   decltype(auto) visit_head(const StepEntry& entry, const HeadPlace& head, Fn&& fn) const {
     const auto c = static_cast<std::size_t>(head.class_idx);
-    return visit_rule(geometry().classes()[c].rule, books_.keep_state(entry.sequence.index, c),
-                      fn);
+    return visit_rule(geometry().classes()[c].rule, books_.keep_state(entry.sequence.index, c), fn);
   }
   const std::int32_t* table(const StepEntry& entry, const HeadPlace& head) const {
     return books_.tables().head(entry.sequence.index, static_cast<std::size_t>(head.class_idx),

@@ -26,15 +26,14 @@ namespace headwise::inline v0 {
 /// - `send(books, step, stream)`: after a begin: what kernels must know of the open step, and every
 ///   change of the page tables since the last call. Anything but kOk drops the step.
 template <class P>
-concept CachePlace =
-    std::constructible_from<P, const CacheGeometry&> &&
+concept CachePlace = std::constructible_from<P, const CacheGeometry&> &&
     requires(P place, const P& fixed, Books& books, const Step& step,
              std::span<const PageCopy> copies, typename P::Stream stream) {
-      { P::kOnHost } -> std::convertible_to<bool>;
-      { fixed.pages() } -> std::same_as<std::byte*>;
-      { place.copy_pages(copies, stream) } -> std::same_as<StepStatus>;
-      { place.send(books, step, stream) } -> std::same_as<StepStatus>;
-    };
+  { P::kOnHost } -> std::convertible_to<bool>;
+  { fixed.pages() } -> std::same_as<std::byte*>;
+  { place.copy_pages(copies, stream) } -> std::same_as<StepStatus>;
+  { place.send(books, step, stream) } -> std::same_as<StepStatus>;
+};
 
 /// The host's memory: one std::pmr allocation, or the caller's bytes.
 class HostPlace {
@@ -47,9 +46,9 @@ class HostPlace {
   explicit HostPlace(const CacheGeometry& geometry)
       : granule_(geometry.pool().granule()),
         given_(checked(geometry)),
-        owned_(geometry.options().resource, given_.empty() ? geometry.pool_bytes() : 0,
-               geometry.pool_bytes() >= Allocation::kHugePage ? Allocation::kHugePage
-                                                              : kCacheLine) {
+        owned_(
+            geometry.options().resource, given_.empty() ? geometry.pool_bytes() : 0,
+            geometry.pool_bytes() >= Allocation::kHugePage ? Allocation::kHugePage : kCacheLine) {
     owned_.advise_huge_pages();
   }
 

@@ -81,9 +81,9 @@ constexpr const char* to_string(StepStatus status) {
 
 /// One sequence's part of a step.
 struct StepEntry {
-  SequenceId sequence{};       ///< whose rows these are
-  StepLengths lengths;         ///< before and after the step
-  std::int64_t first_row = 0;  ///< of this sequence in q, k, v and out
+  SequenceId sequence{};         ///< whose rows these are
+  StepLengths lengths;           ///< before and after the step
+  std::int64_t first_row = 0;    ///< of this sequence in q, k, v and out
   Phase phase = Phase::kPrompt;  ///< of its chunk
   /// New tokens.
   std::int64_t num_tokens() const { return lengths.next - lengths.length; }
@@ -129,8 +129,8 @@ class Step {
   friend class Books;
 
   std::vector<StepEntry> entries_;
-  const void* books_ = nullptr;   // whose begin filled it
-  std::uint64_t epoch_ = 0;       // of that begin; 0: never
+  const void* books_ = nullptr;  // whose begin filled it
+  std::uint64_t epoch_ = 0;      // of that begin; 0: never
   std::size_t num_layers_ = 0;
   std::unique_ptr<std::atomic<std::int64_t>[]> heads_done_;  // [num_layers], over all entries
   mutable std::atomic<std::int64_t> num_overflows_{0};

@@ -3,6 +3,10 @@
 /// Every macro a consumer may set, and what follows from the compiler's own macros.
 #pragma once
 
+#if __cplusplus < 202002L
+#error "Headwise needs C++20: compile with -std=c++20 or later"
+#endif
+
 /// 1: caller's bugs are caught by HEADWISE_ASSERT and freed rows are poisoned with NaN.
 /// Default: on in debug builds. Results are the same either way.
 #ifndef HEADWISE_HARDENED

@@ -29,9 +29,10 @@ class Sections {
   std::size_t add(std::size_t count) {
     const std::size_t begin = total_bytes_;
     const std::size_t bytes = detail::checked_mul(count, sizeof(T), "bytes of a section");
-    total_bytes_ = detail::checked_add(begin, detail::checked_add(bytes, kCacheLine - 1, "bytes of a section") /
-                                          kCacheLine * kCacheLine,
-                               "bytes of all sections");
+    total_bytes_ = detail::checked_add(
+        begin,
+        detail::checked_add(bytes, kCacheLine - 1, "bytes of a section") / kCacheLine * kCacheLine,
+        "bytes of all sections");
     return begin;
   }
   /// Of all sections so far.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file slot_map.hpp
-/// SlotMap: which slot a position's row lies in, whatever rule keeps it; the same on host and device.
+/// SlotMap: which slot a position's row lies in, whatever rule keeps it; the same on host and
+/// device.
 #pragma once
 
 #include <algorithm>

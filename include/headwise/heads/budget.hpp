@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file budget.hpp
-/// What one KV head may keep. A new kind is one type here and one file in cache/keep/.
+/// What one KV head may keep. A new kind is one type here and one file in cache/keep/; what else
+/// must know of it does not compile until it does.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <cstdint>
 #include <variant>
 
+#include "headwise/core/checked.hpp"
 #include "headwise/core/window.hpp"
 
 namespace headwise::inline v0 {
@@ -21,8 +23,8 @@ struct KeepEverything {
 struct KeepWindow {
   Window window;  ///< bounded: recent >= 1, sink >= 0
   /// `recent` of prompt chunks where it is not decode's: the window is wider while a prompt is read
-  /// (LServe), or the published server counts differently (RLKV); 0: the same. The head's ring holds
-  /// the wider of the two.
+  /// (LServe), or the published server counts differently (RLKV); 0: the same. The head's ring
+  /// holds the wider of the two.
   std::int64_t prompt_recent = 0;
 
   /// The rule of prompt chunks.
@@ -59,5 +61,34 @@ using HeadBudget = std::variant<KeepEverything, KeepWindow, KeepGrowingWindow>;
 constexpr bool is_retrieval(const HeadBudget& budget) {
   return std::holds_alternative<KeepEverything>(budget);
 }
+
+}  // namespace headwise::inline v0
+
+namespace headwise::inline v0::detail {
+
+/// A visitor without a case for every kind does not compile.
+struct CheckBudget {
+  constexpr void operator()(KeepEverything) const {}
+  constexpr void operator()(const KeepWindow& keep) const {
+    checked_range(keep.window.sink, 0, kMaxTokens, "sink");
+    checked_range(keep.prompt_recent, 0, kMaxTokens, "prompt_recent");
+    if (!keep.window.bounded()) return;
+    checked_range(keep.window.recent, 1, kMaxTokens, "recent, which counts the current token,");
+  }
+  constexpr void operator()(const KeepGrowingWindow& keep) const {
+    checked_range(keep.sink, 0, kMaxTokens, "sink");
+    checked_range(keep.min_recent, 1, kMaxTokens, "min_recent");
+    checked_range(keep.divisor, 1, kMaxTokens, "divisor");
+  }
+};
+
+}  // namespace headwise::inline v0::detail
+
+namespace headwise::inline v0 {
+
+/// What HeadPlan::set() asks of a budget: sinks from 0, everything else from 1, to kMaxTokens; an
+/// unbounded window's `recent` is Window::kUnbounded.
+/// @throws ConfigError with name, limits and value of what is outside.
+constexpr void check_budget(const HeadBudget& budget) { std::visit(detail::CheckBudget{}, budget); }
 
 }  // namespace headwise::inline v0

@@ -60,8 +60,8 @@ struct GrowingWindowRule {
   }
   constexpr KeepChanges<State> changes(State state, const StepLengths& step) const {
     const std::int64_t next = step.next_high_water();
-    const bool flips = fold(step.high_water) != fold(next) ||
-                       settled_fold(step.high_water) != settled_fold(next);
+    const bool flips =
+        fold(step.high_water) != fold(next) || settled_fold(step.high_water) != settled_fold(next);
     return {{pages_of(step.length), pages_of(step.next)},
             {settled_entry(step.high_water), settled_entry(next)},
             {static_cast<std::uint8_t>(flips ? 1 - state.bank : state.bank)}};
@@ -105,7 +105,8 @@ struct GrowingWindowRule {
     const std::int64_t known = fold(step.high_water);
     const std::int64_t last = fold(step.next_high_water());
     std::int64_t done = std::min(known, settled_fold(step.next_high_water()));
-    if (done != 0) fn(FoldMove{row_of(state.bank, done), row_of(to_bank, done), 0, 0, 0, done - budget.sink});
+    if (done != 0)
+      fn(FoldMove{row_of(state.bank, done), row_of(to_bank, done), 0, 0, 0, done - budget.sink});
     while (done < last) {
       const std::int64_t next = next_fold(done);
       FoldMove move{{}, row_of(to_bank, next), 0, 0, 0, next - budget.sink};

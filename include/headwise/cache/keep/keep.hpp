@@ -55,8 +55,8 @@ inline AnyKeepRule make_rule(const HeadBudget& budget, const KeepLimits& limits)
 
 /// The state of an empty sequence under this rule.
 inline AnyKeepState empty_state(const AnyKeepRule& rule) {
-  return std::visit(
-      []<class Rule>(const Rule&) -> AnyKeepState { return typename Rule::State{}; }, rule);
+  return std::visit([]<class Rule>(const Rule&) -> AnyKeepState { return typename Rule::State{}; },
+                    rule);
 }
 
 /// `fn(rule, state)` with both as what they are.

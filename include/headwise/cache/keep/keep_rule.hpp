@@ -103,26 +103,25 @@ struct FoldMove {
 /// - `compensation_rows()`, `for_each_fold(state, lengths, fn)`: compensation rows of one head, and
 ///   the FoldMoves of a step, in order.
 template <class R>
-concept KeepRule =
-    std::is_trivially_copyable_v<typename R::State> &&
+concept KeepRule = std::is_trivially_copyable_v<typename R::State> &&
     std::is_default_constructible_v<typename R::State> && std::equality_comparable<R> &&
     requires(const R rule, const typename R::Budget& budget, const KeepLimits& limits,
              const typename R::State& state, const StepLengths& lengths, std::int64_t tokens,
              Phase phase, void (*fold)(const FoldMove&)) {
-      { R::make(budget, limits) } -> std::same_as<R>;
-      { rule.table_entries(tokens) } -> std::same_as<std::int64_t>;
-      { rule.held(state, tokens, tokens) } -> std::same_as<std::array<EntryRange, 2>>;
-      { rule.changes(state, lengths) } -> std::same_as<KeepChanges<typename R::State>>;
-      { rule.rolled_back(state, tokens, tokens) } -> std::same_as<EntryRange>;
-      { rule.frozen(state, tokens) } -> std::same_as<std::int64_t>;
-      { rule.peak_entries(tokens) } -> std::same_as<std::int64_t>;
-      { rule.runs(state, tokens, phase) } -> std::same_as<StoredRuns>;
-      { rule.folded(state, tokens) } -> std::same_as<FoldedRows>;
-      { rule.window(phase) } -> std::same_as<Window>;
-      { rule.slots(state) } -> std::same_as<SlotMap>;
-      { rule.append_slots(state, lengths) } -> std::same_as<SlotMap>;
-      { rule.compensation_rows() } -> std::same_as<std::int64_t>;
-      rule.for_each_fold(state, lengths, fold);
-    };
+  { R::make(budget, limits) } -> std::same_as<R>;
+  { rule.table_entries(tokens) } -> std::same_as<std::int64_t>;
+  { rule.held(state, tokens, tokens) } -> std::same_as<std::array<EntryRange, 2>>;
+  { rule.changes(state, lengths) } -> std::same_as<KeepChanges<typename R::State>>;
+  { rule.rolled_back(state, tokens, tokens) } -> std::same_as<EntryRange>;
+  { rule.frozen(state, tokens) } -> std::same_as<std::int64_t>;
+  { rule.peak_entries(tokens) } -> std::same_as<std::int64_t>;
+  { rule.runs(state, tokens, phase) } -> std::same_as<StoredRuns>;
+  { rule.folded(state, tokens) } -> std::same_as<FoldedRows>;
+  { rule.window(phase) } -> std::same_as<Window>;
+  { rule.slots(state) } -> std::same_as<SlotMap>;
+  { rule.append_slots(state, lengths) } -> std::same_as<SlotMap>;
+  { rule.compensation_rows() } -> std::same_as<std::int64_t>;
+  rule.for_each_fold(state, lengths, fold);
+};
 
 }  // namespace headwise::inline v0

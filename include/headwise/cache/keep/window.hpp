@@ -60,7 +60,8 @@ struct WindowRule {
   }
   constexpr KeepChanges<State> changes(State state, const StepLengths& step) const {
     const int bank = state.bank;
-    if (in_place(step)) return {{end_entry(step.length, bank), end_entry(step.next, bank)}, {}, state};
+    if (in_place(step))
+      return {{end_entry(step.length, bank), end_entry(step.next, bank)}, {}, state};
     return {{first_entry(1 - bank), end_entry(step.next, 1 - bank)},
             {first_entry(bank), end_entry(step.length, bank)},
             {static_cast<std::uint8_t>(1 - bank)}};
@@ -69,9 +70,7 @@ struct WindowRule {
     return {end_entry(to, state.bank), end_entry(from, state.bank)};
   }
   /// Every row of a ring is overwritten sooner or later.
-  constexpr std::int64_t frozen(State state, std::int64_t) const {
-    return first_entry(state.bank);
-  }
+  constexpr std::int64_t frozen(State state, std::int64_t) const { return first_entry(state.bank); }
   /// A chunk of up to the slack's tokens never needs a second ring.
   constexpr std::int64_t peak_entries(std::int64_t max_chunk) const {
     const bool may_switch =

@@ -78,7 +78,7 @@ class PoolShape {
 class PagePool {
  public:
   /// What the pool remembers of a slab.
-  struct Slab {  // left untouched until it is used
+  struct Slab {               // left untouched until it is used
     std::int32_t size;        ///< of its pages
     std::int32_t num_used;    ///< pages that somebody holds
     std::int32_t first_free;  ///< page number, kNone: it is full
@@ -106,8 +106,8 @@ class PagePool {
            const Layout& layout, bool poisons)
       : shape_(std::move(shape)),
         memory_(memory),
-        holders_(metadata.make_untouched<std::int32_t>(layout.holders,
-                                                       num_granules(shape_, num_slabs))),
+        holders_(
+            metadata.make_untouched<std::int32_t>(layout.holders, num_granules(shape_, num_slabs))),
         slabs_(metadata.make_untouched<Slab>(layout.slabs, static_cast<std::size_t>(num_slabs))),
         sizes_(metadata.make<SizeState>(layout.sizes, shape_.num_sizes())),
         granules_per_slab_(static_cast<std::int32_t>(shape_.slab_bytes() / shape_.granule())),

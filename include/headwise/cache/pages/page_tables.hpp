@@ -19,10 +19,10 @@ namespace headwise::inline v0 {
 /// The tables of one sequence that may hold a certain number of pages' tokens: class by class,
 /// and in a class head by head.
 struct TableLevel {
-  std::int64_t capacity_pages = 0;      ///< the longest sequence, in pages of tokens
-  std::vector<std::int64_t> first;      ///< [classes] entry of the class's first head
-  std::vector<std::int64_t> per_head;   ///< [classes] entries of each of its heads
-  std::int64_t num_entries = 0;         ///< of all heads
+  std::int64_t capacity_pages = 0;     ///< the longest sequence, in pages of tokens
+  std::vector<std::int64_t> first;     ///< [classes] entry of the class's first head
+  std::vector<std::int64_t> per_head;  ///< [classes] entries of each of its heads
+  std::int64_t num_entries = 0;        ///< of all heads
 };
 
 /// Page tables of all sequences in one arena of entries. A sequence has a block of it, one of a few
@@ -51,11 +51,11 @@ class PageTables {
 
   /// What the tables are built for.
   struct Shape {
-    std::vector<TableLevel> levels;    ///< smallest first; not empty
-    std::vector<std::int64_t> heads;   ///< [classes] heads of each class
-    std::int64_t num_entries = 0;      ///< of the arena
-    std::int64_t max_sequences = 0;    ///< that have tables at once
-    bool keeps_log = false;            ///< whether changes are noted
+    std::vector<TableLevel> levels;   ///< smallest first; not empty
+    std::vector<std::int64_t> heads;  ///< [classes] heads of each class
+    std::int64_t num_entries = 0;     ///< of the arena
+    std::int64_t max_sequences = 0;   ///< that have tables at once
+    bool keeps_log = false;           ///< whether changes are noted
   };
 
   /// Where the tables lie among the cache's metadata.
@@ -89,9 +89,9 @@ class PageTables {
   bool reserve(std::int32_t index, std::int64_t pages) {
     Block& block = block_of(index);
     if (block.level >= 0 && level_of(block).capacity_pages >= pages) return true;
-    const auto wanted = std::find_if(
-        shape_.levels.begin(), shape_.levels.end(),
-        [&](const TableLevel& level) { return level.capacity_pages >= pages; });
+    const auto wanted =
+        std::find_if(shape_.levels.begin(), shape_.levels.end(),
+                     [&](const TableLevel& level) { return level.capacity_pages >= pages; });
     HEADWISE_ASSERT(wanted != shape_.levels.end(), "a sequence longer than max_context");
     const std::int64_t begin = take(wanted->num_entries);
     if (begin < 0) return false;
@@ -216,8 +216,8 @@ class PageTables {
   void give_back(Extent freed) {
     const auto begin = extents_.begin();
     const auto end = begin + static_cast<std::ptrdiff_t>(num_extents_);
-    const auto after = std::find_if(
-        begin, end, [&](const Extent& extent) { return extent.begin >= freed.end; });
+    const auto after =
+        std::find_if(begin, end, [&](const Extent& extent) { return extent.begin >= freed.end; });
     const bool joins_after = after != end && after->begin == freed.end;
     const bool joins_before = after != begin && (after - 1)->end == freed.begin;
     if (joins_before && joins_after) {
