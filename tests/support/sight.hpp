@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file sight.hpp
-/// The published rules, one key at a time: which query sees which key of which head, by brute force.
+/// The published rules, one key at a time: which query sees which key of which head, by brute
+/// force.
 #pragma once
 
 #include <algorithm>

@@ -41,7 +41,7 @@ TEST(EverythingRule, SharesEveryFullPageThatNoRollbackReachesAndNoOther) {
     for (std::int64_t high_water = 0; high_water <= 600; ++high_water) {
       const std::int64_t lowest = std::max<std::int64_t>(0, high_water - rollback);
       const std::int64_t frozen = rule.frozen({}, high_water);
-      EXPECT_LE(frozen * 64, lowest);     // the next row after any rollback lies behind them
+      EXPECT_LE(frozen * 64, lowest);       // the next row after any rollback lies behind them
       EXPECT_GT(frozen * 64 + 64, lowest);  // and the page behind them may get it
     }
   }

@@ -111,11 +111,12 @@ class FoldedRowsOf {
   std::int64_t high_water() const { return high_water_; }
 
  private:
-  /// Every length in reach of a rollback has its row: the positions behind the sinks up to its fold.
+  /// Every length in reach of a rollback has its row: the positions behind the sinks up to its
+  /// fold.
   void check(const std::map<std::int64_t, Positions>& rows, GrowingWindowRule::State state,
              std::int64_t length, std::int64_t high_water) const {
-    for (std::int64_t at = std::max<std::int64_t>(0, high_water - rule_.max_rollback);
-         at <= length; ++at) {
+    for (std::int64_t at = std::max<std::int64_t>(0, high_water - rule_.max_rollback); at <= length;
+         ++at) {
       const FoldedRows folded = rule_.folded(state, at);
       if (folded.count == 0) continue;
       Positions expected;
@@ -140,11 +141,12 @@ TEST(GrowingWindowRule, EveryLengthInReachHasItsCompensationRowOnARandomWalk) {
           KeepGrowingWindow{33, 64, 7}}) {
       FoldedRowsOf rows(GrowingWindowRule::make(budget, limits_of(3000, rollback)));
       while (rows.length() < 600 && !HasFatalFailure()) {
-        rows.grow_to(rows.length() + static_cast<std::int64_t>(random() % 3 == 0 ? random() % 150
-                                                                                 : random() % 4));
+        rows.grow_to(rows.length() +
+                     static_cast<std::int64_t>(random() % 3 == 0 ? random() % 150 : random() % 4));
         const std::int64_t lowest = std::max<std::int64_t>(0, rows.high_water() - rollback);
         if (random() % 3 == 0 && lowest < rows.length()) {
-          rows.roll_back_to(lowest + static_cast<std::int64_t>(random()) % (rows.length() - lowest));
+          rows.roll_back_to(lowest +
+                            static_cast<std::int64_t>(random()) % (rows.length() - lowest));
         }
       }
     }
@@ -172,8 +174,11 @@ TEST(GrowingWindowRule, SharesNoPageThatAnAppendOrARollbackReaches) {
 }
 
 TEST(GrowingWindowRule, RefusesRollbackBehindItsBuffer) {
-  EXPECT_THAT([] { GrowingWindowRule::make({4, 40, 5}, limits_of(3000, 41)); },
-              ThrowsMessage<ConfigError>(AllOf(HasSubstr("40"), HasSubstr("41"))));
+  EXPECT_THAT(
+      [] {
+        GrowingWindowRule::make({4, 40, 5}, limits_of(3000, 41));
+      },
+      ThrowsMessage<ConfigError>(AllOf(HasSubstr("40"), HasSubstr("41"))));
   EXPECT_NO_THROW(GrowingWindowRule::make({4, 40, 5}, limits_of(3000, 40)));
 }
 

@@ -113,7 +113,7 @@ TEST(KeepRules, ChangesLeadFromWhatIsHeldToWhatIsHeld) {
 
 TEST(KeepRules, RollbackGivesBackExactlyWhatIsNoLongerHeld) {
   for_each_rule([]<class Rule>(const Rule& rule, const RuleCase& rule_case) {
-    for (std::int64_t high_water = 0; high_water <= 150; ++high_water) {
+    for (std::int64_t high_water = 0; high_water <= 120; high_water += 2) {
       const std::int64_t lowest =
           std::max<std::int64_t>(0, high_water - rule_case.limits.max_rollback);
       for (std::int64_t from = lowest; from <= high_water; from += 3) {
@@ -133,7 +133,7 @@ TEST(KeepRules, RollbackGivesBackExactlyWhatIsNoLongerHeld) {
 
 TEST(KeepRules, HoldThePageOfEveryRowThatAnyPermittedLengthMaySee) {
   for_each_rule([]<class Rule>(const Rule& rule, const RuleCase& rule_case) {
-    for (std::int64_t high_water = 0; high_water <= 300; ++high_water) {
+    for (std::int64_t high_water = 0; high_water <= 220; ++high_water) {
       const std::int64_t lowest =
           std::max<std::int64_t>(0, high_water - rule_case.limits.max_rollback);
       for (std::int64_t length = lowest; length <= high_water; ++length) {
@@ -203,8 +203,9 @@ TEST(KeepRules, NoStepHoldsMoreThanThePeakOfItsChunk) {
         for (std::int64_t length = lowest; length <= high_water; ++length) {
           const auto held = rule.held({}, length, high_water);
           const std::int64_t n = std::min(max_chunk, 400 - length);  // a longer step takes no less
-          most = std::max(most, held[0].count() + held[1].count() +
-                                    rule.changes({}, {length, high_water, length + n}).take.count());
+          most =
+              std::max(most, held[0].count() + held[1].count() +
+                                 rule.changes({}, {length, high_water, length + n}).take.count());
         }
       }
       ASSERT_LE(most, rule.peak_entries(max_chunk)) << "chunks of " << max_chunk;
@@ -398,16 +399,15 @@ TEST(KeepRules, EachBudgetHasTheRuleThatNamesIt) {
 
 TEST(KeepRules, AStateIsVisitedBesideItsRule) {
   const KeepLimits limits = limits_of(0, PrefillMode::kChunkCausal);
-  for (const HeadBudget& budget :
-       {HeadBudget{KeepEverything{}}, HeadBudget{KeepWindow{{4, 8}}},
-        HeadBudget{KeepGrowingWindow{4, 8, 2}}}) {
+  for (const HeadBudget& budget : {HeadBudget{KeepEverything{}}, HeadBudget{KeepWindow{{4, 8}}},
+                                   HeadBudget{KeepGrowingWindow{4, 8, 2}}}) {
     const AnyKeepRule rule = make_rule(budget, limits);
     const AnyKeepState state = empty_state(rule);
     EXPECT_EQ(rule.index(), state.index());
-    const bool is_same = visit_rule(rule, state, [&]<class Rule>(const Rule& kind,
-                                                                 const typename Rule::State& kept) {
-      return kind == std::get<Rule>(rule) && kept == typename Rule::State{};
-    });
+    const bool is_same = visit_rule(
+        rule, state, [&]<class Rule>(const Rule& kind, const typename Rule::State& kept) {
+          return kind == std::get<Rule>(rule) && kept == typename Rule::State{};
+        });
     EXPECT_TRUE(is_same);
   }
 }

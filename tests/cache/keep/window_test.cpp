@@ -98,9 +98,9 @@ TEST(WindowRule, EachPhaseSeesItsOwnWindow) {
 }
 
 TEST(WindowRule, NeverHoldsMoreThanTheContext) {
-  for (const KeepWindow keep : {KeepWindow{{4, 4000}}, KeepWindow{{4000, 4}},
-                                KeepWindow{{50, 60}}, KeepWindow{Window::everything()},
-                                KeepWindow{{4, 4}, Window::kUnbounded}}) {
+  for (const KeepWindow keep :
+       {KeepWindow{{4, 4000}}, KeepWindow{{4000, 4}}, KeepWindow{{50, 60}},
+        KeepWindow{Window::everything()}, KeepWindow{{4, 4}, Window::kUnbounded}}) {
     const WindowRule rule = rule_of(keep, limits_of(100, 8));
     EXPECT_EQ(rule.rows, 112);
     EXPECT_EQ(rule.peak_entries(100), 7);
