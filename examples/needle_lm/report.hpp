@@ -62,22 +62,22 @@ inline void print_table(const std::vector<Result>& results, std::FILE* out) {
 
 /// What print_table()'s columns and the two tasks are.
 inline void print_legend(const Tasks& tasks, std::FILE* out) {
-  std::fprintf(
-      out,
-      "\n"
-      "full heads     share of the KV heads that keep everything; the others stream\n"
-      "KV MiB, share  pages that a sequence of %d tokens really holds, equal to the\n"
-      "               library's estimate, and their share of the full cache's\n"
-      "decode tok/s   generated tokens a second, of all sequences together\n"
-      "passkey right  documents whose answer is right to the word. Needles, \"# key\n"
-      "               12 words ;\", lie in filler; the end asks for one: \"? key\"\n"
-      "chain right    documents whose chain of thought is right to the word. A\n"
-      "               program lies in filler; the end asks for a variable, \"? x\",\n"
-      "               and the model works it out line by line, then says \"ANS x 4\"\n"
-      "answer right   of these, documents whose last value is right, whatever the chain\n"
-      "words out      of a chain, as generated, on average; %zu would be right, and it is cut\n"
-      "               %zu words later\n",
-      static_cast<int>(kMeasuredTokens), tasks.cot.documents.front().answer_length, kOverlength);
+  std::fprintf(out,
+               "\n"
+               "full heads     share of the KV heads that keep everything; the others stream\n"
+               "KV MiB, share  pages that a sequence of %d tokens really holds, equal to the\n"
+               "               library's estimate, and their share of the full cache's\n"
+               "decode tok/s   generated tokens a second, of all sequences together\n"
+               "passkey right  documents whose answer is right to the word. Needles, \"# key\n"
+               "               12 words ;\", lie in filler; the end asks for one: \"? key\"\n"
+               "chain right    documents whose chain of thought is right to the word. A\n"
+               "               program lies in filler; the end asks for a variable, \"? x\",\n"
+               "               and the model works it out line by line, then says \"ANS x 4\"\n"
+               "answer right   of these, documents whose last value is right, whatever the chain\n"
+               "words out      of a chain, as generated, on average; %zu would be right, and\n"
+               "               an output is cut %zu words beyond that\n",
+               static_cast<int>(kMeasuredTokens), tasks.cot.documents.front().answer_length,
+               kOverlength);
 }
 
 /// The first question of each task, its answer, and what every policy made of it.
