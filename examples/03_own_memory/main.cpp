@@ -49,7 +49,7 @@ class Engine {
     const auto q = model_.q(), k = model_.k(), v = model_.v();
     const auto out = model_.out();
     const int table = layer * kKvHeads + head;
-    const HeadProblem<f16, PlainLayout> problem{
+    const HeadProblem<PlainRows<f16>> problem{
         .past = memory_.view(table, window, Pos{length_}),
         .window = window,
         .first_query = Pos{length_},
@@ -73,7 +73,7 @@ class Engine {
   }
 
   /// Tiles of queries; each could be another thread's, with scratch of its own.
-  void prefill(const HeadProblem<f16, PlainLayout>& problem) {
+  void prefill(const HeadProblem<PlainRows<f16>>& problem) {
     float* scratch = reserve(prefill_scratch_floats(kGroup, kDim, kDim));
     const std::int64_t tile = prefill_tile_queries(kGroup);
     for (std::int64_t first = 0; first < problem.num_queries; first += tile) {
@@ -82,7 +82,7 @@ class Engine {
   }
 
   /// Splits of the past; each could be another thread's, with scratch of its own.
-  void decode(const HeadProblem<f16, PlainLayout>& problem) {
+  void decode(const HeadProblem<PlainRows<f16>>& problem) {
     constexpr std::int64_t kSplit = 256;
     const std::int64_t past = problem.past.num_rows();
     const std::int64_t splits = std::max<std::int64_t>(1, (past + kSplit - 1) / kSplit);
