@@ -52,7 +52,8 @@ int main() {
   if (status != StepStatus::kOk) return retry_later(status);
   for (int layer = 0; layer < 32; ++layer) {
     // ... your projections and RoPE: q [rows, 32, 128], k and v [rows, 8, 128], floats ...
-    attend(cache, step, layer, q, k, v, out, executor);
+    status = attend(cache, step, layer, q, k, v, out, executor);
+    if (status != StepStatus::kOk) return retry_later(status);
   }
   status = cache.commit(step);
   if (status != StepStatus::kOk) return retry_later(status);

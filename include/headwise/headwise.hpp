@@ -5,9 +5,9 @@
 #pragma once
 
 #include "headwise/attention/attend.hpp"
-#include "headwise/attention/estimate.hpp"
 #include "headwise/attention/reference.hpp"
 #include "headwise/attention/single_sequence.hpp"
+#include "headwise/cache/estimate.hpp"
 #include "headwise/cache/kv_cache.hpp"
 #include "headwise/core/executor.hpp"
 #include "headwise/core/version.hpp"

@@ -39,6 +39,7 @@ struct HeadPlace {
 struct ClassRun {
   int class_idx = 0;  ///< in CacheGeometry::classes()
   int num_heads = 0;  ///< >= 1
+  friend bool operator==(const ClassRun&, const ClassRun&) = default;
 };
 
 /// One layer: its page geometry, heads and the order in which they are attended.
@@ -48,6 +49,7 @@ struct LayerPlace {
   std::int64_t first_head = 0;  ///< index of KV head 0 in heads()
   std::vector<int> task_order;  ///< KV heads, those that keep most first
   std::vector<ClassRun> runs;   ///< classes along task_order
+  int kind = 0;  ///< in CacheGeometry::layer_kinds(): what steps' work in this layer depends on
 };
 
 /// Geometry of a cache: classes of heads, page size, table strides. Shared by the cache itself and
@@ -73,6 +75,8 @@ class CacheGeometry {
   const std::vector<HeadClass>& classes() const { return classes_; }
   /// [num_layers]
   const std::vector<LayerPlace>& layers() const { return layers_; }
+  /// The first layer of each kind: layers whose group size, widths and runs are equal.
+  const std::vector<int>& layer_kinds() const { return layer_kinds_; }
   /// One head's place.
   const HeadPlace& head(int layer, int kv_head) const {
     return heads_[static_cast<std::size_t>(layers_[static_cast<std::size_t>(layer)].first_head +
@@ -99,6 +103,15 @@ class CacheGeometry {
       pages += heads.num_heads * (ranges[0].count() + ranges[1].count());
     }
     return pages;
+  }
+
+  /// Stored rows that a step's queries may see of one head of a class, at most, at any length.
+  std::int64_t most_rows_seen(int class_idx) const {
+    const HeadStore& store = classes_[static_cast<std::size_t>(class_idx)].store;
+    const std::int64_t longest = std::visit(
+        [&](const auto& kind) { return kind.runs(options_.max_context).num_rows(); }, store);
+    // A growing window forgets page by page: a shorter sequence may see nearly a page more.
+    return std::min(longest + options_.page_tokens, options_.max_context);
   }
 
   /// Most pages that one sequence holds while a step of at most `max_chunk` tokens is open, at any
@@ -217,6 +230,12 @@ class CacheGeometry {
       }
       ++layer.runs.back().num_heads;
     }
+    const auto same = std::find_if(layer_kinds_.begin(), layer_kinds_.end(), [&](int first) {
+      const LayerPlace& other = layers_[static_cast<std::size_t>(first)];
+      return other.shape == layer.shape && other.runs == layer.runs;
+    });
+    layer.kind = static_cast<int>(same - layer_kinds_.begin());
+    if (same == layer_kinds_.end()) layer_kinds_.push_back(l);
     layers_.push_back(std::move(layer));
   }
 
@@ -229,6 +248,7 @@ class CacheGeometry {
   std::vector<HeadClass> classes_;
   std::vector<HeadPlace> heads_;
   std::vector<LayerPlace> layers_;
+  std::vector<int> layer_kinds_;
 };
 
 }  // namespace headwise::inline v0

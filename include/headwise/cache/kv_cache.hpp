@@ -81,6 +81,12 @@ class KvCache {
   /// Whether `step` is the one that this cache has open.
   bool is_open(const Step& step) const { return ledger_.is_open(step); }
 
+  /// Whether the step's layer was attended, all heads of it.
+  bool is_attended(const Step& step, int layer) const {
+    return step.is_attended(
+        layer, geometry().layers()[static_cast<std::size_t>(layer)].shape.num_kv_heads);
+  }
+
   /// Bytes of page memory that the sequence holds.
   std::size_t held_bytes(SequenceId id) const {
     return static_cast<std::size_t>(ledger_.pages_held(id)) * geometry().page_bytes();
@@ -94,6 +100,10 @@ class KvCache {
 
   // For attention ---------------------------------------------------------------------------------
 
+  /// Stored rows that some query of the entry may see of a head of this class.
+  std::int64_t rows_seen(int class_idx, const StepEntry& entry) const {
+    return rows_seen(geometry().classes()[static_cast<std::size_t>(class_idx)].store, entry);
+  }
   /// Stored rows that some query of the entry may see of a head with this store.
   std::int64_t rows_seen(const HeadStore& store, const StepEntry& entry) const {
     return std::visit([&](const auto& kind) { return kind.runs(entry.lengths.length).num_rows(); },
