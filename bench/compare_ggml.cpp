@@ -124,9 +124,10 @@ class Headwise {
     };
     const Phase phase = work_.decodes() ? Phase::kDecode : Phase::kPrompt;
     require(cache_.begin(step_, {{sequence_, work_.tokens}}, phase));
-    attend(cache_, step_, 0, view(data_.q, work_.shape.num_qo_heads), view(k_, heads()),
-           view(v_, heads()),
-           TensorView<float>::nhd(out.data(), work_.shape.num_qo_heads, kHeadDim), threads);
+    require(attend(cache_, step_, 0, view(data_.q, work_.shape.num_qo_heads), view(k_, heads()),
+                   view(v_, heads()),
+                   TensorView<float>::nhd(out.data(), work_.shape.num_qo_heads, kHeadDim),
+                   threads));
     require(cache_.drop(step_));
   }
 

@@ -78,10 +78,11 @@ class BenchLayer {
   template <class Executor>
   void step(std::int64_t tokens, Phase phase, Executor& executor) {
     open(tokens, phase);
-    attend(cache_, step_, 0, TensorView<const float>::nhd(q_.data(), shape_.num_qo_heads, kHeadDim),
-           TensorView<const float>::nhd(k_.data(), shape_.num_kv_heads, kHeadDim),
-           TensorView<const float>::nhd(v_.data(), shape_.num_kv_heads, kHeadDim),
-           TensorView<float>::nhd(out_.data(), shape_.num_qo_heads, kHeadDim), executor);
+    require(attend(cache_, step_, 0,
+                   TensorView<const float>::nhd(q_.data(), shape_.num_qo_heads, kHeadDim),
+                   TensorView<const float>::nhd(k_.data(), shape_.num_kv_heads, kHeadDim),
+                   TensorView<const float>::nhd(v_.data(), shape_.num_kv_heads, kHeadDim),
+                   TensorView<float>::nhd(out_.data(), shape_.num_qo_heads, kHeadDim), executor));
     require(cache_.drop(step_));
   }
 

@@ -44,7 +44,7 @@ int main() {
 
   // One step of any number of tokens and sequences: all pages that it needs, or none.
   Step step;
-  StepStatus status = cache.begin(step, {{chat, num_tokens}}, Phase::kPrompt);
+  StepStatus status = cache.begin(step, {{chat, num_tokens}});
   if (status != StepStatus::kOk) return retry_later(status);
   for (int layer = 0; layer < 32; ++layer) {
     // ... your projections and RoPE, into your own floats [num_tokens, heads, 128] ...
@@ -52,7 +52,8 @@ int main() {
     auto k = TensorView<const float>::nhd(keys.data(), 8, 128);
     auto v = TensorView<const float>::nhd(values.data(), 8, 128);
     auto out = TensorView<float>::nhd(outputs.data(), 32, 128);
-    attend(cache, step, layer, q, k, v, out, executor);
+    status = attend(cache, step, layer, q, k, v, out, executor);
+  if (status != StepStatus::kOk) return retry_later(status);
   }
   status = cache.commit(step);
   if (status != StepStatus::kOk) return retry_later(status);

@@ -54,7 +54,9 @@ class Engine {
     if (begun != StepStatus::kOk) return begun;
     for (int layer = 0; layer < plan_.num_layers(); ++layer) {
       model_.project(layer, rows_);
-      attend(cache_, step_, layer, model_.q(), model_.k(), model_.v(), model_.out());
+      const StepStatus attended =
+          attend(cache_, step_, layer, model_.q(), model_.k(), model_.v(), model_.out());
+      if (attended != StepStatus::kOk) return attended;
       for (const std::size_t row : checked_) {
         const double error = model_.error(layer, row, rows_[row], plan_);
         worst_error_ = error <= worst_error_ ? worst_error_ : error;
@@ -93,11 +95,12 @@ int main() {
   const HeadPlan plan = make_plan(kShape);
   CacheOptions options{.page_tokens = 16, .max_sequences = 4, .max_context = 512};
   options.max_rollback = 8;
-  options.max_bytes = 80 * estimate(kShape, plan, options, kChunk, kThreads).page_bytes;
-  const Estimate cost = estimate(kShape, plan, options, kChunk, kThreads);
-  const auto longest = longest_context(kShape, plan, options, kChunk, kThreads, cost.total_bytes());
+  options.max_bytes = 80 * estimate(kShape, plan, options, kChunk).page_bytes;
+  const Estimate cost = estimate(kShape, plan, options, kChunk);
+  const std::size_t scratch = scratch_bytes(kShape, plan, options, kChunk, kThreads);
+  const auto longest = longest_context(kShape, plan, options, kChunk, cost.total_bytes());
   std::printf("%zu KiB: 4 texts of up to %lld tokens at any time, or longer ones beside shorter\n",
-              cost.total_bytes() / 1024, static_cast<long long>(longest));
+              (cost.total_bytes() + scratch) / 1024, static_cast<long long>(longest));
 
   Engine engine(options);
   KvCache<f16>& cache = engine.cache();

@@ -112,11 +112,12 @@ class Decoder {
     const auto heads_at = [&](int feature) {
       return headwise::TensorView<const float>{qkv_.data() + feature, qkv_.rows(), config.head_dim};
     };
-    using headwise::attend;  // or the cache's own
-    attend(cache, step_, layer, heads_at(0), heads_at(config.q_size()),
-           heads_at(config.q_size() + config.kv_size()),
-           headwise::TensorView<float>::nhd(attended_.data(), config.num_qo_heads, config.head_dim),
-           executor_);
+    using headwise::attend;    // or the cache's own
+    static_cast<void>(attend(  // what it refuses, commit refuses too
+        cache, step_, layer, heads_at(0), heads_at(config.q_size()),
+        heads_at(config.q_size() + config.kv_size()),
+        headwise::TensorView<float>::nhd(attended_.data(), config.num_qo_heads, config.head_dim),
+        executor_));
 
     multiply(weights.output, attended_, projected_);
     hidden_ += projected_;

@@ -12,7 +12,7 @@
 
 #include "decoder.hpp"
 #include "generate.hpp"
-#include "headwise/attention/estimate.hpp"
+#include "headwise/cache/estimate.hpp"
 #include "headwise/cache/kv_cache.hpp"
 #include "headwise/heads/plan.hpp"
 #include "tasks.hpp"

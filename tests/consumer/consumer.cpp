@@ -76,7 +76,10 @@ class Engine {
     const std::int64_t first = cache_.length(sequence_);
     const auto status = cache_.begin(step_, {{sequence_, tokens}}, phase);
     if (status != headwise::StepStatus::kOk) return status;
-    for (int layer = 0; layer < kLayers; ++layer) attend(layer, first, tokens);
+    for (int layer = 0; layer < kLayers; ++layer) {
+      const auto attended = attend(layer, first, tokens);
+      if (attended != headwise::StepStatus::kOk) return attended;
+    }
     return cache_.commit(step_);
   }
 
@@ -86,15 +89,16 @@ class Engine {
   double worst_error() const { return worst_error_; }
 
  private:
-  void attend(int layer, std::int64_t first, std::int64_t tokens) {
+  headwise::StepStatus attend(int layer, std::int64_t first, std::int64_t tokens) {
     const auto q = activations(first, tokens, layer, kQoHeads, 1);
     const auto k = activations(first, tokens, layer, kKvHeads, 2);
     const auto v = activations(first, tokens, layer, kKvHeads, 3);
     std::vector<float> out(q.size());
     using Input = headwise::TensorView<const float>;
-    headwise::attend(cache_, step_, layer, Input::nhd(q.data(), kQoHeads, kDim),
-                     Input::nhd(k.data(), kKvHeads, kDim), Input::nhd(v.data(), kKvHeads, kDim),
-                     headwise::TensorView<float>::nhd(out.data(), kQoHeads, kDim), executor_);
+    const auto status =
+        headwise::attend(cache_, step_, layer, Input::nhd(q.data(), kQoHeads, kDim),
+                         Input::nhd(k.data(), kKvHeads, kDim), Input::nhd(v.data(), kKvHeads, kDim),
+                         headwise::TensorView<float>::nhd(out.data(), kQoHeads, kDim), executor_);
     for (std::int64_t token = 0; token < tokens; ++token) {
       for (int head = 0; head < kQoHeads; ++head) {
         const int dim = static_cast<int>(token) % kDim;  // one element a row is proof enough
@@ -104,6 +108,7 @@ class Engine {
         worst_error_ = std::max(worst_error_, std::abs(error));
       }
     }
+    return status;
   }
 
   headwise::KvCache<> cache_;

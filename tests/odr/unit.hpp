@@ -48,9 +48,11 @@ std::uint64_t output_bits(headwise::PrefillMode prefill) {
       const auto q = rows(kQoHeads, 1), k = rows(kKvHeads, 2), v = rows(kKvHeads, 3);
       std::vector<float> out(q.size());
       using Input = TensorView<const float>;
-      attend(cache, step, layer, Input::nhd(q.data(), kQoHeads, kDim),
-             Input::nhd(k.data(), kKvHeads, kDim), Input::nhd(v.data(), kKvHeads, kDim),
-             TensorView<float>::nhd(out.data(), kQoHeads, kDim));
+      if (attend(cache, step, layer, Input::nhd(q.data(), kQoHeads, kDim),
+                 Input::nhd(k.data(), kKvHeads, kDim), Input::nhd(v.data(), kKvHeads, kDim),
+                 TensorView<float>::nhd(out.data(), kQoHeads, kDim)) != StepStatus::kOk) {
+        return 0;
+      }
       for (const float x : out) hash = (hash ^ std::bit_cast<std::uint32_t>(x)) * 1099511628211U;
     }
     if (cache.commit(step) != StepStatus::kOk) return 0;
