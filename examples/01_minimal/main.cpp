@@ -53,7 +53,7 @@ int main() {
     auto v = TensorView<const float>::nhd(values.data(), 8, 128);
     auto out = TensorView<float>::nhd(outputs.data(), 32, 128);
     status = attend(cache, step, layer, q, k, v, out, executor);
-  if (status != StepStatus::kOk) return retry_later(status);
+    if (status != StepStatus::kOk) return retry_later(status);
   }
   status = cache.commit(step);
   if (status != StepStatus::kOk) return retry_later(status);

@@ -50,7 +50,7 @@ class Engine {
     for (std::int64_t length = 0; length < kLongest;) {
       const bool prompt = length < kLongest - 20;
       const std::int64_t count = prompt ? std::min(kChunk, kLongest - 20 - length) : 1;
-      if (ith == 0) begin(length, count, prompt ? Phase::kPrompt : Phase::kDecode);
+      if (ith == 0) begin(length, count);
       barrier_.arrive_and_wait();
       if (failed_) return;
       for (int layer = 0; layer < kLayers; ++layer) {
@@ -70,11 +70,11 @@ class Engine {
     }
   }
 
-  void begin(std::int64_t length, std::int64_t count, Phase phase) {
+  void begin(std::int64_t length, std::int64_t count) {
     rows_.clear();
     stand_in::add_tokens(rows_, 1, length, count);
     model_.resize(rows_.size());
-    failed_ = failed_ || cache_.begin(step_, {{sequence_, count}}, phase) != StepStatus::kOk ||
+    failed_ = failed_ || cache_.begin(step_, {{sequence_, count}}) != StepStatus::kOk ||
               plan_work(cache_, step_, num_threads_) != StepStatus::kOk;
   }
 
@@ -82,7 +82,7 @@ class Engine {
     for (const StepStatus status : attended_) failed_ = failed_ || status != StepStatus::kOk;
     const auto out = model_.out_floats();
     outputs_.insert(outputs_.end(), out.begin(), out.end());
-    if (step_.phase() == Phase::kPrompt) return;
+    if (rows_.size() > 1) return;  // a prompt's chunk: only single tokens are checked
     error_ = std::max(error_, model_.error(layer, rows_.size() - 1, rows_.back(), plan_));
   }
 

@@ -63,7 +63,7 @@ void for_each_logits(const Model& model, const headwise::HeadPlan& plan, const R
     const std::size_t count = in_prompt ? std::min(run.chunk, prompt_length - pos) : 1;
     batch.clear();
     batch.add(sequence, tokens.subspan(pos, count));
-    decoder.forward(cache, batch, in_prompt ? headwise::Phase::kPrompt : headwise::Phase::kDecode);
+    decoder.forward(cache, batch);
     on_logits(decoder.logits(0, static_cast<Eigen::Index>(count)));
     pos += count;
   }

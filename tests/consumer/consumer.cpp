@@ -74,7 +74,7 @@ class Engine {
 
   headwise::StepStatus forward(std::int64_t tokens, headwise::Phase phase) {
     const std::int64_t first = cache_.length(sequence_);
-    const auto status = cache_.begin(step_, {{sequence_, tokens}}, phase);
+    const auto status = cache_.begin(step_, {{sequence_, tokens, phase}});
     if (status != headwise::StepStatus::kOk) return status;
     for (int layer = 0; layer < kLayers; ++layer) {
       const auto attended = attend(layer, first, tokens);
@@ -85,7 +85,7 @@ class Engine {
 
   headwise::StepStatus rollback(std::int64_t length) { return cache_.rollback(sequence_, length); }
   long long length() const { return cache_.length(sequence_); }
-  long long pages() const { return cache_.pages_held(sequence_); }
+  long long bytes() const { return static_cast<long long>(cache_.held_bytes(sequence_)); }
   double worst_error() const { return worst_error_; }
 
  private:
@@ -127,8 +127,8 @@ int main() {
 
   Engine engine(plan);
   const auto report = [&](const char* what, headwise::StepStatus status) {
-    std::printf("%s: %s, %lld tokens, %lld pages\n", what, headwise::to_string(status),
-                engine.length(), engine.pages());
+    std::printf("%s: %s, %lld tokens, %lld bytes\n", what, headwise::to_string(status),
+                engine.length(), engine.bytes());
   };
   report("prompt", engine.forward(40, headwise::Phase::kPrompt));
   for (int i = 0; i < 30; ++i) {

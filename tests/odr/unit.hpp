@@ -38,7 +38,7 @@ std::uint64_t output_bits(headwise::PrefillMode prefill) {
   std::uint32_t next = 0;
   for (const int tokens : {100, 37, 5, 1, 1, 1, 1}) {
     const Phase phase = tokens > 10 ? Phase::kPrompt : Phase::kDecode;
-    if (cache.begin(step, {{sequence, tokens}}, phase) != StepStatus::kOk) return 0;
+    if (cache.begin(step, {{sequence, tokens, phase}}) != StepStatus::kOk) return 0;
     for (int layer = 0; layer < kLayers; ++layer) {
       const auto rows = [&](int heads, std::uint32_t what) {
         std::vector<float> values(static_cast<std::size_t>(tokens * heads * kDim));
