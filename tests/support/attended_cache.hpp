@@ -71,11 +71,11 @@ class AttendedCache : public ModelledCache<Rows> {
               TensorView<float>::nhd(in.out.data(), shape.num_qo_heads(), shape.v_dim));
   }
 
-  /// attend() of a step over `in`, whatever its status.
+  /// attend() of any step over `in`, whatever its status.
   template <class E = SerialExecutor>
-  StepStatus attend_into(Step& step, int layer, Inputs& in, E&& executor = E{}) const {
+  StepStatus attend_into(Step& of, int layer, Inputs& in, E&& executor = E{}) const {
     return with_tensors(layer, in, [&](auto... tensors) {
-      return headwise::attend(this->cache, step, layer, tensors..., executor);
+      return headwise::attend(this->cache, of, layer, tensors..., executor);
     });
   }
 
