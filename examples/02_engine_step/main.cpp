@@ -12,7 +12,6 @@ namespace {
 
 using namespace headwise;
 
-constexpr std::int64_t kChunk = 300;  // most tokens that a sequence gets in one step
 constexpr std::size_t kThreads = 1;
 const ModelShape kShape = ModelShape::uniform(2, 4, 2, 64);
 
@@ -35,7 +34,7 @@ HeadPlan make_plan(const ModelShape& shape) {
 class Engine {
  public:
   explicit Engine(const CacheOptions& options) : cache_(model_.shape(), plan_, options) {
-    reserve_scratch(step_, cache_, kChunk, kThreads);  // once, so that no step allocates
+    reserve_scratch(step_, cache_, kThreads);  // once, so that no step allocates
   }
 
   /// All of the batch, or nothing of it.
@@ -93,12 +92,15 @@ int main() {
   using enum StepStatus;
   // Before a cache is built: what it and its steps will allocate, and how far that would reach.
   const HeadPlan plan = make_plan(kShape);
-  CacheOptions options{.page_tokens = 16, .max_sequences = 4, .max_context = 512};
-  options.max_rollback = 8;
-  options.max_bytes = 80 * estimate(kShape, plan, options, kChunk).page_bytes;
-  const Estimate cost = estimate(kShape, plan, options, kChunk);
-  const std::size_t scratch = scratch_bytes(kShape, plan, options, kChunk, kThreads);
-  const auto longest = longest_context(kShape, plan, options, kChunk, cost.total_bytes());
+  const CacheOptions options{.page_tokens = 16,
+                             .max_bytes = 320 << 10,  // 80 pages of 16 x (64 + 64) x 2 bytes
+                             .max_sequences = 4,
+                             .max_context = 512,
+                             .max_chunk = 300,
+                             .max_rollback = 8};
+  const Estimate cost = estimate(kShape, plan, options);
+  const std::size_t scratch = scratch_bytes(kShape, plan, options, kThreads);
+  const auto longest = longest_context(kShape, plan, options, cost.total_bytes());
   std::printf("%zu KiB: 4 texts of up to %lld tokens at any time, or longer ones beside shorter\n",
               (cost.total_bytes() + scratch) / 1024, static_cast<long long>(longest));
 

@@ -29,7 +29,7 @@ class Engine {
         barrier_(static_cast<std::ptrdiff_t>(num_threads)),
         attended_(num_threads, StepStatus::kOk) {
     // Once, so that no step allocates.
-    reserve_scratch(step_, cache_, kChunk, num_threads);
+    reserve_scratch(step_, cache_, num_threads);
   }
 
   /// Every float of attention output of a prompt and some decode steps.

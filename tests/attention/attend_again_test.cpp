@@ -238,7 +238,7 @@ TEST(AttendShare, IsRefusedUnlessTheStepWasPlannedForSoManyThreads) {
   const Chunks chunks{{it.id, new_tokens(2)}};
   const auto expected = model.oracle(chunks, Phase::kDecode);
   ASSERT_EQ(model.begin(chunks, Phase::kDecode), StepStatus::kOk);
-  reserve_scratch(model.step, model.cache, 2, 8);  // memory is not a plan
+  reserve_scratch(model.step, model.cache, 8);  // memory is not a plan
   auto in = model.inputs_of(0, chunks);
   const Outputs untouched = in.out;
   const auto share = [&](std::size_t ith, std::size_t nth) {
@@ -251,7 +251,7 @@ TEST(AttendShare, IsRefusedUnlessTheStepWasPlannedForSoManyThreads) {
   EXPECT_EQ(share(0, 3), StepStatus::kTooManyThreads);
   EXPECT_EQ(share(2, 3), StepStatus::kTooManyThreads);
   EXPECT_EQ(share(2, 2), StepStatus::kTooManyThreads) << "there is no third of two";
-  reserve_scratch(model.step, model.cache, 900, 50);  // it grows: what was planned is gone
+  reserve_scratch(model.step, model.cache, 50);  // it grows: what was planned is gone
   EXPECT_EQ(share(0, 1), StepStatus::kNotPlanned);
   ASSERT_EQ(model.begin(chunks, Phase::kDecode), StepStatus::kOk);
   EXPECT_EQ(share(0, 1), StepStatus::kNotPlanned) << "a plan is its step's alone";

@@ -211,7 +211,7 @@ TEST(Attend, AllocatesNothingOnceScratchIsReserved) {
   Model model = small_model(PrefillMode::kChunkCausal);
   const SequenceId a = model.add();
   const SequenceId b = model.add();
-  reserve_scratch(model.step, model.cache, 200, 1);
+  reserve_scratch(model.step, model.cache, 1);
   model.add_tokens(a, new_tokens(1), Phase::kPrompt);
   std::vector<float> q(400 * 6 * 32, 0.25F);
   std::vector<float> out(400 * 6 * 32);

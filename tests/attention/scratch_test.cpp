@@ -25,34 +25,34 @@ using test::Chunks;
 using test::new_tokens;
 using test::Outputs;
 
-CacheGeometry geometry(int max_sequences, std::int64_t max_context) {
+CacheGeometry geometry(int max_sequences, std::int64_t max_context, std::int64_t max_chunk) {
   const ModelShape shape = ModelShape::uniform(2, 32, 8, 128);
-  const CacheOptions options{.max_sequences = max_sequences, .max_context = max_context};
+  const CacheOptions options{
+      .max_sequences = max_sequences, .max_context = max_context, .max_chunk = max_chunk};
   return {shape, HeadPlan(shape), options, &FormatOf<f16>::page_bytes};
 }
 
 TEST(ScratchBytes, GrowWithThreadsBySoMuchEach) {
-  const CacheGeometry small = geometry(1, 4096);
+  const CacheGeometry small = geometry(1, 4096, 1);
   const std::size_t thread = prefill_scratch_floats(4, 128, 128) * sizeof(float);
-  EXPECT_EQ(scratch_bytes(small, 1, 2) - scratch_bytes(small, 1, 1), thread);
-  EXPECT_EQ(scratch_bytes(small, 1, 9) - scratch_bytes(small, 1, 2), 7 * thread);
+  EXPECT_EQ(scratch_bytes(small, 2) - scratch_bytes(small, 1), thread);
+  EXPECT_EQ(scratch_bytes(small, 9) - scratch_bytes(small, 2), 7 * thread);
 }
 
 TEST(ScratchBytes, HaveNoPartialResultsWhereNothingIsSplit) {
   const std::size_t thread = prefill_scratch_floats(4, 128, 128) * sizeof(float);
-  EXPECT_LT(scratch_bytes(geometry(1, kSplitRows), 2048, 1), thread + 10000);
+  EXPECT_LT(scratch_bytes(geometry(1, kSplitRows, 2048), 1), thread + 10000);
 }
 
 TEST(ScratchBytes, OfPartialResultsAreBoundedHoweverLongTheContextAndTheChunk) {
   const std::int64_t of_a_head =
       kMaxPartialRows * (128 + 2 + 30) * 4;  // rows, max and sum, padding
-  EXPECT_LT(scratch_bytes(geometry(1, 1 << 30), 512, 1),
+  EXPECT_LT(scratch_bytes(geometry(1, 1 << 30, 512), 1),
             static_cast<std::size_t>(8 * of_a_head) + 2000000);
 }
 
 TEST(ScratchBytes, RefuseWhatMakesNoSense) {
-  EXPECT_THROW((void)scratch_bytes(geometry(1, 100), 0, 1), ConfigError);
-  EXPECT_THROW((void)scratch_bytes(geometry(1, 100), 1, 0), ConfigError);
+  EXPECT_THROW((void)scratch_bytes(geometry(1, 100, 1), 0), ConfigError);
 }
 
 /// Threads of an engine's own, which each take a share of every layer.
@@ -100,10 +100,11 @@ class MixedSteps : public ::testing::TestWithParam<MixedStep> {};
 TEST_P(MixedSteps, NeedNoMoreThanIsReservedForTheLargestChunk) {
   const MixedStep& mix = GetParam();
   const ModelShape shape = ModelShape::uniform(1, mix.qo_heads, mix.kv_heads, mix.dim);
-  const CacheOptions options{.max_sequences = static_cast<int>(mix.chunks.size()),
-                             .max_context = mix.context};
+  const CacheOptions options{
+      .max_sequences = static_cast<int>(mix.chunks.size()),
+      .max_context = mix.context,
+      .max_chunk = std::max(mix.past, *std::max_element(mix.chunks.begin(), mix.chunks.end()))};
   AttendedCache<f16> model(shape, HeadPlan(shape), options);
-  const std::int64_t max_chunk = *std::max_element(mix.chunks.begin(), mix.chunks.end());
   for (const std::size_t nth : {1U, 3U}) {
     std::vector<SequenceId> ids;
     for (std::size_t i = 0; i < mix.chunks.size(); ++i) {
@@ -114,9 +115,9 @@ TEST_P(MixedSteps, NeedNoMoreThanIsReservedForTheLargestChunk) {
     for (std::size_t i = 0; i < ids.size(); ++i) {
       chunks.emplace_back(ids[i], new_tokens(mix.chunks[i]));
     }
-    reserve_scratch(model.step, model.cache, max_chunk, nth);
+    reserve_scratch(model.step, model.cache, nth);
     const std::size_t reserved = model.step.scratch().num_bytes();
-    EXPECT_EQ(reserved, scratch_bytes(shape, HeadPlan(shape), options, max_chunk, nth));
+    EXPECT_EQ(reserved, scratch_bytes(shape, HeadPlan(shape), options, nth));
     ASSERT_NO_FATAL_FAILURE(run_reserved(model, shape, chunks, Phase::kPrompt, nth, reserved));
     for (const SequenceId id : ids) model.release(id);
   }
@@ -161,18 +162,23 @@ TEST(Scratch, ReservedOnceSufficesForEveryMixOfChunksOfEveryModel) {
     const int sequences = static_cast<int>(1 + below(random, 3));
     const std::int64_t context = 600 + below(random, 7000);
     const std::int64_t max_chunk = 1 + below(random, below(random, 2) == 0 ? 20 : 250);
-    AttendedCache<f16> model(
-        shape, plan,
-        {.page_tokens = 32, .max_sequences = sequences, .max_context = context, .prefill = mode});
+    AttendedCache<f16> model(shape, plan,
+                             {.page_tokens = 32,
+                              .max_sequences = sequences,
+                              .max_context = context,
+                              .max_chunk = max_chunk,
+                              .prefill = mode});
     std::vector<SequenceId> ids;
     for (int i = 0; i < sequences; ++i) {
       ids.push_back(model.add());
       const std::int64_t past =
           below(random, context - 2 * max_chunk > 0 ? context - 2 * max_chunk : 1);
-      if (past > 0) model.add_tokens(ids.back(), new_tokens(past), Phase::kPrompt);
+      for (std::int64_t done = 0; done < past; done += max_chunk) {
+        model.add_tokens(ids.back(), new_tokens(std::min(max_chunk, past - done)), Phase::kPrompt);
+      }
     }
     const auto nth = static_cast<std::size_t>(1 + below(random, 4));
-    reserve_scratch(model.step, model.cache, max_chunk, nth);
+    reserve_scratch(model.step, model.cache, nth);
     const std::size_t reserved = model.step.scratch().num_bytes();
     for (int step = 0; step < 2; ++step) {
       Chunks chunks;

@@ -150,10 +150,10 @@ struct WorkSize {
   std::int64_t partial_floats = 0;  ///< of the kind that has most
   std::size_t thread_floats = 0;    ///< of each thread, in any kind
 
-  /// Any step over all sequences of a cache, of at most `max_chunk` tokens a sequence.
-  static WorkSize of_largest_step(const CacheGeometry& geometry, std::int64_t max_chunk) {
+  /// Any step over all sequences of a cache.
+  static WorkSize of_largest_step(const CacheGeometry& geometry) {
     const std::int64_t sequences = geometry.options().max_sequences;
-    const std::int64_t chunk = std::min(max_chunk, geometry.options().max_context);
+    const std::int64_t chunk = geometry.options().max_chunk;
     WorkSize size;
     for (const int first : geometry.layer_kinds()) {
       const LayerPlace& layer = geometry.layers()[static_cast<std::size_t>(first)];
