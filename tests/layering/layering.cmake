@@ -3,13 +3,14 @@
 # Fails on an include that runs against the house, and on a header that lacks what every header has.
 cmake_minimum_required(VERSION 3.22)
 
-# core <- simd <- cache, core <- heads <- cache <- attention <- policies
+# core <- simd <- cache, core <- heads <- cache <- attention <- policies <- adapters
 set(core_may_include core)
 set(simd_may_include core simd)
 set(heads_may_include core heads)
 set(cache_may_include core simd heads cache)
 set(attention_may_include core simd heads cache attention)
 set(policies_may_include core simd heads cache attention policies)
+set(adapters_may_include core simd heads cache attention policies adapters)
 # Eigen/Core costs seconds a translation unit, and kernels have no use for it.
 set(no_eigen "^(core|simd|cache|attention/cpu)/|\\.cuh$")
 
