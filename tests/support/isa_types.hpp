@@ -41,11 +41,18 @@ element_types_of();
 template <class Isa>
 std::tuple<KernelTypes<Isa, Int8Rows>> scaled_types_of();
 
+template <class Isa>
+std::tuple<KernelTypes<Isa, PlainRows<f32>>, KernelTypes<Isa, PlainRows<f16>>,
+           KernelTypes<Isa, PlainRows<bf16>>>
+plain_types_of();
+
 template <class... Ts>
 ::testing::Types<Ts...> as_types(std::tuple<Ts...>);
 
 template <class... Isas>
 auto element_types(std::tuple<Isas...>) -> decltype(std::tuple_cat(element_types_of<Isas>()...));
+template <class... Isas>
+auto plain_types(std::tuple<Isas...>) -> decltype(std::tuple_cat(plain_types_of<Isas>()...));
 template <class... Isas>
 auto all_types(std::tuple<Isas...>)
     -> decltype(std::tuple_cat(element_types_of<Isas>()..., scaled_types_of<Isas>()...));
@@ -57,6 +64,8 @@ using AllKernels = decltype(type_lists::as_types(type_lists::all_types(type_list
 /// Formats without scales: every element is rounded by itself.
 using ElementKernels =
     decltype(type_lists::as_types(type_lists::element_types(type_lists::Isas{})));
+/// Formats that an engine's own arrays may have.
+using PlainKernels = decltype(type_lists::as_types(type_lists::plain_types(type_lists::Isas{})));
 
 struct IsaNames {
   template <class Isa>

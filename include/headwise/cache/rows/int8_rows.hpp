@@ -11,6 +11,7 @@
 #include "headwise/cache/rows/format.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/cache/rows/tiles.hpp"
+#include "headwise/core/config.hpp"
 
 namespace headwise::inline v0 {
 
@@ -176,11 +177,8 @@ struct Int8Rows {
   /// Never inlined: a step's own rows are rounded by the very instructions that store them, also
   /// where -ffast-math lets the compiler choose.
   template <class Isa>
-#if defined(__GNUC__)
-  __attribute__((noinline))
-#endif
-  static void
-  quantise(const float* from, int count, float scale, std::int8_t* to) {
+  HEADWISE_NEVER_INLINE static void quantise(const float* from, int count, float scale,
+                                             std::int8_t* to) {
     if (!(scale > 0.0F)) {  // zeros; or NaN, and then bytes do not matter
       std::fill_n(to, count, std::int8_t{0});
       return;
