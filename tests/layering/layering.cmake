@@ -3,13 +3,22 @@
 # Fails on an include that runs against the house, and on a header that lacks what every header has.
 cmake_minimum_required(VERSION 3.22)
 
-# core <- simd <- cache, core <- heads <- cache <- attention <- policies
+# core <- simd <- cache, core <- heads <- cache <- attention <- policies <- adapters
 set(core_may_include core)
 set(simd_may_include core simd)
 set(heads_may_include core heads)
 set(cache_may_include core simd heads cache)
 set(attention_may_include core simd heads cache attention)
 set(policies_may_include core simd heads cache attention policies)
+set(adapters_may_include core simd heads cache attention policies adapters)
+# What a room keeps from another, folder by folder: a budget knows no row, a row no budget, a page neither of them;
+# instructions know no kernel, and no kernel the other one.
+set(cache/keep_must_not_include cache/rows cache/pages cache/cuda cache/[a-z_]*cache simd)
+set(cache/rows_must_not_include cache/keep cache/pages cache/cuda cache/[a-z_]*cache cache/books heads)
+set(cache/pages_must_not_include cache/keep cache/rows cache/[a-z_]*cache cache/books heads simd)
+set(attention/cuda/ptx_must_not_include cache heads simd attention/cuda/decode attention/cuda/prefill)
+set(attention/cuda/decode_must_not_include attention/cuda/prefill)
+set(attention/cuda/prefill_must_not_include attention/cuda/decode)
 # Eigen/Core costs seconds a translation unit, and kernels have no use for it.
 set(no_eigen "^(core|simd|cache|attention/cpu)/|\\.cuh$")
 
@@ -36,15 +45,32 @@ foreach(header IN LISTS headers)
 
   string(REGEX MATCH "^[a-z]+/" room ${header})
   string(REPLACE "/" "" room "${room}")
+  if(room AND NOT DEFINED ${room}_may_include)
+    wrong(${header} "${room} is no room of the house")
+  endif()
+  set(folder ${header})
+  set(must_not_include)
+  while(folder MATCHES "/")
+    cmake_path(GET folder PARENT_PATH folder)
+    list(APPEND must_not_include ${${folder}_must_not_include})
+  endwhile()
   file(STRINGS ${house}/${header} includes REGEX "^ *# *include")
   foreach(include IN LISTS includes)
     if(include MATCHES "[<\"]headwise/([a-z]+)/" AND room AND NOT CMAKE_MATCH_1 IN_LIST ${room}_may_include)
       wrong(${header} "${room} must not include ${CMAKE_MATCH_1}")
     elseif(include MATCHES "\"" AND NOT include MATCHES "\"headwise/")
       wrong(${header} "${include} does not name its room")
+    elseif(include MATCHES "(/cuda/|\\.cuh|<cuda)" AND NOT header MATCHES "\\.cuh$|/cuda/")
+      wrong(${header} "${include} needs a device's compiler")
     elseif(include MATCHES "[<\"](unsupported/)?Eigen/" AND header MATCHES "${no_eigen}")
       wrong(${header} "Eigen has no place here")
     endif()
+    foreach(other IN LISTS must_not_include)
+      if(include MATCHES "[<\"]headwise/${other}[/.]")
+        cmake_path(GET header PARENT_PATH folder)
+        wrong(${header} "${folder} must not include ${other}")
+      endif()
+    endforeach()
   endforeach()
 
   # include/headwise/<room>/<file>.hpp is tested by tests/<room>/<file>_test.cpp

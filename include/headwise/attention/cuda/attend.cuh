@@ -11,10 +11,10 @@
 #include <cstring>
 #include <vector>
 
-#include "headwise/attention/cuda/decode.cuh"
-#include "headwise/attention/cuda/decode_work.cuh"
+#include "headwise/attention/cuda/decode/decode.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
 #include "headwise/attention/cuda/head_dims.cuh"
-#include "headwise/attention/cuda/prefill.cuh"
+#include "headwise/attention/cuda/prefill/prefill.cuh"
 #include "headwise/cache/cuda/append.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/device_cache.cuh"

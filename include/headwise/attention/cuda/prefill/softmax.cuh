@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file prefill_softmax.cuh
+/// @file softmax.cuh
 /// Softmax of 16 query rows in a warp's registers, block of keys by block of keys.
 #pragma once
 
@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "headwise/attention/cuda/prefill_tile.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/prefill/tile.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file decode_ring.cuh
+/// @file ring.cuh
 /// The copying half of a decode warp: which tiles it reads, and their way to shared memory.
 #pragma once
 
@@ -8,10 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/decode_args.cuh"
-#include "headwise/attention/cuda/decode_tile.cuh"
-#include "headwise/attention/cuda/decode_work.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/decode/args.cuh"
+#include "headwise/attention/cuda/decode/tile.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file decode_merge.cuh
+/// @file merge.cuh
 /// Puts together what several warps, or several blocks, have of one item.
 #pragma once
 
@@ -8,12 +8,12 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/barrier.cuh"
-#include "headwise/attention/cuda/decode_args.cuh"
-#include "headwise/attention/cuda/decode_state.cuh"
-#include "headwise/attention/cuda/decode_tile.cuh"
-#include "headwise/attention/cuda/decode_work.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/decode/args.cuh"
+#include "headwise/attention/cuda/decode/state.cuh"
+#include "headwise/attention/cuda/decode/tile.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
+#include "headwise/attention/cuda/ptx/barrier.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
 
 namespace headwise::inline v0::cuda::detail {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file decode_args.cuh
+/// @file args.cuh
 /// What every part of the decode kernel is told: the step, the work, the scratch, q and out.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "headwise/attention/cuda/decode_work.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 #include "headwise/core/tensor_view.hpp"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file prefill_tile.cuh
+/// @file tile.cuh
 /// What one piece of prefill work is: some tokens of a chunk, the keys they see, where those lie.
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 #include "headwise/core/tensor_view.hpp"

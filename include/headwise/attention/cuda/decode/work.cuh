@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file decode_work.cuh
+/// @file work.cuh
 /// Cuts one decode step into equal shares of unequal heads, on the device: a share a block, and in
 /// it a share a warp.
 ///

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file decode_state.cuh
+/// @file state.cuh
 /// The computing half of a decode warp: online softmax over tiles, and its result in parts.
 #pragma once
 
@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-#include "headwise/attention/cuda/decode_tile.cuh"
-#include "headwise/attention/cuda/decode_work.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/decode/tile.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file prefill_warpgroup.cuh
+/// @file warpgroup.cuh
 /// The prefill kernel of warpgroup products (wgmma): head widths 64 and 128, code for sm_90a.
 ///
 /// A block stays on its multiprocessor and draws tiles until there are none. One warpgroup copies:
@@ -14,11 +14,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/barrier.cuh"
-#include "headwise/attention/cuda/prefill_softmax.cuh"
-#include "headwise/attention/cuda/prefill_tile.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
-#include "headwise/attention/cuda/warpgroup.cuh"
+#include "headwise/attention/cuda/prefill/softmax.cuh"
+#include "headwise/attention/cuda/prefill/tile.cuh"
+#include "headwise/attention/cuda/ptx/barrier.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/attention/cuda/ptx/warpgroup.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 

@@ -2,9 +2,8 @@
 /// @file decode.cuh
 /// Decode: one new token of many sequences over heads of unequal length, in one launch.
 ///
-/// decode_work.cuh has cut the step into shares. A warp copies its share's tiles (decode_ring.cuh,
-/// decode_tile.cuh) and adds them up (decode_state.cuh); other warps put parts together
-/// (decode_merge.cuh).
+/// work.cuh has cut the step into shares. A warp copies its share's tiles (ring.cuh, tile.cuh) and
+/// adds them up (state.cuh); other warps put parts together (merge.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,14 +12,14 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/decode_args.cuh"
-#include "headwise/attention/cuda/decode_merge.cuh"
-#include "headwise/attention/cuda/decode_ring.cuh"
-#include "headwise/attention/cuda/decode_state.cuh"
-#include "headwise/attention/cuda/decode_tile.cuh"
-#include "headwise/attention/cuda/decode_work.cuh"
+#include "headwise/attention/cuda/decode/args.cuh"
+#include "headwise/attention/cuda/decode/merge.cuh"
+#include "headwise/attention/cuda/decode/ring.cuh"
+#include "headwise/attention/cuda/decode/state.cuh"
+#include "headwise/attention/cuda/decode/tile.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
 #include "headwise/attention/cuda/head_dims.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/device_cache.cuh"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file prefill_mma.cuh
+/// @file mma.cuh
 /// The prefill kernel of mma.sync: every head width, compute capability 8.0 and up.
 #pragma once
 
@@ -8,9 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/prefill_softmax.cuh"
-#include "headwise/attention/cuda/prefill_tile.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/prefill/softmax.cuh"
+#include "headwise/attention/cuda/prefill/tile.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 
