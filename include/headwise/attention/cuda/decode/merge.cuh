@@ -78,11 +78,11 @@ class MergeMemory {
 
 /// A softmax over some of an item's keys, as one thread merges it: 4 columns of one query.
 struct MergedColumns {
-  float top = kMasked;
+  float top = kLowest;
   float sum = 0.0F;
   float4 out = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
 
-  /// Adds partial results; a state of (kMasked, 0) with zeros is none.
+  /// Adds partial results; a state of (kLowest, 0) with zeros is none.
   template <int kCount>
   __device__ void add(const float2 (&state)[kCount], const float4 (&x)[kCount]) {
     const float old_top = top;
@@ -151,7 +151,7 @@ __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const
     float4 x[kMost];
 #pragma unroll
     for (int p = 0; p < kMost; ++p) {
-      state[p] = make_float2(kMasked, 0.0F);
+      state[p] = make_float2(kLowest, 0.0F);
       x[p] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
       if (p < num_workers()) {
         const float* part = partials + p * stride;
@@ -204,7 +204,7 @@ __device__ void merge_blocks(const DecodeArgs& args, const MergeTeam& team, cons
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int p = first + 2 * b;
-        state[b] = make_float2(kMasked, 0.0F);
+        state[b] = make_float2(kLowest, 0.0F);
         x[b] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
         if (p < count) {
           const float* from = partials + (p == 0 ? 1 : 2 * p) * partial_floats(kDim);

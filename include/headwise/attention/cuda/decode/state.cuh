@@ -55,7 +55,7 @@ class DecodeState {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out_[b][i] = 0.0F;
     }
-    max_[0] = max_[1] = kMasked;
+    max_[0] = max_[1] = kLowest;
     sum_[0] = sum_[1] = 0.0F;
   }
 
@@ -77,8 +77,8 @@ class DecodeState {
     for (int i = 0; i < 4; ++i) score[i] = (even[i] + odd[i]) * scale_log2;
     if (low > 0 || high < kTileRows) {
       const int g = lane / 4;
-      if (g < low || g >= high) score[0] = score[1] = kMasked;
-      if (g + 8 < low || g + 8 >= high) score[2] = score[3] = kMasked;
+      if (g < low || g >= high) score[0] = score[1] = kHidden;
+      if (g + 8 < low || g + 8 >= high) score[2] = score[3] = kHidden;
     }
 
     float top[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
@@ -91,8 +91,10 @@ class DecodeState {
     top[1] = fmaxf(top[1], max_[1]);
     if (__any_sync(kWholeWarp, top[0] > max_[0] || top[1] > max_[1])) rescale(top);
 
-    const float p[4] = {exp2_fast(score[0] - max_[0]), exp2_fast(score[1] - max_[1]),
-                        exp2_fast(score[2] - max_[0]), exp2_fast(score[3] - max_[1])};
+    float p[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      p[i] = exp2_fast(score[i] - max_[i % 2] - TensorCore<Row>::kHeadroom);
     sum_[0] += p[0] + p[2];
     sum_[1] += p[1] + p[3];
     const std::uint32_t p0 = transposed(TensorCore<Row>::pack(p[0], p[1]));
