@@ -184,7 +184,8 @@ class TileWalk {
   }
 
   __device__ void open(const Piece& piece) {
-    table_ = args_.step.page_table + piece.table + args_.table_offset;
+    table_ = args_.step.page_table + piece.table +
+             static_cast<std::int64_t>(args_.idx_in_class[piece.kv_head]) * piece.head_stride;
     for (int r = 0; r < 2; ++r) {
       slot_begin_[r] = piece.slot_begin[r];
       slot_end_[r] = piece.slot_end[r];
@@ -263,7 +264,7 @@ class TileRing {
       if (tile.is_new()) start_after_append();
       const auto* k_rows =
           reinterpret_cast<const std::uint16_t*>(args_.step.pages + static_cast<std::size_t>(page) *
-                                                                        args_.step.page_bytes) +
+                                                                        args_.step.page_stride) +
           tile.row_in_page() * kDim;
       const std::uint32_t to =
           memory_ + static_cast<std::uint32_t>(stage * TileLayout<kDim>::kBytes);

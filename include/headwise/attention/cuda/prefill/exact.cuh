@@ -18,6 +18,7 @@
 #include "headwise/attention/cuda/prefill/tile.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 
@@ -45,13 +46,12 @@ template <class Row, int kDim>
 __device__ __forceinline__ void attend_exactly(const PrefillArgs& args, const PrefillTile& tile,
                                                const QueryGroup& group, int first_row,
                                                unsigned rows) {
-  using Core = TensorCore<Row>;
   constexpr int kPairs = kDim / 2;  // of elements
   constexpr int kOwn = (kPairs + 31) / 32;
   constexpr double kNone = kHidden;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const auto pair_at = [](const std::uint16_t* row, int pair) {
-    return Core::unpack(reinterpret_cast<const std::uint32_t*>(row)[pair]);
+    return Pair<Row>::unpack(reinterpret_cast<const std::uint32_t*>(row)[pair]);
   };
 #pragma unroll 1
   for (; rows != 0; rows &= rows - 1) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ void attend_exactly(const PrefillArgs& args, const Pr
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       if (lane + 32 * i >= kPairs) break;
-      reinterpret_cast<std::uint32_t*>(to)[lane + 32 * i] = Core::pack(
+      reinterpret_cast<std::uint32_t*>(to)[lane + 32 * i] = Pair<Row>::pack(
           static_cast<float>(out[i][0] * inverse), static_cast<float>(out[i][1] * inverse));
     }
   }

@@ -11,6 +11,7 @@
 #include "headwise/attention/cuda/prefill/softmax.cuh"
 #include "headwise/attention/cuda/prefill/tile.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 
@@ -115,7 +116,7 @@ class MmaRows {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* pair = &weight[m][2 * k + i / 2][i % 2 * 2];
-          rows[m][i] = TensorCore<Row>::pack(pair[0], pair[1]);
+          rows[m][i] = Pair<Row>::pack(pair[0], pair[1]);
         }
       }
 #pragma unroll

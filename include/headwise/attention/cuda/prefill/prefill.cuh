@@ -13,7 +13,8 @@
 #include "headwise/attention/cuda/prefill/mma.cuh"
 #include "headwise/attention/cuda/prefill/tile.cuh"
 #include "headwise/attention/cuda/prefill/warpgroup.cuh"
-#include "headwise/cache/cuda/device_cache.cuh"
+#include "headwise/cache/cuda/device.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda {
 

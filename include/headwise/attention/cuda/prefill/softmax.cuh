@@ -11,6 +11,7 @@
 #include "headwise/attention/cuda/prefill/exact.cuh"
 #include "headwise/attention/cuda/prefill/tile.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 
@@ -125,7 +126,7 @@ class RowSoftmax {
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const std::uint32_t pair =
-            TensorCore<Row>::pack(out[n][2 * r] * inverse, out[n][2 * r + 1] * inverse);
+            Pair<Row>::pack(out[n][2 * r] * inverse, out[n][2 * r + 1] * inverse);
         TensorCore<Row>::note(pair, zeros[r]);
         *reinterpret_cast<std::uint32_t*>(row + n * 8) = pair;
       }

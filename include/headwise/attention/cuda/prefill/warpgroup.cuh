@@ -19,6 +19,7 @@
 #include "headwise/attention/cuda/ptx/barrier.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/attention/cuda/ptx/warpgroup.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 
@@ -133,7 +134,7 @@ class GroupRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* pair = &score[2 * k + i / 2][i % 2 * 2];
-        weight_[k][i] = TensorCore<Row>::pack(pair[0], pair[1]);
+        weight_[k][i] = Pair<Row>::pack(pair[0], pair[1]);
       }
     }
   }
@@ -169,7 +170,7 @@ class GroupRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* pair = &out_[2 * k + i / 2][i % 2 * 2];
-        m[i] = TensorCore<Row>::pack(pair[0] * inverse[i % 2], pair[1] * inverse[i % 2]);
+        m[i] = Pair<Row>::pack(pair[0] * inverse[i % 2], pair[1] * inverse[i % 2]);
         TensorCore<Row>::note(m[i], zeros[i % 2]);
       }
       store_matrices(m,

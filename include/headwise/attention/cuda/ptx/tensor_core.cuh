@@ -6,9 +6,6 @@
 /// 4g + t holds rows g and g + 8, columns 2t and 2t + 1 (and 8 more) of its operands.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <limits>
 
@@ -106,7 +103,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-/// Products and conversions of one element type, accumulated in f32.
+/// Products of one element type, accumulated in f32.
 template <class Row>
 struct TensorCore;
 
@@ -125,15 +122,6 @@ struct TensorCore<f16> {
         "{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-  /// Two floats as two elements, to nearest even, `low` in the lower half.
-  static __device__ __forceinline__ std::uint32_t pack(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const std::uint32_t*>(&pair);
-  }
-  /// The way back.
-  static __device__ __forceinline__ float2 unpack(std::uint32_t pair) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
   }
   /// Adds 0 times two elements: `zeros` stays two zeros while all of them are finite.
   static __device__ __forceinline__ void note(std::uint32_t pair, std::uint32_t& zeros) {
@@ -156,15 +144,6 @@ struct TensorCore<bf16> {
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-  /// Two floats as two elements, to nearest even, `low` in the lower half.
-  static __device__ __forceinline__ std::uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const std::uint32_t*>(&pair);
-  }
-  /// The way back.
-  static __device__ __forceinline__ float2 unpack(std::uint32_t pair) {
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000U));
   }
   /// Adds 0 times two elements: `zeros` stays two zeros while all of them are finite.
   static __device__ __forceinline__ void note(std::uint32_t pair, std::uint32_t& zeros) {
