@@ -35,8 +35,7 @@ class CudaCache {
   void release(headwise::SequenceId sequence);
   std::int64_t length(headwise::SequenceId sequence) const;
   std::size_t held_bytes(headwise::SequenceId sequence) const;
-  headwise::StepStatus begin(headwise::Step& step, std::span<const headwise::SequenceChunk> chunks,
-                             headwise::Phase phase);
+  headwise::StepStatus begin(headwise::Step& step, std::span<const headwise::SequenceChunk> chunks);
   headwise::StepStatus commit(headwise::Step& step);
 
   /// headwise::attend with host tensors; returns when `out` is written.
