@@ -8,7 +8,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "headwise/cache/page_layout.hpp"
+#include "headwise/cache/rows/plain_rows.hpp"
+#include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/core/kv_view.hpp"
 #include "headwise/core/window.hpp"
@@ -37,8 +38,8 @@ class EngineMemory {
     Block& block = blocks_[static_cast<std::size_t>(table(head).back())];
     const auto row = static_cast<std::size_t>(pos.value % kBlockTokens);
     for (std::size_t d = 0; d < kDim; ++d) {
-      block.rows[PlainLayout::k_offset(kBlock, row, d)] = from_float<f16>(k[d]);
-      block.rows[PlainLayout::v_offset(kBlock, row, d)] = from_float<f16>(v[d]);
+      block.rows[PlainRows<f16>::k_offset(kBlock, row, d)] = from_float<f16>(k[d]);
+      block.rows[PlainRows<f16>::v_offset(kBlock, row, d)] = from_float<f16>(v[d]);
     }
   }
 
@@ -53,13 +54,10 @@ class EngineMemory {
   }
 
   /// What a query from `next` on may see: at most two runs of rows, slot = position.
-  KvView<f16, PlainLayout> view(int head, Window window, Pos next) {
-    KvView<f16, PlainLayout> view;
-    view.pages = reinterpret_cast<const std::byte*>(blocks_.data());
-    view.page_bytes = sizeof(Block);
-    view.page_table = table(head).data();
-    view.page_tokens = kBlockTokens;
-    view.k_dim = view.v_dim = kDim;
+  KvView<PlainRows<f16>> view(int head, Window window, Pos next) {
+    auto view =
+        KvView<PlainRows<f16>>::over_pages(reinterpret_cast<const std::byte*>(blocks_.data()),
+                                           sizeof(Block), table(head).data(), kBlock);
     const std::int64_t recent = first_recent(window, next);
     const std::int64_t sink = std::min(window.sink, recent);
     view.add_run({Slot{0}, Pos{0}, sink});
@@ -71,7 +69,7 @@ class EngineMemory {
 
  private:
   struct alignas(64) Block {
-    f16 rows[kBlock.num_elements()];
+    f16 rows[PlainRows<f16>::page_bytes(kBlock) / sizeof(f16)];
   };
 
   static std::int64_t first_recent(Window window, Pos next) {

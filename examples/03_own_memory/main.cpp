@@ -12,7 +12,7 @@
 #include "headwise/attention/cpu/decode.hpp"
 #include "headwise/attention/cpu/prefill.hpp"
 #include "headwise/core/scratch.hpp"
-#include "headwise/policies/random.hpp"
+#include "headwise/policies/random_heads.hpp"
 
 namespace {
 
@@ -49,7 +49,7 @@ class Engine {
     const auto q = model_.q(), k = model_.k(), v = model_.v();
     const auto out = model_.out();
     const int table = layer * kKvHeads + head;
-    const HeadProblem<f16, PlainLayout> problem{
+    const HeadProblem<PlainRows<f16>> problem{
         .past = memory_.view(table, window, Pos{length_}),
         .window = window,
         .first_query = Pos{length_},
@@ -73,7 +73,7 @@ class Engine {
   }
 
   /// Tiles of queries; each could be another thread's, with scratch of its own.
-  void prefill(const HeadProblem<f16, PlainLayout>& problem) {
+  void prefill(const HeadProblem<PlainRows<f16>>& problem) {
     float* scratch = reserve(prefill_scratch_floats(kGroup, kDim, kDim));
     const std::int64_t tile = prefill_tile_queries(kGroup);
     for (std::int64_t first = 0; first < problem.num_queries; first += tile) {
@@ -82,7 +82,7 @@ class Engine {
   }
 
   /// Splits of the past; each could be another thread's, with scratch of its own.
-  void decode(const HeadProblem<f16, PlainLayout>& problem) {
+  void decode(const HeadProblem<PlainRows<f16>>& problem) {
     constexpr std::int64_t kSplit = 256;
     const std::int64_t past = problem.past.num_rows();
     const std::int64_t splits = std::max<std::int64_t>(1, (past + kSplit - 1) / kSplit);
@@ -103,7 +103,7 @@ class Engine {
   }
 
   stand_in::Model model_{kLayers, kKvHeads* kGroup, kKvHeads, kDim};
-  HeadPlan plan_ = random::Policy{.sparsity = 0.5, .window = {4, 124}}.plan(model_.shape());
+  HeadPlan plan_ = random_heads::Policy{.sparsity = 0.5, .window = {4, 124}}.plan(model_.shape());
   own_memory::EngineMemory memory_{400, std::size_t{kLayers} * kKvHeads};
   std::vector<stand_in::Token> rows_;
   std::int64_t length_ = 0;

@@ -12,7 +12,7 @@
 
 #include "../stand_in/model.hpp"
 #include "headwise/attention/attend.hpp"
-#include "headwise/policies/random.hpp"
+#include "headwise/policies/random_heads.hpp"
 
 namespace {
 
@@ -69,8 +69,8 @@ class Engine {
 
   /// The thread's tasks. Whichever thread ends a head's last task merges it and stores its rows.
   void attend_share(int layer, std::size_t ith) {
-    const AttendTasks<simd::BestIsa, f16, TiledLayout> tasks(cache_, step_, layer, model_.q(),
-                                                             model_.k(), model_.v(), model_.out());
+    const AttendTasks<simd::BestIsa, f16> tasks(cache_, step_, layer, model_.q(), model_.k(),
+                                                model_.v(), model_.out());
     for (std::size_t task = ith; task < tasks.size(); task += num_threads_) tasks.run(task, ith);
   }
 
@@ -91,7 +91,7 @@ class Engine {
   std::size_t num_threads_;
   std::barrier<> barrier_;
   stand_in::Model model_{kLayers, 4, 2, 32};
-  HeadPlan plan_ = random::Policy{.sparsity = 0.5, .window = {4, 60}}.plan(model_.shape());
+  HeadPlan plan_ = random_heads::Policy{.sparsity = 0.5, .window = {4, 60}}.plan(model_.shape());
   KvCache<f16> cache_{model_.shape(), plan_, {.page_tokens = 32, .max_context = kLongest}};
   SequenceId sequence_ = *cache_.add_sequence();
   Step step_;

@@ -19,11 +19,11 @@
 #include "headwise/heads/select.hpp"
 #include "headwise/heads/tsv.hpp"
 #include "headwise/policies/duo_attention.hpp"
-#include "headwise/policies/random.hpp"
+#include "headwise/policies/random_heads.hpp"
 #include "headwise/policies/razor_attention.hpp"
 #include "headwise/policies/rlkv.hpp"
 #include "headwise/policies/streaming_llm.hpp"
-#include "headwise/policies/uniform.hpp"
+#include "headwise/policies/uniform_budget.hpp"
 
 namespace needle_lm {
 
@@ -93,11 +93,12 @@ inline headwise::HeadPlan with_plain_window(headwise::HeadPlan plan, headwise::W
 /// @param options  `policy` is one of kPolicies.
 /// @throws ConfigError or FormatError for a score file or a value that does not fit the model.
 inline headwise::HeadPlan make_plan(const PlanOptions& options, const headwise::ModelShape& shape) {
-  if (options.policy == "full") return headwise::uniform::Policy{}.plan(shape);
+  if (options.policy == "full") return headwise::uniform_budget::Policy{}.plan(shape);
   if (options.policy == "uniform")
     return headwise::streaming_llm::Policy{options.window}.plan(shape);
   if (options.policy == "random") {
-    return headwise::random::Policy{options.sparsity, options.window, options.seed}.plan(shape);
+    return headwise::random_heads::Policy{options.sparsity, options.window, options.seed}.plan(
+        shape);
   }
   const headwise::HeadScores scores = detail::load_scores(options.heads, shape);
   if (options.policy == "duo_attention") {

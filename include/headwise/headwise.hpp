@@ -4,6 +4,9 @@
 /// name.
 #pragma once
 
+#include "headwise/core/config.hpp"
+
+#if __cplusplus >= 202002L  // else config.hpp has said what is wrong: once, and not once a line
 #include "headwise/attention/attend.hpp"
 #include "headwise/attention/estimate.hpp"
 #include "headwise/attention/reference.hpp"
@@ -21,9 +24,10 @@
 #include "headwise/policies/head_kv.hpp"
 #include "headwise/policies/pinned.hpp"
 #include "headwise/policies/policy.hpp"
-#include "headwise/policies/random.hpp"
+#include "headwise/policies/random_heads.hpp"
 #include "headwise/policies/razor_attention.hpp"
 #include "headwise/policies/retrieval_head.hpp"
 #include "headwise/policies/rlkv.hpp"
 #include "headwise/policies/streaming_llm.hpp"
-#include "headwise/policies/uniform.hpp"
+#include "headwise/policies/uniform_budget.hpp"
+#endif

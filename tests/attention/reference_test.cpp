@@ -50,11 +50,11 @@ TEST(Reference, WeighsARowByWhatItStandsFor) {
 
 /// The reading of a paged problem and the reading of the dense history are independent code: they
 /// must agree on every case whose rows are all in the history.
-template <class Layout>
+template <class Format>
 void paged_equals_dense() {
   for (const AttentionCase& c : attention_cases()) {
     if (c.compensation > 0 || c.kept == Kept::kSecondRun) continue;
-    PagedHead<f16, Layout> head(c);
+    PagedHead<Format> head(c);
     const auto problem = head.problem();
     const std::vector<double> paged = reference_attention(problem);
     const DenseRows dense = head.dense_rows();
@@ -73,8 +73,8 @@ void paged_equals_dense() {
   }
 }
 
-TEST(Reference, ReadsPlainPagesLikeADenseHistory) { paged_equals_dense<PlainLayout>(); }
-TEST(Reference, ReadsTiledPagesLikeADenseHistory) { paged_equals_dense<TiledLayout>(); }
+TEST(Reference, ReadsPlainPagesLikeADenseHistory) { paged_equals_dense<PlainRows<f16>>(); }
+TEST(Reference, ReadsTiledPagesLikeADenseHistory) { paged_equals_dense<TiledRows<f16>>(); }
 
 }  // namespace
 }  // namespace headwise::test

@@ -8,13 +8,13 @@
 #include <limits>
 #include <vector>
 
+#include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/core/dtype.hpp"
 
 namespace headwise {
 namespace {
 
-struct AnyLayout {};
-using View = KvView<f16, AnyLayout>;
+using View = KvView<TiledRows<f16>>;
 
 TEST(KvView, LeavesEmptyRunsOut) {
   View view;
@@ -39,13 +39,9 @@ TEST(KvView, HasRoomForSinksAndTwoRunsOfARing) {
 TEST(KvView, FindsThePageOfASlot) {
   const std::vector<std::int32_t> table{5, 0, 3};
   std::vector<std::byte> pages(6 * 64);
-  View view;
-  view.pages = pages.data();
-  view.page_bytes = 64;
-  view.page_table = table.data();
-  view.page_tokens = 16;
+  const View view = View::over_pages(pages.data(), 64, table.data(), {16, 16, 16});
   const auto page = [&](std::int64_t slot) {
-    return (reinterpret_cast<const std::byte*>(view.page_of(Slot{slot})) - pages.data()) / 64;
+    return (view.page_of(Slot{slot}) - pages.data()) / 64;
   };
   EXPECT_EQ(page(0), 5);
   EXPECT_EQ(page(15), 5);
@@ -59,11 +55,9 @@ TEST(KvView, AddressesPagesBeyond32Bits) {
   const std::int64_t slot = (std::int64_t{1} << 33) + 5;
   std::vector<std::int32_t> table(static_cast<std::size_t>(slot / page_tokens + 1), -1);
   table.back() = std::numeric_limits<std::int32_t>::max();
-  View view;
-  view.pages = reinterpret_cast<const std::byte*>(std::uintptr_t{1} << 20);
-  view.page_bytes = std::size_t{32} << 10;
-  view.page_table = table.data();
-  view.page_tokens = static_cast<int>(page_tokens);
+  View view = View::over_pages(reinterpret_cast<const std::byte*>(std::uintptr_t{1} << 20),
+                               std::size_t{32} << 10, table.data(),
+                               {static_cast<int>(page_tokens), 16, 16});
   EXPECT_EQ(
       reinterpret_cast<std::uintptr_t>(view.page_of(Slot{slot})),
       (std::uintptr_t{1} << 20) + ((std::uintptr_t{1} << 31) - 1) * (std::uintptr_t{32} << 10));

@@ -4,7 +4,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <climits>
+#include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace headwise {
@@ -60,7 +63,7 @@ TEST(ModelShape, ErrorsNameLayerValueAndLimit) {
         ModelShape({{1, 0, 16, 16}});
       },
       ThrowsMessage<ConfigError>(AllOf(HasSubstr("group_size"), HasSubstr("got 0"))));
-  for (const int dim : {-16, 0, 8, 72}) {
+  for (const int dim : {-16, 0, 8, 72, INT_MAX - 15}) {
     const std::string got = "got " + std::to_string(dim);
     EXPECT_THAT(
         [dim] {
@@ -79,6 +82,60 @@ TEST(ModelShape, ErrorsNameLayerValueAndLimit) {
               ThrowsMessage<ConfigError>(AllOf(HasSubstr("4"), HasSubstr("10"))));
   EXPECT_THAT([] { ModelShape::uniform(1, 8, 0, 64); }, ThrowsMessage<ConfigError>(HasSubstr("0")));
   EXPECT_THROW(ModelShape::uniform(1, 0, 4, 64), ConfigError);  // 0 is a multiple, but no group
+}
+
+TEST(ModelShape, RefusesAnotherWidthWithTheWayOut) {
+  for (const auto& [dim, padded] : {std::pair{100, "112"}, {120, "128"}, {59, "64"}, {1, "16"}}) {
+    EXPECT_THAT([dim = dim] { ModelShape::uniform(1, 1, 1, dim); },
+                ThrowsMessage<ConfigError>(AllOf(
+                    HasSubstr("got " + std::to_string(dim)),
+                    HasSubstr("pad rows with zeros to " + std::string(padded)),
+                    HasSubstr("sm_scale"), HasSubstr("1 / sqrt(" + std::to_string(dim) + ")"))));
+  }
+}
+
+TEST(ModelShape, RefusesNumbersThatOverflow) {
+  EXPECT_THAT([] { ModelShape::uniform(INT_MAX, 8, 8, 64); },
+              ThrowsMessage<ConfigError>(AllOf(HasSubstr("num_layers"), HasSubstr("2147483647"),
+                                               HasSubstr(std::to_string(kMaxLayers)))));
+  EXPECT_THAT([] { ModelShape::uniform(2, -8, 2, 64); },
+              ThrowsMessage<ConfigError>(AllOf(HasSubstr("num_qo_heads"), HasSubstr("got -8"))));
+  EXPECT_THAT([] { ModelShape::uniform(1, INT_MAX, 1, 64); },
+              ThrowsMessage<ConfigError>(AllOf(HasSubstr("num_qo_heads"), HasSubstr("65536"))));
+  for (const LayerShape& layer : std::initializer_list<LayerShape>{
+           {.num_kv_heads = 1 << 16, .group_size = 1 << 16, .k_dim = 16, .v_dim = 16},
+           {.num_kv_heads = INT_MAX, .group_size = 2, .k_dim = 16, .v_dim = 16},
+           {.num_kv_heads = 1, .group_size = INT_MAX, .k_dim = 16, .v_dim = 16},
+           {.num_kv_heads = 1, .group_size = 1, .k_dim = 1 << 30, .v_dim = 1 << 30},
+           {.num_kv_heads = 1, .group_size = 1, .k_dim = 16, .v_dim = INT_MAX - 15}}) {
+    EXPECT_THROW(ModelShape({layer}), ConfigError);
+  }
+  const LayerShape most{kMaxHeads, 1, 16, 16};
+  EXPECT_THAT([&] { ModelShape(std::vector<LayerShape>(257, most)); },
+              ThrowsMessage<ConfigError>(AllOf(HasSubstr("all layers"), HasSubstr("16842752"))));
+  EXPECT_NO_THROW(ModelShape({{kMaxHeads, 1, kMaxDim, kMaxDim}}));
+}
+
+TEST(ModelShape, RefusesScalesThatAreNotFinite) {
+  for (const float scale :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    EXPECT_THAT(
+        [&] {
+          ModelShape({{1, 1, 16, 16, scale}});
+        },
+        ThrowsMessage<ConfigError>(HasSubstr("sm_scale must be finite")));
+  }
+}
+
+TEST(ModelShape, HardenedBuildsStopAtALayerOutOfRange) {
+#if HEADWISE_HARDENED
+  const ModelShape shape = ModelShape::uniform(3, 8, 2, 64);
+  for (const int layer : {-1, 3, INT_MAX, INT_MIN}) {
+    EXPECT_DEATH((void)shape.layer(layer), "layer out of range");
+  }
+#else
+  GTEST_SKIP() << "release builds do not check";
+#endif
 }
 
 }  // namespace

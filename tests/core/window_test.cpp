@@ -6,8 +6,12 @@
 #include <cstdint>
 #include <set>
 
+#include "support/errors.hpp"
+
 namespace headwise {
 namespace {
+
+using testing::message_of;
 
 /// What a query at `i` sees, by keeping a list: the first `sink` tokens and the newest `recent`.
 std::set<std::int64_t> seen_by_list(std::int64_t sink, std::int64_t recent, std::int64_t i) {
@@ -58,6 +62,16 @@ TEST(Window, FromExclusiveSeesOneMore) {
   }
   EXPECT_EQ(seen_by_window(Window::from_exclusive(1, 2), 16, 17),
             (std::set<std::int64_t>{0, 14, 15, 16}));  // DuoAttention's decode
+}
+
+TEST(Window, FromExclusiveRefusesWhatOverflows) {
+  EXPECT_EQ(Window::from_exclusive(kMaxTokens, kMaxTokens - 1), (Window{kMaxTokens, kMaxTokens}));
+  EXPECT_EQ(message_of<ConfigError>([] { (void)Window::from_exclusive(4, INT64_MAX); }),
+            "past must be in [0, 1099511627775], got 9223372036854775807");
+  EXPECT_THROW((void)Window::from_exclusive(4, Window::kUnbounded - 1), ConfigError);
+  EXPECT_THROW((void)Window::from_exclusive(4, -1), ConfigError);
+  EXPECT_THROW((void)Window::from_exclusive(-1, 4), ConfigError);
+  EXPECT_THROW((void)Window::from_exclusive(INT64_MAX, 4), ConfigError);
 }
 
 TEST(Window, EverythingIsPlainCausality) {

@@ -45,15 +45,36 @@ TEST(HeadRuns, RefuseDamagedFilesWithFileKeyAndValue) {
       {R"({"0-0": [1], "0-1": [1, 2]})",
        "f.json: key '0-1': 2 runs, expected 1 as for the first key"},
       {R"({"0-0": [1], "0-0": [1]})", "f.json: key '0-0': the key is there twice"},
-      {R"({"0-0": [1], "00-0": [1]})", "f.json: key '00-0': the key is there twice"},
+      {R"({"0-0": [1], "0\u002d0": [1]})", "f.json: key '0-0': the key is there twice"},
+      {R"({"0-0": [1], "00-0": [1]})", "f.json: key '00-0': not of the form \"layer-head\""},
+      {R"({"0-00": [1]})", "f.json: key '0-00': not of the form \"layer-head\""},
+      {R"({"-0-0": [1]})", "f.json: key '-0-0': not of the form \"layer-head\""},
+      {R"({"0--0": [1]})", "f.json: key '0--0': not of the form \"layer-head\""},
+      {R"({"+0-0": [1]})", "f.json: key '+0-0': not of the form \"layer-head\""},
+      {R"({" 0-0": [1]})", "f.json: key ' 0-0': not of the form \"layer-head\""},
+      {R"({"0-0-0": [1]})", "f.json: key '0-0-0': not of the form \"layer-head\""},
+      {R"({"0x1-0": [1]})", "f.json: key '0x1-0': not of the form \"layer-head\""},
+      {R"({"0-0\u0000": [1]})", "f.json: key '0-0#': not of the form \"layer-head\""},
+      {R"({"0-0": [1e308, 1e308]})",
+       "f.json: key '0-0': the sum of the runs does not fit a double at 1e+308"},
+      {R"({"0-0": [1], "0-1": [-1.7e308, -1.7e308]})",
+       "f.json: key '0-1': the sum of the runs does not fit a double at -1.7e+308"},
+      {R"({"0-0": [Infinity]})", "f.json: key '0-0': not a JSON number or list at byte 10"},
+      {R"({"0-0": [+1]})", "f.json: key '0-0': not a JSON number or list at byte 10"},
+      {R"({"0-0": [01]})", "f.json: key '0-0': not a JSON number or list at byte 11"},
+      {R"({"0-0": [1],})", "f.json: key '0-0': not a JSON number or list at byte 13"},
+      {R"({"0-0": [1]} {})", "f.json: key '0-0': not a JSON number or list at byte 14"},
+      {"// no comments\n{}", "f.json: not a JSON number or list at byte 1"},
+      {"\xff\xfe{", "f.json: not a JSON number or list at byte 1"},
       {R"({"0-0": [1], "1-1": [1]})", "f.json: key \"0-1\" is missing of 2 layers x 2 heads"},
       {R"({"1-0": [1]})", "f.json: key \"0-0\" is missing of 2 layers x 1 heads"},
       {R"({"0-1": [1], "4095-4095": [1]})",
        "f.json: key \"0-0\" is missing of 4096 layers x 4096 heads"},
       {R"({"0-4096": [1]})", "f.json: key '0-4096': index 4096 is not in [0, 4095]"},
-      {R"({"-1-0": [1]})", "f.json: key '-1-0': index -1 is not in [0, 4095]"},
-      {R"({"0--1": [1]})", "f.json: key '0--1': index -1 is not in [0, 4095]"},
-      {R"({"99999999999-0": [1]})", "f.json: key '99999999999-0': not of the form \"layer-head\""},
+      {R"({"-1-0": [1]})", "f.json: key '-1-0': not of the form \"layer-head\""},
+      {R"({"0--1": [1]})", "f.json: key '0--1': not of the form \"layer-head\""},
+      {R"({"99999999999-0": [1]})",
+       "f.json: key '99999999999-0': index 99999999999 is not in [0, 4095]"},
       {R"({"": [1]})", "f.json: key '': not of the form \"layer-head\""},
       {R"({"0": [1]})", "f.json: key '0': not of the form \"layer-head\""},
       {R"({"0-": [1]})", "f.json: key '0-': not of the form \"layer-head\""},
@@ -80,6 +101,22 @@ TEST(HeadRuns, SurviveDeepNestingAndEveryTruncation) {
   for (std::size_t i = 0; i < whole.size(); ++i) {
     EXPECT_THROW((void)parse_head_runs(whole.substr(0, i), "f.json"), FormatError);
   }
+}
+
+TEST(HeadRuns, RefuseTextAfterANul) {
+  const std::string text("{\"0-0\": [1]}\0 and more", 22);
+  EXPECT_EQ(message_of<FormatError>([&] { (void)parse_head_runs(text, "f.json"); }),
+            "f.json: not JSON: a NUL at byte 13");
+}
+
+TEST(HeadRuns, StopAtTooManyHeads) {
+  std::string text = "{";
+  for (std::size_t i = 0; i <= detail::kMaxScores; ++i) {
+    text += '"' + std::to_string(i / 4096) + '-' + std::to_string(i % 4096) + "\":[1],";
+  }
+  text.back() = '}';
+  EXPECT_EQ(message_of<FormatError>([&] { (void)parse_head_runs(text, "f.json"); }),
+            "f.json: key '256-0': more than the limit of 1048576 heads");
 }
 
 struct Published {
@@ -142,9 +179,7 @@ TEST(WindowConfig, ReadsTheTwoSizesOrNothing) {
 
 TEST(WindowConfig, RefusesSizesThatMeanNothing) {
   const Hostile cases[] = {
-      {"", "c.json: not a JSON object"},
       {"[1]", "c.json: not a JSON object"},
-      {"{\"sink_size\": 1", "c.json: not a JSON object"},
       {R"({"sink_size": 128})",
        "c.json: key 'recent_size': missing or null, expected both sizes or none"},
       {R"({"sink_size": null, "recent_size": 256})",
@@ -165,6 +200,32 @@ TEST(WindowConfig, RefusesSizesThatMeanNothing) {
               hostile.message)
         << hostile.text;
   }
+}
+
+TEST(WindowConfig, RefusesWhatNoParserShouldTake) {
+  const auto refusal = [](const std::string& text) {
+    return message_of<FormatError>([&] { (void)parse_window_config(text, "c.json"); });
+  };
+  const std::string deep(200000, '[');
+  EXPECT_EQ(refusal("{\"sink_size\": " + deep), "c.json: key 'sink_size': nested deeper than 32");
+  EXPECT_EQ(refusal("{\"sink_size\": " + deep + std::string(200000, ']') + "}"),
+            "c.json: key 'sink_size': nested deeper than 32");
+  EXPECT_EQ(refusal(R"({"sink_size": [[1, 2], [3]], "recent_size": 256})"),
+            "c.json: key 'sink_size': 'array' is not an integer in [0, 1099511627776]");
+  EXPECT_EQ(refusal(R"({"sink_size": 4, "recent_size": 60, "sink_size": 64})"),
+            "c.json: key 'sink_size': the key is there twice");
+  EXPECT_THAT(refusal(R"({"sink_size": 4, "recent_size": 1e999})"),
+              StartsWith("c.json: key 'recent_size': not JSON at byte 37"));
+  EXPECT_EQ(refusal(std::string(kMaxJsonBytes + 1, '[')),
+            "c.json: larger than the limit of 4194304 bytes");
+}
+
+TEST(WindowConfig, IsReadFromNoFileBeyondTheLimit) {
+  const std::string path = ::testing::TempDir() + "headwise_big_config.json";
+  detail::save_text(path, std::string(kMaxJsonBytes + 1, ' '));
+  EXPECT_EQ(message_of<FormatError>([&] { (void)load_window_config(path); }),
+            path + ": larger than the limit of 4194304 bytes");
+  std::remove(path.c_str());
 }
 
 TEST(WindowConfig, ReadsThePublishedFileOrItsDirectory) {

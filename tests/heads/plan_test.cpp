@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <climits>
 #include <vector>
 
 #include "support/errors.hpp"
@@ -32,11 +33,11 @@ TEST(HeadPlan, SetsOneHeadOfUnequalLayers) {
 
 TEST(HeadPlan, RefusesLayersWithoutHeads) {
   EXPECT_EQ(message_of<ConfigError>([] { HeadPlan(std::vector<int>{}); }),
-            "a plan needs at least one layer, got 0");
+            "a plan needs at least 1 layer, got 0");
   EXPECT_EQ(message_of<ConfigError>([] {
               HeadPlan(std::vector<int>{2, 0});
             }),
-            "layer 1: a plan needs at least 1 KV head, got 0");
+            "layer 1: a plan needs at least 1 head, got 0");
 }
 
 TEST(HeadPlan, RefusesBudgetsOutOfRange) {
@@ -44,16 +45,59 @@ TEST(HeadPlan, RefusesBudgetsOutOfRange) {
   EXPECT_EQ(message_of<ConfigError>([&] {
               plan.set(0, 0, KeepWindow{{-1, 8}});
             }),
-            "sink must be >= 0, got -1");
+            "sink must be in [0, 1099511627776], got -1");
   EXPECT_EQ(message_of<ConfigError>([&] {
               plan.set(0, 0, KeepWindow{{4, 0}});
             }),
-            "recent counts the current token and must be >= 1, got 0");
+            "recent, which counts the current token, must be in [1, 1099511627776], got 0");
   EXPECT_EQ(message_of<ConfigError>([&] { plan.set(0, 0, KeepGrowingWindow{.divisor = 0}); }),
-            "divisor must be >= 1, got 0");
+            "divisor must be in [1, 1099511627776], got 0");
   EXPECT_EQ(message_of<ConfigError>([&] { plan.set(0, 0, KeepGrowingWindow{.min_recent = 0}); }),
-            "min_recent must be >= 1, got 0");
+            "min_recent must be in [1, 1099511627776], got 0");
   EXPECT_TRUE(is_retrieval(plan.budget(0, 0)));
+}
+
+TEST(HeadPlan, RefusesShapesThatOverflow) {
+  EXPECT_EQ(message_of<ConfigError>([] {
+              HeadPlan(std::vector<int>{1, INT_MAX});
+            }),
+            "layer 1: at most 65536 heads, got 2147483647");
+  EXPECT_EQ(message_of<ConfigError>([] { HeadPlan(std::vector<int>{-8}); }),
+            "layer 0: a plan needs at least 1 head, got -8");
+  EXPECT_EQ(message_of<ConfigError>([] { HeadPlan(std::vector<int>(kMaxLayers + 1, 1)); }),
+            "num_layers must be in [1, 65536], got 65537");
+  EXPECT_EQ(message_of<ConfigError>([] { HeadPlan(std::vector<int>(257, kMaxHeads)); }),
+            "heads of all layers must be in [1, 16777216], got 16842752");
+}
+
+TEST(HeadPlan, RefusesWindowsThatOverflow) {
+  HeadPlan plan(std::vector<int>{1});
+  for (const HeadBudget& budget : std::vector<HeadBudget>{
+           KeepWindow{{INT64_MAX, 8}}, KeepWindow{{0, INT64_MAX - 1}}, KeepWindow{{0, INT64_MIN}},
+           KeepGrowingWindow{.sink = INT64_MAX}, KeepGrowingWindow{.min_recent = INT64_MAX},
+           KeepGrowingWindow{.divisor = INT64_MIN}}) {
+    EXPECT_THROW(plan.set(0, 0, budget), ConfigError);
+    EXPECT_THROW(HeadPlan(std::vector<int>{1}, budget), ConfigError);
+  }
+  EXPECT_NO_THROW(plan.set(0, 0, KeepWindow{{kMaxTokens, kMaxTokens}}));
+  EXPECT_NO_THROW(plan.set(0, 0, KeepWindow{Window::everything()}));
+}
+
+TEST(HeadPlan, HardenedBuildsStopAtALayerOrKvHeadOutOfRange) {
+#if HEADWISE_HARDENED
+  HeadPlan plan(std::vector<int>{2, 3});
+  for (const int layer : {-1, 2, 7, INT_MAX, INT_MIN}) {
+    EXPECT_DEATH((void)plan.num_kv_heads(layer), "layer out of range");
+    EXPECT_DEATH((void)plan.budget(layer, 0), "layer out of range");
+    EXPECT_DEATH(plan.set(layer, 0, {}), "layer out of range");
+  }
+  for (const int head : {-1, 2, INT_MAX, INT_MIN}) {  // layer 1 has a third head, layer 0 has not
+    EXPECT_DEATH((void)plan.budget(0, head), "head out of range");
+    EXPECT_DEATH(plan.set(0, head, {}), "head out of range");
+  }
+#else
+  GTEST_SKIP() << "release builds do not check";
+#endif
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <climits>
 #include <limits>
 #include <vector>
 
@@ -32,15 +33,44 @@ TEST(HeadScores, TakesFloatsAndDoubles) {
 
 TEST(HeadScores, RefusesWhatIsNoTable) {
   EXPECT_EQ(message_of<ConfigError>([] { HeadScores(std::vector<int>{}, {}); }),
-            "scores need at least one layer, got 0");
+            "a table of scores needs at least 1 layer, got 0");
   EXPECT_EQ(message_of<ConfigError>([] {
               HeadScores(std::vector<int>{1, 0}, {.5});
             }),
-            "layer 1: scores need at least 1 head, got 0");
+            "layer 1: a table of scores needs at least 1 head, got 0");
   EXPECT_EQ(message_of<ConfigError>([] { HeadScores::dense(2, 2, std::vector<double>(3)); }),
             "got 3 scores for 4 heads");
   EXPECT_EQ(message_of<ConfigError>([] { HeadScores::dense(-1, 2, std::vector<double>(3)); }),
-            "scores need at least one layer, got -1");
+            "num_layers must be in [1, 65536], got -1");
+}
+
+TEST(HeadScores, RefusesShapesThatOverflow) {
+  const std::vector<double> values(4);
+  EXPECT_EQ(message_of<ConfigError>([&] { HeadScores::dense(INT_MAX, 2, values); }),
+            "num_layers must be in [1, 65536], got 2147483647");
+  EXPECT_EQ(message_of<ConfigError>([&] { HeadScores::dense(2, INT_MAX, values); }),
+            "layer 0: at most 65536 heads, got 2147483647");
+  EXPECT_EQ(message_of<ConfigError>([&] { QueryHeadScores::dense(1, -8, values); }),
+            "layer 0: a table of scores needs at least 1 head, got -8");
+}
+
+TEST(HeadScores, HardenedBuildsStopAtALayerOrHeadOutOfRange) {
+#if HEADWISE_HARDENED
+  const HeadScores scores(std::vector<int>{1, 3}, {.5, -.1, 1.2, 0});
+  const QueryHeadScores query(std::vector<int>{1, 3}, {.5, -.1, 1.2, 0});
+  for (const int layer : {-1, 2, INT_MAX, INT_MIN}) {
+    EXPECT_DEATH((void)scores.num_heads(layer), "layer out of range");
+    EXPECT_DEATH((void)scores.row(layer), "layer out of range");
+    EXPECT_DEATH((void)scores.value(layer, 0), "layer out of range");
+    EXPECT_DEATH((void)query.num_heads(layer), "layer out of range");
+  }
+  for (const int head : {-1, 1, INT_MAX, INT_MIN}) {
+    EXPECT_DEATH((void)scores.value(0, head), "head out of range");
+    EXPECT_DEATH((void)query.value(0, head), "head out of range");
+  }
+#else
+  GTEST_SKIP() << "release builds do not check";
+#endif
 }
 
 TEST(HeadScores, RefusesNanAndInfinityWithTheirHead) {

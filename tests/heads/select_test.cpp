@@ -124,7 +124,7 @@ TEST(Select, RefusesAMissingWindowAndABadSparsity) {
   EXPECT_EQ(message_of<ConfigError>([&] {
               (void)select(scores, {.sparsity = .5, .window = {.sink = 4, .recent = 0}});
             }),
-            "recent counts the current token and must be >= 1, got 0");
+            "recent, which counts the current token, must be in [1, 1099511627776], got 0");
 }
 
 TEST(SelectTop, KeepsTheHighestOfUnequalLayersAndTakesAnyBudget) {

@@ -5,8 +5,12 @@
 
 #include <vector>
 
+#include "support/errors.hpp"
+
 namespace headwise {
 namespace {
+
+using testing::message_of;
 
 /// 100 heads, of which `retrieval` keep everything.
 HeadPlan plan_of(int retrieval, const HeadBudget& streaming) {
@@ -57,6 +61,25 @@ TEST(NumKept, NeverExceedsTheContext) {
     }
   }
   EXPECT_EQ(num_kept(KeepWindow{{4, 60}}, 1000000), 64);
+}
+
+TEST(NumKept, RefusesWhatWouldKeepLessThanNothing) {
+  EXPECT_THROW((void)num_kept(KeepWindow{{-5, 4}}, 3), ConfigError);  // -1 by the formula
+  EXPECT_THROW((void)num_kept(KeepWindow{{4, INT64_MIN}}, 3), ConfigError);
+  EXPECT_THROW((void)num_kept(KeepGrowingWindow{.sink = INT64_MIN}, 3), ConfigError);
+  EXPECT_THROW((void)num_kept(KeepGrowingWindow{.divisor = 0}, 3), ConfigError);
+  EXPECT_EQ(message_of<ConfigError>([] { (void)num_kept(KeepEverything{}, -1); }),
+            "a context must be in [0, 1099511627776], got -1");
+  EXPECT_THROW((void)num_kept(KeepWindow{{4, 60}}, INT64_MIN), ConfigError);
+  EXPECT_THROW((void)num_kept(KeepGrowingWindow{}, INT64_MAX), ConfigError);
+  EXPECT_EQ(num_kept(KeepWindow{{kMaxTokens, kMaxTokens}}, kMaxTokens), kMaxTokens);
+  EXPECT_EQ(num_kept(KeepGrowingWindow{}, kMaxTokens), 4 + kMaxTokens / 5 + 1);
+}
+
+TEST(KeptShare, RefusesAContextOfNothing) {
+  const HeadPlan plan(std::vector<int>{2});
+  EXPECT_THROW((void)kept_share(plan, 0), ConfigError);
+  EXPECT_THROW((void)kept_share(plan, -7), ConfigError);
 }
 
 }  // namespace

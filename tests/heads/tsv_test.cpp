@@ -65,6 +65,13 @@ TEST(Tsv, RefusesDamagedFilesWithFileLineAndValue) {
       {"1\tx2\n", "f.tsv:1: 'x2' is not a number"},
       {"1\t2x\n", "f.tsv:1: '2x' is not a number"},
       {"1,2\n", "f.tsv:1: '1,2' is not a number"},
+      {"+1\t2\n", "f.tsv:1: '+1' is not a number"},
+      {"1\tInfinity\n", "f.tsv:1: 'Infinity' is not a finite number"},
+      {"1\t2\n3\t4\nx", "f.tsv:3: 'x' is not a number"},
+      {std::string("1\t2\n\0 3", 7), "f.tsv:2: '#' is not a number"},
+      {std::string("1\t2\n\0", 5), "f.tsv:2: '#' is not a number"},
+      {std::string(1 << 20, '\n') + "1", "f.tsv:1: an empty line, expected one for every layer"},
+      {std::string(1 << 20, '\t') + "1", "f.tsv:1: a value is missing beside a tab"},
       {"0x10\t1\n", "f.tsv:1: '0x10' is not a number"},
       {"1\t\t2\n", "f.tsv:1: a value is missing beside a tab"},
       {"1\t \t2\n", "f.tsv:1: a value is missing beside a tab"},
@@ -85,11 +92,30 @@ TEST(Tsv, RefusesDamagedFilesWithFileLineAndValue) {
   }
 }
 
-TEST(Tsv, StopsAtTooManyValues) {
+/// What is said of `lines` lines of `values` values each.
+std::string refusal_of_table(int lines, int values) {
+  std::string line;
+  for (int i = 0; i < values; ++i) line += "1\t";
+  line.back() = '\n';
   std::string text;
-  for (std::size_t i = 0; i <= detail::kMaxTsvValues; ++i) text += i % 2 == 0 ? "1 " : "1\n";
-  EXPECT_EQ(message_of<FormatError>([&] { (void)parse_tsv(text, "f.tsv"); }),
-            "f.tsv:524289: more than the limit of 1048576 values");
+  for (int i = 0; i < lines; ++i) text += line;
+  return message_of<FormatError>([&] { (void)parse_tsv(text, "f.tsv"); });
+}
+
+TEST(Tsv, StopsAtTooManyValuesOrLines) {
+  EXPECT_EQ(refusal_of_table(kMaxLayers + 1, 1), "f.tsv:65537: more than the limit of 65536 lines");
+  EXPECT_EQ(refusal_of_table(1, kMaxHeads + 1),
+            "f.tsv:1: 65537 values, more than the limit of 65536");
+  EXPECT_EQ(refusal_of_table(33, 1 << 15), "f.tsv:33: more than the limit of 1048576 values");
+  EXPECT_EQ(refusal_of_table(1, 2 << 20), "f.tsv:1: more than the limit of 1048576 values");
+}
+
+TEST(Tsv, ReadsBackTheLargestTableItTakes) {
+  const HeadScores scores =
+      HeadScores::dense(16, kMaxHeads, std::vector<double>(detail::kMaxScores, -1.0 / 3));
+  const std::string text = to_tsv(scores);
+  EXPECT_LE(text.size(), detail::kMaxFileBytes);
+  EXPECT_EQ(parse_tsv(text, "t"), scores);
 }
 
 TEST(Tsv, SurvivesEveryTruncationAndEveryFlippedByte) {
@@ -145,6 +171,15 @@ TEST(Tsv, SavesAndLoads) {
   std::remove(path.c_str());
   EXPECT_EQ(message_of<ConfigError>([&] { (void)load_tsv(path); }),
             "cannot open " + path + ": No such file or directory");
+}
+
+TEST(Tsv, NamesThePathThatIsNoFile) {
+  EXPECT_EQ(message_of<ConfigError>([] { (void)load_tsv(::testing::TempDir()); }),
+            "cannot read " + ::testing::TempDir() + ": Is a directory");
+  EXPECT_THAT(message_of<ConfigError>([] { (void)load_tsv(""); }),
+              ::testing::StartsWith("cannot open "));
+  EXPECT_EQ(message_of<FormatError>([] { (void)load_tsv("/dev/zero"); }),
+            "/dev/zero: larger than the limit of 33554432 bytes");
 }
 
 TEST(Tsv, RefusesToWriteUnequalLayers) {

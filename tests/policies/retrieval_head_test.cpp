@@ -29,6 +29,14 @@ TEST(CopyScore, CountsHitsAsTheCodeAndAsThePaper) {
   EXPECT_EQ(score.paper_score(), .5);
 }
 
+TEST(CopyScore, TakesAnyPositionForAMissAndRefusesANegativeNeedle) {
+  const std::vector<std::int32_t> needle{5};
+  retrieval_head::CopyScore score(Pos{10}, needle);
+  for (const std::int64_t far : {INT64_MIN, std::int64_t{-1}, INT64_MAX}) score.step(Pos{far}, 5);
+  EXPECT_EQ(score.score(), 0.0);
+  EXPECT_THROW(retrieval_head::CopyScore(Pos{-1}, needle), ConfigError);
+}
+
 TEST(CopyScore, EndsWithTheNeedle) {
   const std::vector<std::int32_t> needle{5};
   retrieval_head::CopyScore score(Pos{10}, needle);

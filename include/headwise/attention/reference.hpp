@@ -12,8 +12,7 @@
 #include <vector>
 
 #include "headwise/attention/problem.hpp"
-#include "headwise/cache/page_layout.hpp"
-#include "headwise/core/dtype.hpp"
+#include "headwise/cache/rows/format.hpp"
 
 namespace headwise::inline v0 {
 
@@ -67,44 +66,34 @@ struct ReferenceKey {
 };
 
 /// Every row of the problem, each read once.
-template <class Row, class Layout>
-std::vector<ReferenceKey> reference_keys(const HeadProblem<Row, Layout>& problem) {
-  const auto& past = problem.past;
-  const PageShape shape{past.page_tokens, past.k_dim, past.v_dim};
-  const auto fill = [](int dim, auto element) {
-    std::vector<double> out;
-    for (int d = 0; d < dim; ++d) {
-      out.push_back(static_cast<double>(element(static_cast<std::size_t>(d))));
-    }
-    return out;
+template <RowFormat Format>
+std::vector<ReferenceKey> reference_keys(const HeadProblem<Format>& problem) {
+  const KvView<Format>& past = problem.past;
+  const PageShape& shape = past.shape;
+  const auto doubles = [](const std::vector<float>& x) {
+    return std::vector<double>(x.begin(), x.end());
   };
   std::vector<ReferenceKey> keys;
+  std::vector<float> k(static_cast<std::size_t>(shape.k_dim));
+  std::vector<float> v(static_cast<std::size_t>(shape.v_dim));
   for (const KvRun& run : past.runs()) {
     for (std::int64_t r = 0; r < run.count; ++r) {
       const Slot slot = run.first_slot + r;
-      const Row* page = past.page_of(slot);
-      const auto row = static_cast<std::size_t>(slot.value % past.page_tokens);
-      const auto k = [&](std::size_t d) { return to_float(page[Layout::k_offset(shape, row, d)]); };
-      const auto v = [&](std::size_t d) { return to_float(page[Layout::v_offset(shape, row, d)]); };
-      keys.push_back({fill(past.k_dim, k), fill(past.v_dim, v), 1, run.first_pos + r});
+      Format::read_row(past.page_of(slot), shape,
+                       static_cast<std::size_t>(slot.value % shape.page_tokens), k.data(),
+                       v.data());
+      keys.push_back({doubles(k), doubles(v), 1, run.first_pos + r});
     }
   }
-  if (const auto& sums = past.compensation; sums.count > 0) {
-    const auto mean = [&](const float* sum) {
-      return [&, sum](std::size_t d) {
-        return static_cast<double>(sum[d]) / static_cast<double>(sums.count);
-      };
-    };
-    keys.push_back(
-        {fill(past.k_dim, mean(sums.k_sum)), fill(past.v_dim, mean(sums.v_sum)), sums.count, {}});
+  if (const CompensationRow& row = past.compensation; row.count > 0) {
+    k.assign(row.k_mean, row.k_mean + shape.k_dim);
+    v.assign(row.v_mean, row.v_mean + shape.v_dim);
+    keys.push_back({doubles(k), doubles(v), row.count, {}});
   }
   for (std::int64_t j = 0; j < problem.num_queries; ++j) {
-    const auto rounded = [](const float* row) {
-      return [row](std::size_t d) { return to_float(from_float<Row>(row[d])); };
-    };
-    keys.push_back({fill(past.k_dim, rounded(problem.own_k.row(j, 0))),
-                    fill(past.v_dim, rounded(problem.own_v.row(j, 0))), 1,
-                    problem.first_query + j});
+    Format::round_row(problem.own_k.row(j, 0), shape.k_dim, k.data());
+    Format::round_row(problem.own_v.row(j, 0), shape.v_dim, v.data());
+    keys.push_back({doubles(k), doubles(v), 1, problem.first_query + j});
   }
   return keys;
 }
@@ -113,8 +102,8 @@ std::vector<ReferenceKey> reference_keys(const HeadProblem<Row, Layout>& problem
 
 /// What HeadProblem's docstring says, to the letter.
 /// @return [num_queries, group_size, v_dim]
-template <RowElement Row, PageLayout Layout>
-std::vector<double> reference_attention(const HeadProblem<Row, Layout>& problem) {
+template <RowFormat Format>
+std::vector<double> reference_attention(const HeadProblem<Format>& problem) {
   const std::vector<detail::ReferenceKey> keys = detail::reference_keys(problem);
   std::vector<double> out;
   for (std::int64_t i = 0; i < problem.num_queries; ++i) {
@@ -124,7 +113,7 @@ std::vector<double> reference_attention(const HeadProblem<Row, Layout>& problem)
         if (pos && !problem.window.sees(problem.first_query + i, *pos)) continue;
         query.add(std::span(k), std::span(v), std::log(static_cast<double>(stands_for)));
       }
-      const std::vector<double> row = query.output(problem.past.v_dim);
+      const std::vector<double> row = query.output(problem.past.shape.v_dim);
       out.insert(out.end(), row.begin(), row.end());
     }
   }

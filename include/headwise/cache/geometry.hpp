@@ -6,127 +6,221 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
 
-#include "headwise/cache/head_store.hpp"
+#include "headwise/cache/keep/keep.hpp"
 #include "headwise/cache/options.hpp"
-#include "headwise/cache/page_layout.hpp"
+#include "headwise/cache/pages/page_pool.hpp"
+#include "headwise/cache/pages/page_tables.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/checked.hpp"
+#include "headwise/core/page_shape.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/plan.hpp"
 
 namespace headwise::inline v0 {
 
-/// Heads with equal budgets behave alike: they are counted, grown and cut together.
+/// Heads with equal budgets and pages of one size behave alike: they are counted, grown and cut
+/// together.
 struct HeadClass {
-  HeadStore store;             ///< how each of these heads lays its rows into pages
+  AnyKeepRule rule;            ///< what each of these heads keeps
+  std::size_t page_size = 0;   ///< of their pages, in the pool's sizes
   std::int64_t num_heads = 0;  ///< in all layers
 };
 
-/// One KV head: its class and where its metadata lie in a sequence's share.
+/// One KV head: its class and where its data lie among those of its class or sequence.
 struct HeadPlace {
   int class_idx = 0;                     ///< in CacheGeometry::classes()
-  std::int64_t table_offset = 0;         ///< int32 entries
-  std::int64_t compensation_offset = 0;  ///< floats
+  std::int64_t idx_in_class = 0;         ///< layer by layer
+  std::int64_t compensation_offset = 0;  ///< bytes in a sequence's share
 };
 
 /// Neighbouring heads of one layer in task order (longest first) that share a class.
 struct ClassRun {
   int class_idx = 0;  ///< in CacheGeometry::classes()
   int num_heads = 0;  ///< >= 1
+  friend bool operator==(ClassRun, ClassRun) = default;
 };
 
 /// One layer: its page geometry, heads and the order in which they are attended.
 struct LayerPlace {
-  LayerShape shape;  ///< as the model has it
-  PageShape page;    ///< of this layer's rows; the pool's pages are those of the widest layer
+  LayerShape shape;             ///< as the model has it
+  PageShape page;               ///< of this layer's rows
   std::int64_t first_head = 0;  ///< index of KV head 0 in heads()
   std::vector<int> task_order;  ///< KV heads, those that keep most first
   std::vector<ClassRun> runs;   ///< classes along task_order
 };
 
-/// Geometry of a cache: classes of heads, page size, table strides. Shared by the cache itself and
-/// by estimate(), so that the two cannot disagree.
+/// Geometry of a cache: classes of heads, sizes of pages, tables. Shared by the cache itself and by
+/// estimate(), so that the two cannot disagree.
 class CacheGeometry {
  public:
-  /// Tokens of a sequence: no count of rows or pages of one comes near the end of 64 bits.
-  static constexpr std::int64_t kLongestContext = std::int64_t{1} << 40;
+  /// Bytes of a page of rows in some format.
+  using PageBytes = std::size_t (*)(const PageShape&);
 
-  /// @param row_bytes  bytes of one row element.
-  /// @throws ConfigError when shape and plan differ, or an option is out of its range.
+  /// @param page_bytes  RowFormat::page_bytes of the cache's rows.
+  /// @throws ConfigError when shape and plan differ, an option is out of its range, or sizes pass
+  ///   64 bits; says both values.
   CacheGeometry(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
-                std::size_t row_bytes)
-      : options_(options), row_bytes_(row_bytes) {
+                PageBytes page_bytes)
+      : options_(checked(options)) {
     check(shape, plan);
-    std::vector<HeadBudget> budgets;  // budgets[c]: what the heads of class c keep
-    for (int l = 0; l < shape.num_layers(); ++l) add_layer(shape.layer(l), plan, l, budgets);
+    std::map<ClassKey, int> known;
+    std::vector<std::size_t> sizes;  // bytes of pages
+    for (int l = 0; l < shape.num_layers(); ++l) {
+      add_layer(shape.layer(l), plan, l, page_bytes, known, sizes);
+    }
+    pool_ = PoolShape(std::move(sizes));
+    add_table_levels();
   }
 
-  /// As given.
-  const CacheOptions& options() const { return options_; }
-  /// One for each budget that the plan has, in order of appearance.
-  const std::vector<HeadClass>& classes() const { return classes_; }
+  /// As given, max_chunk within [1, max_context].
+  const CacheOptions& options() const& { return options_; }
+  /// One for each budget and page size that the plan has, in order of appearance.
+  const std::vector<HeadClass>& classes() const& { return classes_; }
   /// [num_layers]
-  const std::vector<LayerPlace>& layers() const { return layers_; }
+  const std::vector<LayerPlace>& layers() const& { return layers_; }
+  /// One layer.
+  const LayerPlace& layer(int layer) const& {
+    HEADWISE_ASSERT(layer >= 0 && static_cast<std::size_t>(layer) < layers_.size(),
+                    "layer out of range");
+    return layers_[static_cast<std::size_t>(layer)];
+  }
   /// One head's place.
-  const HeadPlace& head(int layer, int kv_head) const {
-    return heads_[static_cast<std::size_t>(layers_[static_cast<std::size_t>(layer)].first_head +
-                                           kv_head)];
+  const HeadPlace& head(int l, int kv_head) const& {
+    HEADWISE_ASSERT(kv_head >= 0 && kv_head < layer(l).shape.num_kv_heads, "KV head out of range");
+    return heads_[static_cast<std::size_t>(layer(l).first_head + kv_head)];
   }
   /// All heads, layer by layer.
-  const std::vector<HeadPlace>& heads() const { return heads_; }
+  const std::vector<HeadPlace>& heads() const& { return heads_; }
+  const CacheOptions& options() const&& = delete;
+  const std::vector<HeadClass>& classes() const&& = delete;
+  const std::vector<LayerPlace>& layers() const&& = delete;
+  const LayerPlace& layer(int layer) const&& = delete;
+  const HeadPlace& head(int l, int kv_head) const&& = delete;
+  const std::vector<HeadPlace>& heads() const&& = delete;
 
-  /// Bytes of a page: `page_tokens` rows of the widest layer, rounded up to a cache line.
-  std::size_t page_bytes() const { return page_bytes_; }
-  /// Page-table entries (int32) of one sequence, all heads together.
-  std::int64_t entries_per_sequence() const { return entries_; }
-  /// Floats of compensation rows of one sequence, all heads together.
-  std::int64_t compensation_floats_per_sequence() const { return compensation_floats_; }
+  /// Sizes of pages and of the slabs that they share.
+  const PoolShape& pool() const& { return pool_; }
+  const PoolShape& pool() const&& = delete;
+  /// Bytes of compensation rows of one sequence, all heads together.
+  std::size_t compensation_bytes() const { return compensation_bytes_; }
   /// KV heads of the layer that has most.
   int max_heads_per_layer() const { return max_heads_per_layer_; }
 
-  /// Pages that one sequence of `length` tokens holds (`high_water`: the longest it ever was).
-  std::int64_t pages_held(std::int64_t length, std::int64_t high_water) const {
-    std::int64_t pages = 0;
+  /// Pages of each size that one sequence of `length` tokens holds (`high_water`: the longest it
+  /// ever was).
+  std::vector<std::int64_t> pages_held(std::int64_t length, std::int64_t high_water) const {
+    std::vector<std::int64_t> pages(pool_.num_sizes(), 0);
     for (const HeadClass& heads : classes_) {
-      const auto ranges = std::visit(
-          [&](const auto& store) { return store.held(length, high_water, 0); }, heads.store);
-      pages += heads.num_heads * (ranges[0].count() + ranges[1].count());
+      pages[heads.page_size] += heads.num_heads * entries_held(heads, length, high_water);
+    }
+    return pages;
+  }
+  /// Their bytes.
+  std::size_t bytes_held(std::int64_t length, std::int64_t high_water) const {
+    std::size_t bytes = 0;
+    for (const HeadClass& heads : classes_) {
+      bytes += static_cast<std::size_t>(heads.num_heads * entries_held(heads, length, high_water)) *
+               pool_.page_bytes(heads.page_size);
+    }
+    return bytes;
+  }
+
+  /// Most pages of each size that one sequence holds while a step of at most `max_chunk` tokens is
+  /// open, at any length up to the longest.
+  std::vector<std::int64_t> peak_pages(std::int64_t max_chunk) const {
+    std::vector<std::int64_t> pages(pool_.num_sizes(), 0);
+    for (const HeadClass& heads : classes_) {
+      const std::int64_t peak =
+          std::visit([&](const auto& rule) { return rule.peak_entries(max_chunk); }, heads.rule);
+      std::int64_t& sum = pages[heads.page_size];
+      sum = detail::checked_add(sum, detail::checked_mul(heads.num_heads, peak, "pages"), "pages");
     }
     return pages;
   }
 
-  /// Most pages that one sequence holds while a step of at most `max_chunk` tokens is open, at any
-  /// length up to the longest.
-  std::int64_t peak_pages(std::int64_t max_chunk) const {
-    const std::int64_t context = options_.max_context;
-    std::int64_t pages = 0;
-    for (const HeadClass& heads : classes_) {
-      std::int64_t peak = ceil_div(context, options_.page_tokens);
-      if (const auto* ring = std::get_if<StreamingStore>(&heads.store)) {
-        const bool may_switch = context > ring->ring.rows && max_chunk > 1;
-        peak = ring->pages_per_bank() * (may_switch ? 2 : 1);
-      } else if (const auto* folding = std::get_if<FoldingStore>(&heads.store)) {
-        // Behind the sinks lie the buffer, what rollback may reach, the chunk, and two ragged ends.
-        const std::int64_t tokens =
-            folding->budget.recent(context) + options_.max_rollback + max_chunk;
-        peak = std::min(peak, folding->sink_pages() + ceil_div(tokens, options_.page_tokens) + 2);
-      }
-      pages += heads.num_heads * peak;
+  /// Slabs of a pool in which `max_sequences` sequences may be in a step of `max_chunk` tokens
+  /// each.
+  std::int64_t slabs_for_steps_of(std::int64_t max_chunk) const {
+    std::vector<std::int64_t> pages = peak_pages(max_chunk);
+    for (std::int64_t& of_size : pages) {
+      of_size = detail::checked_mul(of_size, std::int64_t{options_.max_sequences}, "pages");
     }
-    return pages;
+    return pool_.slabs_for(pages);
   }
 
-  /// Pages in the pool: what the options ask for, or enough for any step over all sequences.
-  std::int64_t num_pages() const {
-    if (options_.max_bytes != 0) return static_cast<std::int64_t>(options_.max_bytes / page_bytes_);
-    return options_.max_sequences * peak_pages(options_.max_context);
+  /// Slabs of the pool: what the options ask for, or enough for any step over all sequences.
+  std::int64_t num_slabs() const {
+    if (options_.max_bytes == 0) return slabs_for_steps_of(options_.max_chunk);
+    return detail::checked_cast<std::int64_t>(options_.max_bytes / pool_.slab_bytes(),
+                                              "slabs of max_bytes");
+  }
+  /// Bytes of the pool.
+  std::size_t pool_bytes() const {
+    return detail::checked_mul(static_cast<std::size_t>(num_slabs()), pool_.slab_bytes(),
+                               "bytes of all pages");
+  }
+
+  /// What the page tables are built for.
+  /// @param keeps_log  whether their changes are noted, for a device.
+  PageTables::Shape tables(bool keeps_log) const {
+    PageTables::Shape shape;
+    shape.max_sequences = options_.max_sequences;
+    shape.keeps_log = keeps_log;
+    for (const HeadClass& heads : classes_) shape.heads.push_back(heads.num_heads);
+    // Tables of the longest context for every sequence, unless that is much more than a pool of
+    // this size can fill: then blocks follow the sequences' lengths.
+    const std::int64_t all = detail::checked_mul(std::int64_t{options_.max_sequences},
+                                                 levels_.back().num_entries, "page-table entries");
+    const std::int64_t small = detail::checked_mul(
+        std::int64_t{options_.max_sequences}, levels_.front().num_entries, "page-table entries");
+    const auto granules = static_cast<std::int64_t>(pool_bytes() / pool_.granule());
+    const std::int64_t by_use = small + detail::checked_mul(kEntriesPerPage, granules, "entries");
+    if (all <= by_use) {
+      shape.levels = {levels_.back()};
+      shape.num_entries = all;
+    } else {
+      shape.levels = levels_;
+      shape.num_entries = std::max(by_use, levels_.back().num_entries);
+    }
+    return shape;
+  }
+
+  /// Bytes of one compensation row: [k_dim + v_dim] sums in double, then as many means in float.
+  static constexpr std::size_t compensation_row_bytes(const PageShape& page) {
+    return static_cast<std::size_t>(page.k_dim + page.v_dim) * (sizeof(double) + sizeof(float));
   }
 
  private:
-  void check(const ModelShape& shape, const HeadPlan& plan) const {
+  /// The smallest block of page tables: 64 pages of 64 tokens are a context of 4096.
+  static constexpr std::int64_t kFirstLevelPages = 64;
+  /// Table entries for each page of the pool, where tables follow use. A retrieval head's table is
+  /// at most twice as long as its pages, a ring's has two banks; the rest is for windows that grow
+  /// slowly, for forks, which share pages but not tables, and for gaps between blocks.
+  static constexpr std::int64_t kEntriesPerPage = 16;
+
+  static CacheOptions checked(CacheOptions options) {
+    if (options.page_tokens < 16 || options.page_tokens % 16 != 0) {
+      fail<ConfigError>("page_tokens must be a positive multiple of 16, got ", options.page_tokens);
+    }
+    detail::checked_range(options.max_context, 1, kMaxTokens, "max_context");
+    detail::checked_range(options.max_rollback, 0, kMaxTokens, "max_rollback");
+    detail::checked_range(options.max_chunk, 0, kMaxTokens, "max_chunk");
+    if (options.max_sequences < 1) {
+      fail<ConfigError>("max_sequences must be at least 1, got ", options.max_sequences);
+    }
+    if (options.resource == nullptr) fail<ConfigError>("resource must not be null");
+    if (options.max_chunk == 0) options.max_chunk = options.max_context;
+    options.max_chunk = std::min(options.max_chunk, options.max_context);
+    return options;
+  }
+
+  static void check(const ModelShape& shape, const HeadPlan& plan) {
     if (plan.num_layers() != shape.num_layers()) {
       fail<ConfigError>("the plan has ", plan.num_layers(), " layers, the model ",
                         shape.num_layers());
@@ -137,95 +231,111 @@ class CacheGeometry {
                           " KV heads, the model ", shape.layer(l).num_kv_heads);
       }
     }
-    if (options_.page_tokens < 16 || options_.page_tokens % 16 != 0) {
-      fail<ConfigError>("page_tokens must be a positive multiple of 16, got ",
-                        options_.page_tokens);
-    }
-    if (options_.max_context < 1) {
-      fail<ConfigError>("max_context must be at least 1, got ", options_.max_context);
-    }
-    if (options_.max_context > kLongestContext) {
-      fail<ConfigError>("max_context must be at most 2^40, got ", options_.max_context);
-    }
-    if (options_.max_sequences < 1) {
-      fail<ConfigError>("max_sequences must be at least 1, got ", options_.max_sequences);
-    }
-    if (options_.max_rollback < 0) {
-      fail<ConfigError>("max_rollback must be at least 0, got ", options_.max_rollback);
-    }
-    if (options_.max_rollback > kLongestContext) {
-      fail<ConfigError>("max_rollback must be at most 2^40, got ", options_.max_rollback);
-    }
-    for (const HeadBudget& budget : plan.budgets()) {
-      if (std::holds_alternative<KeepGrowingWindow>(budget) &&
-          options_.prefill == PrefillMode::kWindowed) {
-        fail<ConfigError>(
-            "a growing window (RazorAttention) prefills chunk_causal only: set "
-            "CacheOptions::prefill to kChunkCausal");
-      }
-    }
   }
 
-  int class_of(const HeadBudget& budget, std::vector<HeadBudget>& budgets) {
-    const auto found = std::find(budgets.begin(), budgets.end(), budget);
-    if (found != budgets.end()) return static_cast<int>(found - budgets.begin());
-    budgets.push_back(budget);
-    classes_.push_back({make_store(budget, options_), 0});
-    return static_cast<int>(budgets.size()) - 1;
+  static std::int64_t entries_held(const HeadClass& heads, std::int64_t length,
+                                   std::int64_t high_water) {
+    return std::visit(
+        [&]<class Rule>(const Rule& rule) {
+          const auto ranges = rule.held(typename Rule::State{}, length, high_water);
+          return ranges[0].count() + ranges[1].count();
+        },
+        heads.rule);
   }
 
-  void add_layer(const LayerShape& shape, const HeadPlan& plan, int l,
-                 std::vector<HeadBudget>& budgets) {
+  /// What makes two heads of one class.
+  using ClassKey = std::pair<HeadBudget, std::size_t>;
+
+  int class_of(const ClassKey& key, std::map<ClassKey, int>& known) {
+    const auto [found, is_new] = known.try_emplace(key, static_cast<int>(classes_.size()));
+    if (is_new) {
+      const KeepLimits limits{options_.page_tokens, options_.max_context, options_.max_rollback,
+                              options_.max_chunk, options_.prefill};
+      classes_.push_back({make_rule(key.first, limits), key.second, 0});
+    }
+    return found->second;
+  }
+
+  void add_layer(const LayerShape& shape, const HeadPlan& plan, int l, PageBytes page_bytes,
+                 std::map<ClassKey, int>& known, std::vector<std::size_t>& sizes) {
     LayerPlace layer{shape,
                      {options_.page_tokens, shape.k_dim, shape.v_dim},
                      static_cast<std::int64_t>(heads_.size()),
                      {},
                      {}};
-    const std::size_t bytes = layer.page.num_elements() * row_bytes_;
-    page_bytes_ = std::max(page_bytes_, (bytes + 63) / 64 * 64);
+    const std::size_t bytes = page_bytes(layer.page);
+    const auto found = std::find(sizes.begin(), sizes.end(), bytes);
+    const auto page_size = static_cast<std::size_t>(found - sizes.begin());
+    if (found == sizes.end()) sizes.push_back(bytes);
     max_heads_per_layer_ = std::max(max_heads_per_layer_, shape.num_kv_heads);
 
     for (int h = 0; h < shape.num_kv_heads; ++h) {
-      const int class_idx = class_of(plan.budget(l, h), budgets);
+      const int class_idx = class_of({plan.budget(l, h), page_size}, known);
       HeadClass& heads = classes_[static_cast<std::size_t>(class_idx)];
-      ++heads.num_heads;
-      heads_.push_back({class_idx, entries_, compensation_floats_});
-      std::visit(
-          [&](const auto& store) {
-            entries_ += store.table_entries();
-            compensation_floats_ += store.compensation_rows() * (shape.k_dim + shape.v_dim);
-          },
-          heads.store);
+      heads_.push_back(
+          {class_idx, heads.num_heads++, static_cast<std::int64_t>(compensation_bytes_)});
+      const std::int64_t rows =
+          std::visit([](const auto& rule) { return rule.compensation_rows(); }, heads.rule);
+      compensation_bytes_ = detail::checked_add(
+          compensation_bytes_,
+          detail::checked_mul(static_cast<std::size_t>(rows), compensation_row_bytes(layer.page),
+                              "bytes of compensation rows"),
+          "bytes of compensation rows");
       layer.task_order.push_back(h);
     }
-    const auto rows_kept = [&](int h) {
-      const int class_idx = heads_[static_cast<std::size_t>(layer.first_head + h)].class_idx;
-      return std::visit(
-          [&](const auto& store) { return store.runs(options_.max_context).num_rows(); },
-          classes_[static_cast<std::size_t>(class_idx)].store);
+    const auto class_idx_of = [&](int h) {
+      return heads_[static_cast<std::size_t>(layer.first_head + h)].class_idx;
     };
+    std::vector<std::int64_t> rows_kept;  // [kv_head] at the longest context
+    for (int h = 0; h < shape.num_kv_heads; ++h) {
+      rows_kept.push_back(std::visit(
+          [&]<class Rule>(const Rule& rule) {
+            return rule.runs(typename Rule::State{}, options_.max_context, Phase::kDecode)
+                .num_rows();
+          },
+          classes_[static_cast<std::size_t>(class_idx_of(h))].rule));
+    }
     std::sort(layer.task_order.begin(), layer.task_order.end(), [&](int a, int b) {
-      return std::pair(-rows_kept(a), a) < std::pair(-rows_kept(b), b);
+      return std::tuple(-rows_kept[static_cast<std::size_t>(a)], class_idx_of(a), a) <
+             std::tuple(-rows_kept[static_cast<std::size_t>(b)], class_idx_of(b), b);
     });
     for (const int h : layer.task_order) {
-      const int class_idx = heads_[static_cast<std::size_t>(layer.first_head + h)].class_idx;
-      if (layer.runs.empty() || layer.runs.back().class_idx != class_idx) {
-        layer.runs.push_back({class_idx, 0});
+      if (layer.runs.empty() || layer.runs.back().class_idx != class_idx_of(h)) {
+        layer.runs.push_back({class_idx_of(h), 0});
       }
       ++layer.runs.back().num_heads;
     }
     layers_.push_back(std::move(layer));
   }
 
+  void add_table_levels() {
+    const std::int64_t most = ceil_div(options_.max_context, std::int64_t{options_.page_tokens});
+    for (std::int64_t pages = std::min(kFirstLevelPages, most);;
+         pages = std::min(2 * pages, most)) {
+      TableLevel level;
+      level.capacity_pages = pages;
+      for (const HeadClass& heads : classes_) {
+        level.first.push_back(level.num_entries);
+        level.per_head.push_back(
+            std::visit([&](const auto& rule) { return rule.table_entries(pages); }, heads.rule));
+        level.num_entries = detail::checked_add(
+            level.num_entries,
+            detail::checked_mul(heads.num_heads, level.per_head.back(), "page-table entries"),
+            "page-table entries");
+      }
+      levels_.push_back(std::move(level));
+      if (pages == most) break;
+    }
+  }
+
   CacheOptions options_;
-  std::size_t row_bytes_;
-  std::size_t page_bytes_ = 0;
-  std::int64_t entries_ = 0;
-  std::int64_t compensation_floats_ = 0;
+  std::size_t compensation_bytes_ = 0;
   int max_heads_per_layer_ = 0;
   std::vector<HeadClass> classes_;
   std::vector<HeadPlace> heads_;
   std::vector<LayerPlace> layers_;
+  std::vector<TableLevel> levels_;
+  PoolShape pool_;
 };
 
 }  // namespace headwise::inline v0

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// @file kv_cache.hpp
-/// KvCache: every KV head's rows, kept by plan; one paged store for every policy.
+/// KvCache: every KV head's rows, kept by plan; one paged store for every policy and place.
 #pragma once
 
 #include <algorithm>
@@ -10,12 +10,16 @@
 #include <initializer_list>
 #include <optional>
 #include <span>
-#include <variant>
+#include <utility>
+#include <vector>
 
+#include "headwise/cache/books.hpp"
 #include "headwise/cache/geometry.hpp"
-#include "headwise/cache/page_layout.hpp"
-#include "headwise/cache/page_ledger.hpp"
-#include "headwise/cache/row_codec.hpp"
+#include "headwise/cache/keep/keep.hpp"
+#include "headwise/cache/place.hpp"
+#include "headwise/cache/rows/format.hpp"
+#include "headwise/cache/rows/plain_rows.hpp"
+#include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/core/kv_view.hpp"
@@ -25,252 +29,268 @@
 namespace headwise::inline v0 {
 
 /// The stored rows that a step's queries may see, and the rule that says which query sees which.
-template <class Row, class Layout>
+template <class Format>
 struct SeenRows {
-  KvView<Row, Layout> view;  ///< rows stored before the step
-  Window window;             ///< Window::everything() where the view already says it all
+  KvView<Format> view;  ///< rows stored before the step
+  Window window;        ///< Window::everything() where the view already says it all
 };
 
 /// K and V of many independent sequences, head by head as the plan says.
 ///
-/// One step: `begin` takes pages, attend() (attention/attend.hpp) runs the layers, `commit` makes
-/// the new tokens part of their sequences. begin, commit, drop, rollback, add_sequence and release
-/// are one thread's business; they neither allocate (after the first step) nor lock nor throw.
+/// One step: `begin` takes pages, attend() (attention/attend.hpp) runs the layers, each once and in
+/// any order, `commit` makes the new tokens part of their sequences. All calls that change the
+/// cache are one thread's business; begin, commit, drop and rollback neither allocate (after the
+/// first step) nor lock nor throw. A cache neither moves nor copies: steps and attention point to
+/// it.
 ///
-/// @tparam Row  element of the stored rows: f32, f16 or bf16.
-/// @tparam Layout  TiledLayout for the CPU kernels; PlainLayout for CUDA and foreign kernels.
-template <RowElement Row = f16, PageLayout Layout = TiledLayout>
+/// @tparam Row  a row format (cache/rows/), or an element type for its usual format: f32, f16,
+/// bf16.
+/// @tparam Place  where the pages live (cache/place.hpp).
+template <class Row = f16, CachePlace Place = HostPlace>
+  requires RowFormat<FormatOf<Row>>
 class KvCache {
  public:
+  using Format = FormatOf<Row>;
+  using Stream = typename Place::Stream;
+
   /// @throws ConfigError when plan and shape differ or an option is out of range; says both values.
+  ///   What the place throws where it cannot have the memory.
   KvCache(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
-      : ledger_(CacheGeometry(shape, plan, options, sizeof(Row))) {}
+      : KvCache(CacheGeometry(shape, plan, options, &Format::page_bytes)) {}
+
+  KvCache(const KvCache&) = delete;
+  KvCache& operator=(const KvCache&) = delete;
+
+  // Sequences -------------------------------------------------------------------------------------
 
   /// An empty sequence, or nothing when max_sequences are in use.
-  std::optional<SequenceId> add_sequence() { return ledger_.add_sequence(); }
-  /// Gives all pages of the sequence back at once.
-  void release(SequenceId id) { ledger_.release(id); }
-  /// Tokens committed; the position of the sequence's next token.
-  std::int64_t length(SequenceId id) const { return ledger_.length(id); }
-  /// The longest length ever committed.
-  std::int64_t high_water(SequenceId id) const { return ledger_.high_water(id); }
+  std::optional<SequenceId> add_sequence() { return books_.add_sequence(); }
+  /// The sequence is no more. Its pages are free at once, or when the open step that it takes part
+  /// in has ended; the step's other sequences are not disturbed.
+  void release(SequenceId id) { books_.release(id); }
+  /// Back to an empty sequence under the same id, whatever max_rollback says.
+  /// @return kInStep where it takes part in the open step.
+  StepStatus clear(SequenceId id) { return books_.clear(id); }
   /// Back to `new_length` tokens in all layers and heads, exactly, down to high_water -
-  /// max_rollback; more is refused (kTooFarBack) and changes nothing.
+  /// max_rollback, or to 0, which is clear(); more is refused (kTooFarBack) and changes nothing.
   StepStatus rollback(SequenceId id, std::int64_t new_length) {
-    return ledger_.rollback(id, new_length);
+    return books_.rollback(id, new_length);
   }
+  /// Another sequence with the same past, from which both go their own ways. Full pages that no
+  /// append and no permitted rollback of either can reach are shared, rings, tails and compensation
+  /// rows are copied now; a step never copies. Costs O(window) bytes a head, and O(length) table
+  /// entries.
+  /// @param child  the new sequence; untouched unless kOk is returned.
+  /// @return kOutOfSequences, kOutOfPages, kOutOfTables or kInStep change nothing.
+  StepStatus fork(SequenceId id, SequenceId& child, Stream stream = {}) {
+    copies_.clear();
+    SequenceId forked;
+    StepStatus status =
+        books_.fork(id, forked, [&](const PageCopy& copy) { copies_.push_back(copy); });
+    if (status == StepStatus::kOk) status = place_.copy_pages(copies_, stream);
+    if (status == StepStatus::kOk) {
+      child = forked;
+    } else {
+      books_.release(forked);
+    }
+    return status;
+  }
+  /// Whether `id` was added and not released since.
+  bool is_live(SequenceId id) const { return books_.is_live(id); }
+  /// Tokens committed; the position of the sequence's next token. 0 where the id names nobody.
+  std::int64_t length(SequenceId id) const { return books_.length(id); }
+  /// The longest length ever committed.
+  std::int64_t high_water(SequenceId id) const { return books_.high_water(id); }
+
+  // Steps -----------------------------------------------------------------------------------------
 
   /// Opens a step of `chunks[i].num_tokens` new tokens for each sequence named; q, k, v and out
-  /// hold the sequences' rows in this order. Takes every page that the step needs, or none.
-  StepStatus begin(Step& step, std::span<const SequenceChunk> chunks, Phase phase) {
-    return ledger_.begin(step, chunks, phase);
+  /// hold the sequences' rows in this order. Takes every page that the step needs, or none. The
+  /// step that was open before, if any, is dropped.
+  StepStatus begin(Step& step, std::span<const SequenceChunk> chunks, Stream stream = {}) {
+    StepStatus status = books_.begin(step, chunks);
+    if (status != StepStatus::kOk) return status;
+    status = place_.send(books_, step, stream);
+    if (status != StepStatus::kOk) (void)books_.drop(step);
+    return status;
   }
   /// @copydoc begin
-  StepStatus begin(Step& step, std::initializer_list<SequenceChunk> chunks, Phase phase) {
-    return ledger_.begin(step, {chunks.begin(), chunks.size()}, phase);
+  StepStatus begin(Step& step, std::initializer_list<SequenceChunk> chunks, Stream stream = {}) {
+    return begin(step, std::span<const SequenceChunk>{chunks.begin(), chunks.size()}, stream);
   }
   /// Makes the step's rows part of their sequences; kStale or kIncomplete changes nothing.
-  StepStatus commit(Step& step) { return ledger_.commit(step); }
+  StepStatus commit(Step& step) { return books_.commit(step); }
   /// Closes the step without a trace.
-  StepStatus drop(Step& step) { return ledger_.drop(step); }
+  StepStatus drop(const Step& step) { return books_.drop(step); }
   /// Whether `step` is the one that this cache has open.
-  bool is_open(const Step& step) const { return ledger_.is_open(step); }
+  bool is_open(const Step& step) const { return books_.is_open(step); }
 
-  /// Bytes of page memory that the sequence holds.
+  // Memory ----------------------------------------------------------------------------------------
+
+  /// Bytes of page memory that the sequence holds, those of an open step not counted, shared pages
+  /// in full.
   std::size_t held_bytes(SequenceId id) const {
-    return static_cast<std::size_t>(ledger_.pages_held(id)) * geometry().page_bytes();
+    return geometry().bytes_held(length(id), high_water(id));
   }
-  /// Pages that the sequence holds, those of an open step not counted.
-  std::int64_t pages_held(SequenceId id) const { return ledger_.pages_held(id); }
-  /// Pages that nobody holds.
-  std::int64_t free_pages() const { return ledger_.pool().num_free(); }
+  /// Bytes of pages that nobody holds.
+  std::size_t free_bytes() const { return books_.pool().free_bytes(); }
+  /// Pages that somebody holds, a shared one counted once.
+  std::int64_t pages_in_use() const { return books_.pool().num_used(); }
+  /// Bytes of free pages that a step of these chunks lacks (an open step's count as taken); 0: it
+  /// would begin, if nothing but pages is in its way.
+  std::size_t missing_bytes(std::span<const SequenceChunk> chunks) {
+    return books_.missing_bytes(chunks);
+  }
+  /// @copydoc missing_bytes
+  std::size_t missing_bytes(std::initializer_list<SequenceChunk> chunks) {
+    return books_.missing_bytes({chunks.begin(), chunks.size()});
+  }
+  /// Most new tokens that a step of this sequence alone could have now.
+  std::int64_t longest_chunk(SequenceId id) { return books_.longest_chunk(id); }
+  /// Bytes of everything but the pages.
+  std::size_t metadata_bytes() const { return books_.metadata_bytes(); }
+
   /// What follows from shape, plan and options.
-  const CacheGeometry& geometry() const { return ledger_.geometry(); }
+  const CacheGeometry& geometry() const& { return books_.geometry(); }
+  const CacheGeometry& geometry() const&& = delete;
+  /// Where the pages live.
+  const Place& place() const& { return place_; }
+  const Place& place() const&& = delete;
 
   // For attention ---------------------------------------------------------------------------------
 
-  /// Stored rows that some query of the entry may see of a head with this store.
-  std::int64_t rows_seen(const HeadStore& store, const StepEntry& entry) const {
-    return std::visit([&](const auto& kind) { return kind.runs(entry.lengths.length).num_rows(); },
-                      store);
+  /// Stored rows that some query of the entry may see of a head of this class.
+  std::int64_t rows_seen(std::size_t class_idx, const StepEntry& entry) const {
+    return visit_rule(geometry().classes()[class_idx].rule,
+                      books_.keep_state(entry.sequence.index, class_idx),
+                      [&](const auto& rule, const auto& state) {
+                        return rule.runs(state, entry.lengths.length, entry.phase).num_rows();
+                      });
   }
 
   /// What the entry's queries may see of one head, as of the step's start. Any thread.
-  SeenRows<Row, Layout> seen(const StepEntry& entry, Phase phase, int layer, int kv_head) const {
-    const LayerPlace& place = geometry().layers()[static_cast<std::size_t>(layer)];
+  SeenRows<Format> seen(const StepEntry& entry, int layer, int kv_head) const
+      requires(Place::kOnHost) {
+    const LayerPlace& place = geometry().layer(layer);
     const HeadPlace& head = geometry().head(layer, kv_head);
-    const bool chunk_causal = is_chunk_causal(phase);
-    SeenRows<Row, Layout> seen{view_of(entry.sequence, place, head), Window::everything()};
-    std::visit(
-        [&](const auto& store) {
-          const StoredRuns stored = store.runs(entry.lengths.length);
-          for (const KvRun& run : stored.runs) seen.view.add_run(run);
-          attach(store, stored, entry, place, head, chunk_causal, seen);
-        },
-        store_of(head));
-    return seen;
+    return visit_head(entry, head, [&](const auto& rule, const auto& state) {
+      const std::int64_t length = entry.lengths.length;
+      SeenRows<Format> seen{
+          KvView<Format>::over_pages(
+              place_.pages(), geometry().pool().granule(),
+              length == 0 ? nullptr : table(entry, head) + rule.slots(state).first_entry,
+              place.page),
+          rule.window(entry.phase)};
+      for (const KvRun& run : rule.runs(state, length, entry.phase).runs) seen.view.add_run(run);
+      if (const FoldedRows folded = rule.folded(state, length); folded.count > 0) {
+        const Sums sums = sums_of(entry, head, place.page, folded.row);
+        seen.view.compensation = {sums.k_mean, sums.v_mean, folded.count};
+      }
+      return seen;
+    });
   }
 
   /// Stores the entry's rows of one head, after everything that reads the rows they may overwrite.
-  /// One call per head and step; heads may run at once on different threads.
+  /// One call per head and step; heads may run at once on different threads. Elements that become
+  /// infinite are counted in the step.
   /// @param k,v  [num_tokens, 1, k_dim] and [num_tokens, 1, v_dim].
   template <class Isa>
-  void append(const StepEntry& entry, int layer, int kv_head, TensorView<const float> k,
-              TensorView<const float> v) const {
-    const LayerPlace& place = geometry().layers()[static_cast<std::size_t>(layer)];
+  void append(const Step& step, const StepEntry& entry, int layer, int kv_head,
+              TensorView<const float> k, TensorView<const float> v) const requires(Place::kOnHost) {
+    const PageShape& page = geometry().layer(layer).page;
     const HeadPlace& head = geometry().head(layer, kv_head);
-    std::visit([&](const auto& store) { append_to<Isa>(store, entry, place, head, k, v); },
-               store_of(head));
+    visit_head(entry, head, [&](const auto& rule, const auto& state) {
+      const SlotMap to = rule.append_slots(state, entry.lengths);
+      carry_over(rule.slots(state), to,
+                 rule.held(state, entry.lengths.length, entry.lengths.high_water)[0], entry, head);
+      std::int64_t overflows = 0;
+      for (std::int64_t i = 0; i < entry.num_tokens(); ++i) {
+        const Pos pos{entry.lengths.length + i};
+        if (!to.keeps(pos, entry.lengths.next)) continue;  // gone before the chunk ends
+        const Slot slot = to.slot(pos);
+        overflows += Format::template encode<Isa>(
+            page_of(entry, head, to.first_entry + slot.value / page.page_tokens), page,
+            static_cast<std::size_t>(slot.value % page.page_tokens), k.row(i, 0), v.row(i, 0));
+      }
+      step.note_overflows(overflows);
+      rule.for_each_fold(state, entry.lengths,
+                         [&](const FoldMove& move) { fold<Isa>(move, entry, head, page); });
+    });
   }
 
  private:
-  bool is_chunk_causal(Phase phase) const {
-    return phase == Phase::kPrompt && geometry().options().prefill == PrefillMode::kChunkCausal;
-  }
-  const HeadStore& store_of(const HeadPlace& head) const {
-    return geometry().classes()[static_cast<std::size_t>(head.class_idx)].store;
-  }
-  int bank_of(SequenceId id, const HeadPlace& head) const {
-    return ledger_.bank(id, static_cast<std::size_t>(head.class_idx));
-  }
+  /// One compensation row.
+  struct Sums {
+    double* k_sum;  ///< [k_dim]
+    double* v_sum;  ///< [v_dim]
+    float* k_mean;  ///< [k_dim]
+    float* v_mean;  ///< [v_dim]
+  };
 
-  KvView<Row, Layout> view_of(SequenceId id, const LayerPlace& place, const HeadPlace& head) const {
-    KvView<Row, Layout> view;
-    view.pages = ledger_.pool().memory();
-    view.page_bytes = geometry().page_bytes();
-    view.page_table = ledger_.table(id, head);
-    view.page_tokens = place.page.page_tokens;
-    view.k_dim = place.page.k_dim;
-    view.v_dim = place.page.v_dim;
-    return view;
+  explicit KvCache(CacheGeometry geometry)
+      : place_(geometry), books_(std::move(geometry), place_.pages(), Place::kOnHost) {}
+
+  /// `fn(rule, state)` of the head's class for the entry's sequence.
+  template <class Fn>
+  decltype(auto) visit_head(const StepEntry& entry, const HeadPlace& head, Fn&& fn) const {
+    const auto c = static_cast<std::size_t>(head.class_idx);
+    return visit_rule(geometry().classes()[c].rule, books_.keep_state(entry.sequence.index, c), fn);
   }
-
-  Row* page_of(SequenceId id, const HeadPlace& head, std::int64_t table_entry) const {
-    const std::int32_t page = ledger_.table(id, head)[table_entry];
-    return reinterpret_cast<Row*>(ledger_.pool().memory() +
-                                  static_cast<std::size_t>(page) * geometry().page_bytes());
+  const std::int32_t* table(const StepEntry& entry, const HeadPlace& head) const {
+    return books_.tables().head(entry.sequence.index, static_cast<std::size_t>(head.class_idx),
+                                head.idx_in_class);
   }
-
-  // What a store adds to a view beyond its runs.
-
-  void attach(const RetrievalStore&, const StoredRuns&, const StepEntry&, const LayerPlace&,
-              const HeadPlace&, bool, SeenRows<Row, Layout>&) const {}
-
-  void attach(const StreamingStore& store, const StoredRuns&, const StepEntry& entry,
-              const LayerPlace&, const HeadPlace& head, bool chunk_causal,
-              SeenRows<Row, Layout>& seen) const {
-    seen.view.page_table += store.first_entry(bank_of(entry.sequence, head));
-    if (!chunk_causal) seen.window = {store.ring.sink, store.recent};
+  std::byte* page_of(const StepEntry& entry, const HeadPlace& head, std::int64_t at) const {
+    return books_.pool().address(table(entry, head)[at]);
+  }
+  Sums sums_of(const StepEntry& entry, const HeadPlace& head, const PageShape& page,
+               std::int64_t row) const {
+    std::byte* begin = books_.compensation(entry.sequence.index) + head.compensation_offset +
+                       static_cast<std::size_t>(row) * CacheGeometry::compensation_row_bytes(page);
+    auto* sums = reinterpret_cast<double*>(begin);
+    auto* means = reinterpret_cast<float*>(sums + page.k_dim + page.v_dim);
+    return {sums, sums + page.k_dim, means, means + page.k_dim};
   }
 
-  void attach(const FoldingStore& store, const StoredRuns& stored, const StepEntry& entry,
-              const LayerPlace& place, const HeadPlace& head, bool,
-              SeenRows<Row, Layout>& seen) const {
-    if (stored.folded == 0) return;
-    const float* sums = sums_of(store, entry.sequence, place, head, bank_of(entry.sequence, head),
-                                store.fold(entry.lengths.length));
-    seen.view.compensation = {sums, sums + place.page.k_dim, stored.folded};
-  }
-
-  // Appending: which rows a store keeps, and where.
-
-  template <class Isa>
-  void append_to(const RetrievalStore&, const StepEntry& entry, const LayerPlace& place,
-                 const HeadPlace& head, TensorView<const float> k,
-                 TensorView<const float> v) const {
-    for (std::int64_t i = 0; i < entry.num_tokens(); ++i) {
-      encode<Isa>(entry.sequence, place, head, Slot{entry.lengths.length + i}, 0, k.row(i, 0),
-                  v.row(i, 0));
+  /// Where a step's rows go to other pages, those begin as what the head holds.
+  void carry_over(const SlotMap& from, const SlotMap& to, EntryRange held, const StepEntry& entry,
+                  const HeadPlace& head) const {
+    if (from.first_entry == to.first_entry) return;
+    const HeadClass& heads = geometry().classes()[static_cast<std::size_t>(head.class_idx)];
+    const std::int32_t* entries = table(entry, head);
+    for (std::int64_t i = 0; i < held.count(); ++i) {
+      std::memcpy(books_.pool().address(entries[to.first_entry + i]),
+                  books_.pool().address(entries[held.first + i]),
+                  geometry().pool().page_bytes(heads.page_size));
     }
   }
 
+  /// Makes one compensation row: sums in double, so that they are right for a million rows, and
+  /// their means as attention reads them.
   template <class Isa>
-  void append_to(const StreamingStore& store, const StepEntry& entry, const LayerPlace& place,
-                 const HeadPlace& head, TensorView<const float> k,
-                 TensorView<const float> v) const {
-    const StepLengths& lengths = entry.lengths;
-    int bank = bank_of(entry.sequence, head);
-    if (!store.in_place(lengths)) {
-      const std::int64_t old_first = store.first_entry(bank);
-      const std::int64_t held = store.end_entry(lengths.length, bank) - old_first;
-      bank = 1 - bank;
-      for (std::int64_t page = 0; page < held; ++page) {
-        std::memcpy(page_of(entry.sequence, head, store.first_entry(bank) + page),
-                    page_of(entry.sequence, head, old_first + page), geometry().page_bytes());
-      }
+  void fold(const FoldMove& move, const StepEntry& entry, const HeadPlace& head,
+            const PageShape& page) const {
+    const Sums to = sums_of(entry, head, page, move.to);
+    const std::int64_t width = page.k_dim + page.v_dim;
+    if (!move.from) {
+      std::fill_n(to.k_sum, width, 0.0);
+    } else if (*move.from != move.to) {
+      std::copy_n(sums_of(entry, head, page, *move.from).k_sum, width, to.k_sum);
     }
-    const Pos oldest = store.ring.oldest_kept(lengths.next);
-    for (std::int64_t i = 0; i < entry.num_tokens(); ++i) {
-      const Pos pos{lengths.length + i};
-      if (pos.value >= store.ring.sink && pos < oldest) continue;  // gone before the chunk ends
-      encode<Isa>(entry.sequence, place, head, store.ring.slot(pos), store.first_entry(bank),
-                  k.row(i, 0), v.row(i, 0));
+    if (move.first_row < move.end_row) {
+      Format::template add_rows<Isa>(page_of(entry, head, move.entry), page,
+                                     static_cast<std::size_t>(move.first_row),
+                                     static_cast<std::size_t>(move.end_row), to.k_sum, to.v_sum);
     }
-  }
-
-  template <class Isa>
-  void append_to(const FoldingStore& store, const StepEntry& entry, const LayerPlace& place,
-                 const HeadPlace& head, TensorView<const float> k,
-                 TensorView<const float> v) const {
-    append_to<Isa>(RetrievalStore{store.page_tokens, store.max_context}, entry, place, head, k, v);
-    const int bank = bank_of(entry.sequence, head);
-    if (store.changes(entry.lengths, bank).flips_bank) {
-      fold_pages<Isa>(store, entry, place, head, bank);
+    const double share = 1.0 / static_cast<double>(move.count);
+    for (std::int64_t d = 0; d < width; ++d) {
+      to.k_mean[d] = static_cast<float>(to.k_sum[d] * share);
     }
   }
 
-  /// Fills the other bank with every row of sums that a length in reach after commit may ask for:
-  /// known ones are carried over, each new one is the one before it plus the rows of one page.
-  template <class Isa>
-  void fold_pages(const FoldingStore& store, const StepEntry& entry, const LayerPlace& place,
-                  const HeadPlace& head, int bank) const {
-    const std::int64_t width = place.page.k_dim + place.page.v_dim;
-    const auto sums = [&](int in_bank, std::int64_t fold) {
-      return sums_of(store, entry.sequence, place, head, in_bank, fold);
-    };
-    const std::int64_t known = store.fold(entry.lengths.high_water);
-    const std::int64_t last = store.fold(entry.lengths.next_high_water());
-    std::int64_t fold = std::min(known, store.settled_fold(entry.lengths.next_high_water()));
-    if (fold != 0) std::copy_n(sums(bank, fold), width, sums(1 - bank, fold));
-    while (fold < last) {
-      const std::int64_t next = store.next_fold(fold);
-      float* to = sums(1 - bank, next);
-      if (next <= known) {
-        std::copy_n(sums(bank, next), width, to);
-      } else {
-        const std::int64_t first = fold == 0 ? store.budget.sink : fold;
-        if (fold == 0) {
-          std::fill_n(to, width, 0.0F);
-        } else if (const float* from = sums(1 - bank, fold); from != to) {
-          std::copy_n(from, width, to);
-        }
-        const std::int64_t page = first / store.page_tokens;
-        add_rows<Isa, Row, Layout>(page_of(entry.sequence, head, page), place.page,
-                                   static_cast<std::size_t>(first % store.page_tokens),
-                                   static_cast<std::size_t>(store.page_tokens), to,
-                                   to + place.page.k_dim);
-      }
-      fold = next;
-    }
-  }
-
-  /// [k_dim] sums of K, then [v_dim] sums of V, over the positions [sink, fold).
-  float* sums_of(const FoldingStore& store, SequenceId id, const LayerPlace& place,
-                 const HeadPlace& head, int bank, std::int64_t fold) const {
-    const std::int64_t row = bank * store.versions() + store.version_index(fold);
-    return ledger_.compensation(id, head) + row * (place.page.k_dim + place.page.v_dim);
-  }
-
-  template <class Isa>
-  void encode(SequenceId id, const LayerPlace& place, const HeadPlace& head, Slot slot,
-              std::int64_t first_entry, const float* k, const float* v) const {
-    const std::int64_t page_tokens = place.page.page_tokens;
-    encode_row<Isa, Row, Layout>(page_of(id, head, first_entry + slot.value / page_tokens),
-                                 place.page, static_cast<std::size_t>(slot.value % page_tokens), k,
-                                 v);
-  }
-
-  PageLedger ledger_;
+  Place place_;
+  Books books_;
+  std::vector<PageCopy> copies_;  // of the fork in progress
 };
 
 }  // namespace headwise::inline v0

@@ -10,7 +10,14 @@
 
 namespace headwise::inline v0 {
 
-/// Which rows a prompt's queries see on a streaming head. Decode steps are always windowed.
+/// Which rule a chunk's queries follow. It matters to chunks of several tokens on streaming heads,
+/// and where a budget has a prompt window of its own.
+enum class Phase : std::uint8_t {
+  kPrompt,  ///< streaming heads follow CacheOptions::prefill
+  kDecode,  ///< streaming heads follow the window rule; any number of tokens (speculation)
+};
+
+/// Which rows a prompt's queries see on a streaming head. Decode chunks are always windowed.
 enum class PrefillMode : std::uint8_t {
   /// Every query obeys the window rule, however the prompt is cut into chunks.
   kWindowed,
@@ -19,31 +26,30 @@ enum class PrefillMode : std::uint8_t {
   kChunkCausal,
 };
 
-/// Where page memory lies. The host never touches pages that a device owns.
-enum class PageMemory : std::uint8_t { kHost, kDevice };
-
 /// What a cache is built with; max_context is the one option without a default that works.
 struct CacheOptions {
   /// Rows of K and of V in a page; a multiple of 16. 64 x 128 x 2 bytes are 16 KiB each.
   int page_tokens = 64;
-  /// Bytes of page memory, all layers and sequences together; rounded down to whole pages.
-  /// 0: what `max_sequences` sequences of `max_context` tokens hold at once (a later chunk of a
-  /// long prompt may need a second ring for a while: see estimate).
+  /// Bytes of page memory, all layers and sequences together; rounded down to whole pages, or to
+  /// whole slabs where layers differ in width (cache/pages/page_pool.hpp). 0: enough for any step
+  /// over `max_sequences` sequences of `max_context` tokens.
   std::size_t max_bytes = 0;
   /// Sequences that may live at once; >= 1.
   int max_sequences = 1;
   /// Longest sequence in tokens.
   std::int64_t max_context = 0;
+  /// Most new tokens of one sequence in a step; 0: as many as the context. An engine of short
+  /// chunks saves the second rings that long ones need while they are open.
+  std::int64_t max_chunk = 0;
   /// Tokens that rollback may take back below the longest length committed.
   std::int64_t max_rollback = 0;
   /// The rule of prompt chunks on streaming heads.
   PrefillMode prefill = PrefillMode::kWindowed;
 
-  /// Page memory given by the caller, 64-byte aligned, at least `max_bytes`; empty: allocated.
+  /// Page memory given by the caller, of the cache's place, 64-byte aligned, at least `max_bytes`;
+  /// empty: allocated.
   std::span<std::byte> page_memory = {};
-  /// kDevice: `page_memory` is given and is a device's (cache/cuda/).
-  PageMemory page_memory_place = PageMemory::kHost;
-  /// Where page memory (unless given) and metadata come from, one allocation each.
+  /// Where page memory (unless given, or a device's) and metadata come from, one allocation each.
   std::pmr::memory_resource* resource = std::pmr::get_default_resource();
 };
 

@@ -10,36 +10,42 @@
 #include <span>
 #include <vector>
 
-#include "headwise/cache/head_store.hpp"
+#include "headwise/cache/keep/keep_rule.hpp"
+#include "headwise/cache/options.hpp"
 #include "headwise/core/scratch.hpp"
 
 namespace headwise::inline v0 {
 
-/// A sequence of one cache.
-enum class SequenceId : std::int32_t {};
+/// A sequence of one cache. A released sequence's id names nobody, also when its place is taken by
+/// another one.
+struct SequenceId {
+  std::int32_t index = -1;       ///< place among the cache's sequences; -1: nobody
+  std::uint32_t generation = 0;  ///< how many had the place before
+  friend constexpr bool operator==(SequenceId, SequenceId) = default;
+};
 
 /// New tokens of one sequence in a step.
 struct SequenceChunk {
-  SequenceId sequence{};        ///< live, named once a step
-  std::int64_t num_tokens = 0;  ///< >= 0
-};
-
-/// Which rule a step's queries follow.
-enum class Phase : std::uint8_t {
-  kPrompt,  ///< streaming heads follow CacheOptions::prefill
-  kDecode,  ///< streaming heads follow the window rule; any number of tokens (speculation)
+  SequenceId sequence{};         ///< live, named once a step
+  std::int64_t num_tokens = 0;   ///< in [0, CacheOptions::max_chunk]
+  Phase phase = Phase::kPrompt;  ///< kDecode: the window rule, also for several tokens
 };
 
 /// What a call in service answers. Anything but kOk has changed nothing, except that begin drops
 /// the step that was open before it looks at the new one.
 enum class [[nodiscard]] StepStatus : std::uint8_t{
     kOk,
-    kOutOfPages,      ///< not every page that the step needs is free
+    kOutOfPages,      ///< not every page that is needed is free: missing_bytes() says how many
+    kOutOfTables,     ///< no block of page tables is free for a sequence of this length
+    kOutOfSequences,  ///< max_sequences are in use
     kContextTooLong,  ///< a sequence would grow past max_context
+    kChunkTooLong,    ///< more new tokens than max_chunk
     kInvalidChunk,    ///< unknown sequence, a sequence named twice, or a negative token count
+    kInStep,          ///< the sequence takes part in the open step: commit or drop that first
     kStale,           ///< not the step that is open: dropped, superseded or committed already
     kIncomplete,      ///< commit before every layer was attended
     kTooFarBack,      ///< rollback below high_water - max_rollback, or forward
+    kDeviceError,     ///< a device refused a copy or a launch; its cache is of no more use
 };
 
 /// A few words for a log or a message.
@@ -49,25 +55,36 @@ constexpr const char* to_string(StepStatus status) {
       return "ok";
     case StepStatus::kOutOfPages:
       return "out of pages";
+    case StepStatus::kOutOfTables:
+      return "out of page tables";
+    case StepStatus::kOutOfSequences:
+      return "max_sequences are in use";
     case StepStatus::kContextTooLong:
       return "longer than max_context";
+    case StepStatus::kChunkTooLong:
+      return "chunk longer than max_chunk";
     case StepStatus::kInvalidChunk:
       return "invalid chunk";
+    case StepStatus::kInStep:
+      return "the sequence is in the open step";
     case StepStatus::kStale:
       return "stale step";
     case StepStatus::kIncomplete:
       return "a layer was not attended";
     case StepStatus::kTooFarBack:
       return "rollback too far";
+    case StepStatus::kDeviceError:
+      return "device error";
   }
   return "unknown";
 }
 
 /// One sequence's part of a step.
 struct StepEntry {
-  SequenceId sequence{};       ///< whose rows these are
-  StepLengths lengths;         ///< before and after the step
-  std::int64_t first_row = 0;  ///< of this sequence in q, k, v and out
+  SequenceId sequence{};         ///< whose rows these are
+  StepLengths lengths;           ///< before and after the step
+  std::int64_t first_row = 0;    ///< of this sequence in q, k, v and out
+  Phase phase = Phase::kPrompt;  ///< of its chunk
   /// New tokens.
   std::int64_t num_tokens() const { return lengths.next - lengths.length; }
 };
@@ -80,13 +97,16 @@ class Step {
   Step& operator=(const Step&) = delete;
 
   /// The sequences of the step, in the order of its chunks; empty after a refused begin.
-  std::span<const StepEntry> entries() const { return entries_; }
-  /// As given to begin.
-  Phase phase() const { return phase_; }
+  std::span<const StepEntry> entries() const& { return entries_; }
+  std::span<const StepEntry> entries() const&& = delete;
   /// Rows of q, k, v and out.
   std::int64_t num_rows() const {
     return entries_.empty() ? 0 : entries_.back().first_row + entries_.back().num_tokens();
   }
+
+  /// Finite elements of K and V that became infinite when they were stored, so far: the row format
+  /// ends at 65504 (f16) or so. Queries then see infinite keys and values. Reset by begin.
+  std::int64_t num_overflows() const { return num_overflows_.load(std::memory_order_relaxed); }
 
   /// Memory that attention keeps between the step's tasks.
   Scratch& scratch() { return scratch_; }
@@ -100,15 +120,20 @@ class Step {
     heads_done_[static_cast<std::size_t>(layer)].fetch_add(heads, std::memory_order_release);
   }
 
+  /// Counts elements that became infinite. Any thread.
+  void note_overflows(std::int64_t elements) const {
+    if (elements != 0) num_overflows_.fetch_add(elements, std::memory_order_relaxed);
+  }
+
  private:
-  friend class PageLedger;
+  friend class Books;
 
   std::vector<StepEntry> entries_;
-  Phase phase_ = Phase::kDecode;
-  const void* ledger_ = nullptr;  // whose begin filled it
-  std::uint64_t epoch_ = 0;       // of that begin; 0: never
+  const void* books_ = nullptr;  // whose begin filled it
+  std::uint64_t epoch_ = 0;      // of that begin; 0: never
   std::size_t num_layers_ = 0;
   std::unique_ptr<std::atomic<std::int64_t>[]> heads_done_;  // [num_layers], over all entries
+  mutable std::atomic<std::int64_t> num_overflows_{0};
   Scratch scratch_;
 };
 

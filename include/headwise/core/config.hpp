@@ -3,6 +3,10 @@
 /// Every macro a consumer may set, and what follows from the compiler's own macros.
 #pragma once
 
+#if __cplusplus < 202002L
+#error "Headwise needs C++20: compile with -std=c++20 or later"
+#endif
+
 /// 1: caller's bugs are caught by HEADWISE_ASSERT and freed rows are poisoned with NaN.
 /// Default: on in debug builds. Results are the same either way.
 #ifndef HEADWISE_HARDENED
@@ -37,4 +41,12 @@
 #else
 #define HEADWISE_ALWAYS_INLINE inline
 #define HEADWISE_RESTRICT
+#endif
+
+/// @def HEADWISE_HOST_DEVICE
+/// What kernels and the host both compute, by the same code.
+#ifdef __CUDACC__
+#define HEADWISE_HOST_DEVICE __host__ __device__
+#else
+#define HEADWISE_HOST_DEVICE
 #endif

@@ -3,9 +3,11 @@
 /// The window rule: which keys a streaming head's query may see.
 #pragma once
 
+#include <compare>
 #include <cstdint>
 #include <limits>
 
+#include "headwise/core/checked.hpp"
 #include "headwise/core/position.hpp"
 
 namespace headwise::inline v0 {
@@ -26,14 +28,14 @@ struct Window {
 
   /// From the convention "`past` earlier tokens plus the current one" (DuoAttention's and RLKV's
   /// HuggingFace caches in decode, StreamingLLM): EXCL(R) == INCL(R + 1).
+  /// @throws ConfigError for a sink outside [0, kMaxTokens], or a past outside [0, kMaxTokens).
   static constexpr Window from_exclusive(std::int64_t sink, std::int64_t past) {
-    return {sink, past + 1};
+    return {detail::checked_range(sink, 0, kMaxTokens, "sink"),
+            detail::checked_range(past, 0, kMaxTokens - 1, "past") + 1};
   }
 
-  /// Whether anything is ever forgotten.
   constexpr bool bounded() const { return recent != kUnbounded; }
 
-  /// The rule itself.
   constexpr bool sees(Pos query, Pos key) const {
     return key <= query && (key.value < sink || query - key < recent);
   }
@@ -43,7 +45,7 @@ struct Window {
     return bounded() && query.value >= recent ? Pos{query.value - recent + 1} : Pos{0};
   }
 
-  friend constexpr bool operator==(Window, Window) = default;
+  friend constexpr auto operator<=>(Window, Window) = default;
 };
 
 }  // namespace headwise::inline v0

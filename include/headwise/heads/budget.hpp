@@ -1,25 +1,37 @@
 // SPDX-License-Identifier: MIT
 /// @file budget.hpp
-/// What one KV head may keep. A new kind is one type here and one store in cache/.
+/// What one KV head may keep. A new kind is one type here and one file in cache/keep/; what else
+/// must know of it does not compile until it does.
 #pragma once
 
 #include <algorithm>
+#include <compare>
 #include <cstdint>
 #include <variant>
 
+#include "headwise/core/checked.hpp"
 #include "headwise/core/window.hpp"
 
 namespace headwise::inline v0 {
 
 /// A retrieval head: every token. RLKV's "reasoning heads" are retrieval heads here.
 struct KeepEverything {
-  friend constexpr bool operator==(KeepEverything, KeepEverything) = default;
+  friend constexpr auto operator<=>(KeepEverything, KeepEverything) = default;
 };
 
 /// A streaming head: the window rule of core/window.hpp.
 struct KeepWindow {
   Window window;  ///< bounded: recent >= 1, sink >= 0
-  friend constexpr bool operator==(KeepWindow, KeepWindow) = default;
+  /// `recent` of prompt chunks where it is not decode's: the window is wider while a prompt is read
+  /// (LServe), or the published server counts differently (RLKV); 0: the same. The head's ring
+  /// holds the wider of the two.
+  std::int64_t prompt_recent = 0;
+
+  /// The rule of prompt chunks.
+  constexpr Window prompt_window() const {
+    return prompt_recent == 0 ? window : Window{window.sink, prompt_recent};
+  }
+  friend constexpr auto operator<=>(KeepWindow, KeepWindow) = default;
 };
 
 /// RazorAttention's non-retrieval head (arXiv:2407.15891, Algorithm 1): `sink` first tokens, a
@@ -39,7 +51,7 @@ struct KeepGrowingWindow {
     return std::max<std::int64_t>(0, n - sink - recent(n));
   }
 
-  friend constexpr bool operator==(KeepGrowingWindow, KeepGrowingWindow) = default;
+  friend constexpr auto operator<=>(KeepGrowingWindow, KeepGrowingWindow) = default;
 };
 
 /// What one KV head may keep; default: everything.
@@ -49,5 +61,34 @@ using HeadBudget = std::variant<KeepEverything, KeepWindow, KeepGrowingWindow>;
 constexpr bool is_retrieval(const HeadBudget& budget) {
   return std::holds_alternative<KeepEverything>(budget);
 }
+
+}  // namespace headwise::inline v0
+
+namespace headwise::inline v0::detail {
+
+/// A visitor without a case for every kind does not compile.
+struct CheckBudget {
+  constexpr void operator()(KeepEverything) const {}
+  constexpr void operator()(const KeepWindow& keep) const {
+    checked_range(keep.window.sink, 0, kMaxTokens, "sink");
+    checked_range(keep.prompt_recent, 0, kMaxTokens, "prompt_recent");
+    if (!keep.window.bounded()) return;
+    checked_range(keep.window.recent, 1, kMaxTokens, "recent, which counts the current token,");
+  }
+  constexpr void operator()(const KeepGrowingWindow& keep) const {
+    checked_range(keep.sink, 0, kMaxTokens, "sink");
+    checked_range(keep.min_recent, 1, kMaxTokens, "min_recent");
+    checked_range(keep.divisor, 1, kMaxTokens, "divisor");
+  }
+};
+
+}  // namespace headwise::inline v0::detail
+
+namespace headwise::inline v0 {
+
+/// What HeadPlan::set() asks of a budget: sinks from 0, everything else from 1, to kMaxTokens; an
+/// unbounded window's `recent` is Window::kUnbounded.
+/// @throws ConfigError with name, limits and value of what is outside.
+constexpr void check_budget(const HeadBudget& budget) { std::visit(detail::CheckBudget{}, budget); }
 
 }  // namespace headwise::inline v0

@@ -67,9 +67,10 @@ struct AddBudget {
   Fnv128& hash;
   constexpr void operator()(KeepEverything) const { hash.add(0); }
   constexpr void operator()(const KeepWindow& keep) const {
-    hash.add(1);
+    hash.add(keep.prompt_recent == 0 ? 1 : 3);
     hash.add(keep.window.sink);
     hash.add(keep.window.recent);
+    if (keep.prompt_recent != 0) hash.add(keep.prompt_recent);
   }
   constexpr void operator()(const KeepGrowingWindow& keep) const {
     hash.add(2);

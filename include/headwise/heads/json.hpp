@@ -17,12 +17,13 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "headwise/core/check.hpp"
+#include "headwise/core/checked.hpp"
 #include "headwise/core/window.hpp"
+#include "headwise/heads/bounded_json.hpp"
 #include "headwise/heads/numbers.hpp"
 #include "headwise/heads/scores.hpp"
 #include "headwise/heads/text_file.hpp"
@@ -49,6 +50,7 @@ class HeadRunsReader : public nlohmann::json_sax<nlohmann::json> {
     key_ = excerpt(text);
     const auto [place, is_new] = heads_.try_emplace(parse_key(text));
     if (!is_new) refuse("the key is there twice");
+    if (heads_.size() > kMaxScores) refuse("more than the limit of ", kMaxScores, " heads");
     head_ = &place->second;
     return true;
   }
@@ -119,26 +121,29 @@ class HeadRunsReader : public nlohmann::json_sax<nlohmann::json> {
   }
 
   std::pair<int, int> parse_key(std::string_view text) const {
-    std::pair<int, int> head;
-    const char* end = text.data() + text.size();
-    const auto layer = std::from_chars(text.data(), end, head.first);
-    const bool has_dash = layer.ec == std::errc{} && layer.ptr != end && *layer.ptr == '-';
-    const auto tail = has_dash ? std::from_chars(layer.ptr + 1, end, head.second) : layer;
-    if (!has_dash || tail.ec != std::errc{} || tail.ptr != end) {
+    const std::size_t dash = text.find('-');
+    if (dash == text.npos) refuse("not of the form \"layer-head\"");
+    return {parse_index(text.substr(0, dash)), parse_index(text.substr(dash + 1))};
+  }
+
+  /// Digits and nothing else: no sign, no blank, no 0 before another digit.
+  int parse_index(std::string_view digits) const {
+    const bool is_number = !digits.empty() && digits.find_first_not_of("0123456789") == digits.npos;
+    if (!is_number || (digits.size() > 1 && digits.front() == '0')) {
       refuse("not of the form \"layer-head\"");
     }
-    for (const int index : {head.first, head.second}) {
-      if (index < 0 || index > kMaxIndex) {
-        refuse("index ", index, " is not in [0, ", kMaxIndex, "]");
-      }
-    }
-    return head;
+    int index = kMaxIndex + 1;  // and so for what does not fit an int
+    std::from_chars(digits.data(), digits.data() + digits.size(), index);
+    if (index > kMaxIndex)
+      refuse("index ", digits.substr(0, 20), " is not in [0, ", kMaxIndex, "]");
+    return index;
   }
 
   bool add(double value) {
     if (depth_ != 2) refuse(value, " where a list of runs was expected");
     if (!is_finite(value)) refuse(value, " is not finite");
     head_->sum += value;
+    if (!is_finite(head_->sum)) refuse("the sum of the runs does not fit a double at ", value);
     ++head_->num_runs;
     return true;
   }
@@ -154,15 +159,16 @@ class HeadRunsReader : public nlohmann::json_sax<nlohmann::json> {
 /// A size in a config.json, or nothing where it is null or not there.
 inline std::optional<std::int64_t> parse_size(const nlohmann::json& config, const char* key,
                                               std::int64_t least, std::string_view name) {
-  constexpr std::int64_t kMost = std::int64_t{1} << 40;  // no context is longer
   const auto entry = config.find(key);
   if (entry == config.end() || entry->is_null()) return {};
   // Beyond int64 it wraps to a negative number, and is refused as such.
   const auto size = entry->is_number_integer() ? entry->get<std::int64_t>() : std::int64_t{-1};
-  if (size < least || size > kMost) {
-    const auto text = entry->dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
+  if (size < least || size > kMaxTokens) {
+    // A list or an object may be long; what it is says enough.
+    const std::string text =
+        entry->is_primitive() ? entry->dump(-1, ' ', true) : entry->type_name();
     fail<FormatError>(name, ": key '", key, "': ", excerpt(text), " is not an integer in [", least,
-                      ", ", kMost, "]");
+                      ", ", kMaxTokens, "]");
   }
   return size;
 }
@@ -176,10 +182,12 @@ namespace headwise::inline v0 {
 /// model's file.
 /// @param name  what errors call the text.
 /// @throws FormatError with file, key and value for what is not JSON, not a finite number, a key
-///   that is malformed, twice there, missing or out of range, and lists of unequal length.
+///   that is malformed, twice there, missing or out of range, more than 2^20 heads, and lists of
+///   unequal length.
 /// @see Retrieval Head, arXiv:2404.15574 (head_score/); HeadKV, arXiv:2410.19258
 ///   (Important_Head/head_score/).
 inline HeadRuns parse_head_runs(std::string_view text, std::string_view name) {
+  detail::refuse_nul(text, name);
   detail::HeadRunsReader reader(name);
   nlohmann::json::sax_parse(text, &reader);
   return reader.finish();
@@ -195,10 +203,10 @@ inline HeadRuns load_head_runs(const std::string& path) {
 /// TSV, or nothing where neither is there or both are null. These are the *training* windows
 /// (128/256 in the published files; their mask counts the current token, as ours does); papers and
 /// code deploy with others: duo_attention::kDeployWindow.
-/// @throws FormatError with file, key and value for what is not a JSON object, a size that is not
-///   an integer or out of range, or only one of the two.
+/// @throws FormatError with file, key and value for what is not a JSON object, parse_bounded_json()
+///   refuses, a size that is not an integer or out of range, or only one of the two.
 inline std::optional<Window> parse_window_config(std::string_view text, std::string_view name) {
-  const auto config = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const nlohmann::json config = parse_bounded_json(text, name);
   if (!config.is_object()) fail<FormatError>(name, ": not a JSON object");
   const auto sink = detail::parse_size(config, "sink_size", 0, name);
   const auto recent = detail::parse_size(config, "recent_size", 1, name);
@@ -212,10 +220,11 @@ inline std::optional<Window> parse_window_config(std::string_view text, std::str
 
 /// parse_window_config() of a file, or of the config.json in a directory; nothing where there is no
 /// such file (RLKV's folders have none).
+/// @throws ConfigError additionally when a file that is there cannot be read.
 inline std::optional<Window> load_window_config(const std::string& path) {
   for (const std::string& candidate : {path + "/config.json", path}) {
     if (detail::can_open(candidate)) {
-      return parse_window_config(detail::load_text(candidate), candidate);
+      return parse_window_config(detail::load_text(candidate, kMaxJsonBytes), candidate);
     }
   }
   return {};

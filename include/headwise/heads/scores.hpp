@@ -12,7 +12,9 @@
 #include <vector>
 
 #include "headwise/core/check.hpp"
+#include "headwise/core/checked.hpp"
 #include "headwise/core/shape.hpp"
+#include "headwise/heads/head_grid.hpp"
 #include "headwise/heads/numbers.hpp"
 
 namespace headwise::inline v0 {
@@ -31,21 +33,13 @@ class HeadTable {
 
   /// @param heads_per_layer  [num_layers], each >= 1.
   /// @param values  layer by layer, the sum of `heads_per_layer` in all; may lie outside [0, 1].
-  /// @throws ConfigError for no layers, a layer without heads, another number of values, or a value
-  ///   that is NaN or infinite (with its layer and head).
+  /// @throws ConfigError for no layers, a layer without heads, more of either than kMaxLayers and
+  ///   its sisters allow, another number of values, or a value that is NaN or infinite (with its
+  ///   layer and head).
   HeadTable(std::span<const int> heads_per_layer, std::vector<double> values)
-      : values_(std::move(values)) {
-    if (heads_per_layer.empty()) fail<ConfigError>("scores need at least one layer, got 0");
-    first_.push_back(0);
-    for (const int heads : heads_per_layer) {
-      if (heads < 1) {
-        fail<ConfigError>("layer ", first_.size() - 1, ": scores need at least 1 head, got ",
-                          heads);
-      }
-      first_.push_back(first_.back() + static_cast<std::size_t>(heads));
-    }
-    if (values_.size() != first_.back()) {
-      fail<ConfigError>("got ", values_.size(), " scores for ", first_.back(), " heads");
+      : grid_(heads_per_layer, "a table of scores"), values_(std::move(values)) {
+    if (values_.size() != num_heads()) {
+      fail<ConfigError>("got ", values_.size(), " scores for ", num_heads(), " heads");
     }
     check_finite();
   }
@@ -54,38 +48,30 @@ class HeadTable {
   /// @param values  [num_layers, num_heads], float or double.
   template <class Range>
   static HeadTable dense(int num_layers, int num_heads, const Range& values) {
-    if (num_layers < 1) fail<ConfigError>("scores need at least one layer, got ", num_layers);
+    detail::checked_range(num_layers, 1, kMaxLayers, "num_layers");
     const std::vector<int> heads(static_cast<std::size_t>(num_layers), num_heads);
     return HeadTable(heads, std::vector<double>(std::begin(values), std::end(values)));
   }
 
-  /// Layers of the model.
-  int num_layers() const { return static_cast<int>(first_.size()) - 1; }
-  /// Heads of one layer.
-  int num_heads(int layer) const {
-    const auto l = static_cast<std::size_t>(layer);
-    return static_cast<int>(first_[l + 1] - first_[l]);
-  }
+  int num_layers() const { return grid_.num_layers(); }
+  /// Heads of one layer, in [0, num_layers()).
+  int num_heads(int layer) const { return grid_.num_heads(layer); }
   /// Heads of all layers.
-  std::size_t num_heads() const { return values_.size(); }
+  std::size_t num_heads() const { return grid_.num_heads(); }
   /// [num_layers()], as the constructor takes it.
-  std::vector<int> heads_per_layer() const {
-    std::vector<int> heads;
-    heads.reserve(first_.size() - 1);
-    for (int layer = 0; layer < num_layers(); ++layer) heads.push_back(num_heads(layer));
-    return heads;
-  }
+  std::vector<int> heads_per_layer() const { return grid_.heads_per_layer(); }
 
   /// One head's value; finite.
-  double value(int layer, int head) const { return row(layer)[static_cast<std::size_t>(head)]; }
+  double value(int layer, int head) const { return values_[grid_.index(layer, head)]; }
   /// The values of one layer, [num_heads(layer)].
-  std::span<const double> row(int layer) const {
-    HEADWISE_ASSERT(layer >= 0 && layer < num_layers(), "layer out of range");
-    const auto l = static_cast<std::size_t>(layer);
-    return std::span(values_).subspan(first_[l], first_[l + 1] - first_[l]);
+  std::span<const double> row(int layer) const& {
+    return std::span(values_).subspan(grid_.first_of(layer),
+                                      static_cast<std::size_t>(num_heads(layer)));
   }
+  std::span<const double> row(int layer) const&& = delete;  ///< would outlive the table
   /// All values, layer by layer.
-  std::span<const double> values() const { return values_; }
+  std::span<const double> values() const& { return values_; }
+  std::span<const double> values() const&& = delete;  ///< would outlive the table
 
   friend bool operator==(const HeadTable&, const HeadTable&) = default;
 
@@ -101,8 +87,8 @@ class HeadTable {
     }
   }
 
+  detail::HeadGrid grid_;
   std::vector<double> values_;
-  std::vector<std::size_t> first_;  // first_[l]: index of layer l's head 0; one more at the end
 };
 
 /// [num_layers, num_kv_heads]: what selection works on.

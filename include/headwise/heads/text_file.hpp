@@ -15,8 +15,13 @@
 
 namespace headwise::inline v0::detail {
 
-/// The largest published score file has 2.6 MB; a path such as /dev/zero must not fill the memory.
-inline constexpr std::size_t kMaxFileBytes = std::size_t{64} << 20;
+/// Far more heads in a score file than any model has (the largest open ones: 126 layers of 128
+/// query heads).
+inline constexpr std::size_t kMaxScores = std::size_t{1} << 20;
+
+/// The largest published score file has 2.6 MB, kMaxScores of our own writing 26 MiB; a path such
+/// as /dev/zero must not fill the memory.
+inline constexpr std::size_t kMaxFileBytes = std::size_t{32} << 20;
 
 struct CloseFile {
   void operator()(std::FILE* file) const { std::fclose(file); }

@@ -12,13 +12,11 @@
 #include <vector>
 
 #include "headwise/core/check.hpp"
+#include "headwise/core/shape.hpp"
 #include "headwise/heads/scores.hpp"
 #include "headwise/heads/text_file.hpp"
 
 namespace headwise::inline v0::detail {
-
-/// Far more heads than any model has (the largest open ones: 126 layers of 128 query heads).
-inline constexpr std::size_t kMaxTsvValues = std::size_t{1} << 20;
 
 /// Where in a file an error is: "name:line: ".
 struct TsvPlace {
@@ -53,8 +51,8 @@ inline void parse_tsv_line(std::string_view line, const TsvPlace& place,
     }
     line.remove_prefix(gap.size());
     const std::string_view token = line.substr(0, line.find_first_of(" \t"));
-    if (values.size() == kMaxTsvValues) {
-      place.refuse("more than the limit of ", kMaxTsvValues, " values");
+    if (values.size() == kMaxScores) {
+      place.refuse("more than the limit of ", kMaxScores, " values");
     }
     values.push_back(parse_tsv_value(token, place));
     line.remove_prefix(token.size());
@@ -75,7 +73,8 @@ namespace headwise::inline v0 {
 /// @tparam Scores  HeadScores, or QueryHeadScores for a table over query heads.
 /// @param name  what errors call the text.
 /// @throws FormatError with file, line and value for what is not a finite number, a row that is
-///   longer or shorter than the first, no rows, or too many values.
+///   longer or shorter than the first, no rows, more than 2^16 lines, 2^16 values in one or 2^20
+///   in all.
 /// @see DuoAttention's full_attention_heads.tsv and RLKV's adapter_weights.tsv.
 template <class Scores = HeadScores>
 Scores parse_tsv(std::string_view text, std::string_view name) {
@@ -90,6 +89,8 @@ Scores parse_tsv(std::string_view text, std::string_view name) {
     detail::parse_tsv_line(detail::trim_end(text.substr(0, end), "\r "), place, values);
     const std::size_t got = values.size() - before;
     if (place.line == 1) num_heads = got;
+    if (place.line > kMaxLayers) place.refuse("more than the limit of ", kMaxLayers, " lines");
+    if (got > kMaxHeads) place.refuse(got, " values, more than the limit of ", kMaxHeads);
     if (got == 0) place.refuse("an empty line, expected one for every layer");
     if (got != num_heads) place.refuse(got, " values, expected ", num_heads, " as in line 1");
     if (end == std::string_view::npos) break;

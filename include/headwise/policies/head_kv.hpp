@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "headwise/core/check.hpp"
+#include "headwise/core/checked.hpp"
 #include "headwise/heads/numbers.hpp"
 #include "headwise/heads/scores.hpp"
 #include "headwise/policies/policy.hpp"
@@ -60,6 +61,19 @@ inline QueryHeadScores importance(const QueryHeadScores& mean_scores, double tem
   return QueryHeadScores(mean_scores.heads_per_layer(), std::move(shares));
 }
 
+/// Entries of all heads together: what one head may get, and what an int64 and a double hold.
+inline constexpr std::int64_t kMaxEntries = std::int64_t{1} << 62;
+
+/// Python's `a // b` of two floats, for a >= 0 and b > 0, as CPython's float_floor_div has it: the
+/// floor of their exact quotient. std::floor(a / b) is that of the rounded one: 2040 / 1.02 rounds
+/// up to 2000, but the double next to 1.02 is a little more than 1.02, and 2040 // 1.02 is 1999.
+inline double floor_div(double a, double b) {
+  const double rest = std::fmod(a, b);  // exact
+  const double quotient = (a - rest) / b;
+  const double below = std::floor(quotient);
+  return quotient - below > 0.5 ? below + 1.0 : below;  // the division may round to either side
+}
+
 /// The published allocation with its parameters.
 struct Policy {
   std::int64_t capacity = 128;          ///< mean entries per query head, the next ones included
@@ -70,25 +84,28 @@ struct Policy {
   double beta = 1.01;
   double temperature = 1.0;  ///< see importance()
 
-  /// Entries that each query head may select, observation window not counted: eq. 4, with the floor
-  /// and the rounding of the released code. Not capped by a prompt's length.
+  /// Entries that each query head may select, observation window not counted: eq. 4, with the
+  /// floor division and the rounding of the released code. Not capped by a prompt's length.
   /// @param mean_scores  [num_layers, num_qo_heads].
   /// @return [num_layers, num_qo_heads], layer by layer; sums to about
   ///   (capacity - observation_window) * heads.
-  /// @throws ConfigError for a capacity below the observation window, a beta not above 1, and what
+  /// @throws ConfigError for a capacity below the observation window or beyond kMaxTokens, more
+  ///   than kMaxEntries for all heads, a beta not above 1, and what
   ///   importance() refuses.
   std::vector<std::int64_t> capacities(const QueryHeadScores& mean_scores) const {
-    constexpr std::int64_t kMost = std::int64_t{1} << 40;  // no context is longer
     if (observation_window < 0) {
       fail<ConfigError>("observation_window must be >= 0, got ", observation_window);
     }
-    if (capacity < observation_window || capacity > kMost) {
+    if (capacity < observation_window || capacity > kMaxTokens) {
       fail<ConfigError>("capacity must be in [", observation_window, " (the observation window), ",
-                        kMost, "], got ", capacity);
+                        kMaxTokens, "], got ", capacity);
     }
+    const auto heads = static_cast<std::int64_t>(mean_scores.num_heads());
+    detail::checked_range(detail::checked_mul(capacity, heads, "capacity * heads"), 0, kMaxEntries,
+                          "capacity * heads");
     if (!is_finite(beta) || beta <= 1.0) fail<ConfigError>("beta must be > 1, got ", beta);
     const auto base = static_cast<double>(capacity - observation_window);
-    const double dynamic = std::floor(base / beta);
+    const double dynamic = floor_div(base, beta);
     const double pool = dynamic * static_cast<double>(mean_scores.num_heads());
     std::vector<std::int64_t> entries;
     entries.reserve(mean_scores.num_heads());
@@ -105,8 +122,8 @@ static_assert(CapacityPolicy<Policy>);
 /// A KV head may select the mean of what its query heads may, halves to even: entries per stored
 /// head stay what they were (KVCache-Factory's kv_head mode; the released code stores K and V once
 /// per *query* head instead, `group_size` times as much).
-/// @param capacities  [.., num_qo_heads], groups contiguous.
-/// @throws ConfigError when `group_size` does not divide their number.
+/// @param capacities  [.., num_qo_heads], groups contiguous, each in [0, kMaxEntries].
+/// @throws ConfigError when `group_size` does not divide their number, or for one out of range.
 inline std::vector<std::int64_t> reduce_mean(std::span<const std::int64_t> capacities,
                                              int group_size) {
   const auto group = static_cast<std::size_t>(group_size);
@@ -118,6 +135,7 @@ inline std::vector<std::int64_t> reduce_mean(std::span<const std::int64_t> capac
   for (std::size_t first = 0; first < capacities.size(); first += group) {
     double sum = 0.0;
     for (const std::int64_t entries : capacities.subspan(first, group)) {
+      detail::checked_range(entries, 0, kMaxEntries, "a capacity");
       sum += static_cast<double>(entries);
     }
     reduced.push_back(static_cast<std::int64_t>(round_half_even(sum / group_size)));

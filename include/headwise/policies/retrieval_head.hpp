@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "headwise/core/check.hpp"
+#include "headwise/core/checked.hpp"
 #include "headwise/core/position.hpp"
 #include "headwise/core/window.hpp"
 #include "headwise/heads/scores.hpp"
@@ -35,17 +36,19 @@ class CopyScore {
  public:
   /// @param first  position of the needle's first token.
   /// @param needle  its token ids, at least one.
-  /// @throws ConfigError for an empty needle.
+  /// @throws ConfigError for an empty needle or a negative position.
   CopyScore(Pos first, std::span<const std::int32_t> needle)
       : first_(first), needle_(needle.begin(), needle.end()), copied_(needle.size()) {
     if (needle.empty()) fail<ConfigError>("a needle needs at least 1 token, got 0");
+    detail::checked_range(first.value, 0, kMaxTokens, "the needle's position");
   }
 
   /// @param attended  where the head attends most.
   /// @param generated  the token this step generates.
   void step(Pos attended, std::int32_t generated) {
+    if (attended < first_) return;
     const std::int64_t i = attended - first_;
-    if (i < 0 || i >= static_cast<std::int64_t>(needle_.size())) return;
+    if (i >= static_cast<std::int64_t>(needle_.size())) return;
     if (needle_[static_cast<std::size_t>(i)] != generated) return;
     ++num_hits_;
     copied_[static_cast<std::size_t>(i)] = true;

@@ -11,7 +11,6 @@
 #pragma once
 
 #include <concepts>
-#include <string_view>
 
 namespace headwise::inline v0::simd {
 
@@ -22,7 +21,7 @@ struct Neon {};    ///< AArch64 Advanced SIMD
 
 /// "scalar", "avx2", "avx512" or "neon".
 template <class Isa>
-constexpr std::string_view isa_name() {
+constexpr const char* isa_name() {
   if constexpr (std::same_as<Isa, Scalar>) return "scalar";
   if constexpr (std::same_as<Isa, Avx2>) return "avx2";
   if constexpr (std::same_as<Isa, Avx512>) return "avx512";

@@ -16,13 +16,13 @@ namespace headwise::test {
 namespace {
 
 /// Decodes a problem in splits that begin at `cuts`; the last does the own rows.
-template <class Isa, class Row, class Layout>
-void decode(const HeadProblem<Row, Layout>& problem, std::vector<std::int64_t> cuts = {0}) {
+template <class Isa, class Format>
+void decode(const HeadProblem<Format>& problem, std::vector<std::int64_t> cuts = {0}) {
   const auto& past = problem.past;
   const std::int64_t rows = problem.num_queries * problem.group_size;
-  const std::size_t stride = decode_partial_floats(rows, past.v_dim);
+  const std::size_t stride = decode_partial_floats(rows, past.shape.v_dim);
   AlignedFloats partials(stride * cuts.size());
-  AlignedFloats scratch(decode_scratch_floats(rows, past.k_dim, past.v_dim));
+  AlignedFloats scratch(decode_scratch_floats(rows, past.shape.k_dim, past.shape.v_dim));
   cuts.push_back(past.num_rows());
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
     decode_split<Isa>(problem, {cuts[i], cuts[i + 1], i + 2 == cuts.size()},
@@ -38,7 +38,7 @@ TYPED_TEST_SUITE(CpuDecode, AllKernels, KernelNames);
 TYPED_TEST(CpuDecode, EqualsTheOracleOnEveryCase) {
   using Isa = typename TypeParam::Isa;
   for (const AttentionCase& c : attention_cases()) {
-    PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(c);
+    PagedHead<typename TypeParam::Format> head(c);
     const auto problem = head.problem();
     decode<Isa>(problem);
     EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5) << c.name;
@@ -52,7 +52,7 @@ TYPED_TEST(CpuDecode, GivesTheSameWhereverTheRowsAreCut) {
       {.name = "ring", .past = 700, .queries = 3, .window = {5, 90}, .kept = Kept::kRing},
       {.name = "compensation", .past = 200, .kept = Kept::kSecondRun, .compensation = 50}};
   for (const AttentionCase& c : cases) {
-    PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(c);
+    PagedHead<typename TypeParam::Format> head(c);
     const auto problem = head.problem();
     const std::vector<double> truth = reference_attention(problem);
     const std::int64_t rows = problem.past.num_rows();
@@ -68,8 +68,7 @@ TYPED_TEST(CpuDecode, GivesTheSameWhereverTheRowsAreCut) {
 
 TYPED_TEST(CpuDecode, GivesTheSameBitsForTheSameCuts) {
   using Isa = typename TypeParam::Isa;
-  PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(
-      {.name = "", .group_size = 7, .past = 300});
+  PagedHead<typename TypeParam::Format> head({.name = "", .group_size = 7, .past = 300});
   const auto problem = head.problem();
   decode<Isa>(problem, {0, 64});
   const std::vector<float> once = head.out();
@@ -79,7 +78,7 @@ TYPED_TEST(CpuDecode, GivesTheSameBitsForTheSameCuts) {
 
 TYPED_TEST(CpuDecode, HoldsItsErrorOverALongHead) {
   using Isa = typename TypeParam::Isa;
-  PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(
+  PagedHead<typename TypeParam::Format> head(
       {.name = "", .k_dim = 32, .v_dim = 32, .group_size = 2, .past = 9000});
   const auto problem = head.problem();
   decode<Isa>(problem, {0, 4096, 8192});
@@ -96,27 +95,24 @@ class CompensationToy : public ::testing::Test {
   double attend(std::int64_t weight) {
     constexpr int kDim = 16;
     const PageShape shape{16, kDim, kDim};
-    AlignedFloats page(shape.num_elements());
+    using Format = PlainRows<f32>;
+    AlignedFloats page(Format::page_bytes(shape) / sizeof(float));
     const int kept[] = {0, 4};
     for (std::size_t i = 0; i < 2; ++i) {
-      page.data()[PlainLayout::k_offset(shape, i, 0)] = kKeys[kept[i]];
-      page.data()[PlainLayout::v_offset(shape, i, 0)] = kValues[kept[i]];
+      page.data()[Format::k_offset(shape, i, 0)] = kKeys[kept[i]];
+      page.data()[Format::v_offset(shape, i, 0)] = kValues[kept[i]];
     }
     const std::int32_t table[] = {0};
     float q[kDim] = {1.0F}, own_k[kDim] = {kKeys[5]}, own_v[kDim] = {kValues[5]}, out[kDim];
-    // Means 2 and 4, whatever the weight.
-    float k_sum[kDim] = {2.0F * static_cast<float>(weight)};
-    float v_sum[kDim] = {4.0F * static_cast<float>(weight)};
+    float k_mean[kDim] = {2.0F};
+    float v_mean[kDim] = {4.0F};
 
-    HeadProblem<f32, PlainLayout> problem;
-    problem.past.pages = reinterpret_cast<const std::byte*>(page.data());
-    problem.past.page_bytes = shape.num_elements() * sizeof(float);
-    problem.past.page_table = table;
-    problem.past.page_tokens = 16;
-    problem.past.k_dim = problem.past.v_dim = kDim;
+    HeadProblem<Format> problem;
+    problem.past = KvView<Format>::over_pages(reinterpret_cast<const std::byte*>(page.data()),
+                                              Format::page_bytes(shape), table, shape);
     problem.past.add_run({Slot{0}, Pos{0}, 1});
     problem.past.add_run({Slot{1}, Pos{4}, 1});
-    problem.past.compensation = {k_sum, v_sum, weight};
+    problem.past.compensation = {k_mean, v_mean, weight};
     problem.first_query = Pos{5};
     problem.num_queries = 1;
     problem.q = {q, kDim, kDim};
@@ -136,11 +132,12 @@ TEST_F(CompensationToy, DiffersWithWeightOne) { EXPECT_NEAR(attend(1), 6.423354,
 TEST_F(CompensationToy, IsAbsentWithCountZero) { EXPECT_NEAR(attend(0), 10.976481, 2e-6); }
 
 TEST(CpuDecodeOfNothing, WritesZeros) {
-  PagedHead<f16, TiledLayout> head({.name = "", .group_size = 2, .past = 40});
+  PagedHead<TiledRows<f16>> head({.name = "", .group_size = 2, .past = 40});
   auto problem = head.problem();
   const std::int64_t rows = problem.num_queries * problem.group_size;
-  AlignedFloats partial(decode_partial_floats(rows, problem.past.v_dim));
-  AlignedFloats scratch(decode_scratch_floats(rows, problem.past.k_dim, problem.past.v_dim));
+  AlignedFloats partial(decode_partial_floats(rows, problem.past.shape.v_dim));
+  AlignedFloats scratch(
+      decode_scratch_floats(rows, problem.past.shape.k_dim, problem.past.shape.v_dim));
   decode_split<simd::BestIsa>(problem, {0, 0, false}, partial.data(), scratch.data());
   merge_splits<simd::BestIsa>(problem, partial.data(), 0, 1);
   EXPECT_TRUE(std::ranges::all_of(head.out(), [](float x) { return x == 0.0F; }));

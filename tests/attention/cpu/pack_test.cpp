@@ -35,9 +35,9 @@ void expect_rows(const detail::TileBlock<Element>& block, const AttentionCase& c
 }
 
 TYPED_TEST(Pack, GivesEveryStoredRowOnce) {
-  using Layout = typename TypeParam::Layout;
+  using Format = typename TypeParam::Format;
   for (const AttentionCase& c : attention_cases()) {
-    PagedHead<typename TypeParam::Row, Layout> head(c);
+    PagedHead<Format> head(c);
     const auto problem = head.problem();
     const DenseRows dense = head.dense_rows();
     AlignedFloats packed(detail::packed_block_floats(c.k_dim, c.v_dim));
@@ -54,7 +54,7 @@ TYPED_TEST(Pack, GivesEveryStoredRowOnce) {
             ASSERT_EQ(block.last - block.first, rows.count);
             ASSERT_EQ(block.row0 + block.first, rows.pos);
             expect_rows(block, c, dense);
-            if constexpr (std::is_same_v<Layout, TiledLayout>) {
+            if constexpr (TiledInPlace<Format>) {
               expect_rows(detail::block_in_place<typename TypeParam::Isa>(problem.past, rows), c,
                           dense);
             }
@@ -66,7 +66,7 @@ TYPED_TEST(Pack, GivesEveryStoredRowOnce) {
 
 TYPED_TEST(Pack, RoundsOwnRowsToTheRowFormat) {
   const AttentionCase c{.name = "", .k_dim = 48, .v_dim = 32, .past = 5, .queries = 70};
-  PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(c);
+  PagedHead<typename TypeParam::Format> head(c);
   AlignedFloats packed(detail::packed_block_floats(c.k_dim, c.v_dim));
   for (const auto& [begin, count] : {std::pair{0, 64}, {64, 6}, {3, 17}, {69, 1}}) {
     const auto problem = head.problem();

@@ -36,15 +36,15 @@ constexpr std::size_t prefill_scratch_floats(int group_size, int k_dim, int v_di
 /// row.
 /// @param query_end  at most query_begin + prefill_tile_queries(group_size)
 /// @param scratch  [prefill_scratch_floats], 64-byte aligned
-template <class Isa, class Row, class Layout>
-void prefill_tile(const HeadProblem<Row, Layout>& problem, std::int64_t query_begin,
+template <class Isa, class Format>
+void prefill_tile(const HeadProblem<Format>& problem, std::int64_t query_begin,
                   std::int64_t query_end, float* scratch) noexcept {
   if (query_begin >= query_end) return;
   const auto& past = problem.past;
   const auto num_rows = static_cast<std::size_t>(query_end - query_begin) *
                         static_cast<std::size_t>(problem.group_size);
-  float* state = scratch + detail::query_scratch_floats(num_rows, past.k_dim);
-  float* packed = state + detail::query_state_floats(num_rows, past.v_dim);
+  float* state = scratch + detail::query_scratch_floats(num_rows, past.shape.k_dim);
+  float* packed = state + detail::query_state_floats(num_rows, past.shape.v_dim);
 
   const auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, state);
   detail::reset_state<Isa>(queries, past.compensation);
@@ -65,9 +65,9 @@ void prefill_tile(const HeadProblem<Row, Layout>& problem, std::int64_t query_be
   std::size_t row = 0;
   for (std::int64_t i = query_begin; i < query_end; ++i) {
     for (int g = 0; g < problem.group_size; ++g, ++row) {
-      float* out = queries.out + row * static_cast<std::size_t>(past.v_dim);
+      float* out = queries.out + row * static_cast<std::size_t>(past.shape.v_dim);
       write_output<Isa>(SoftmaxState{queries.max[row], queries.sum[row], out},
-                        problem.out.row(i, g), past.v_dim);
+                        problem.out.row(i, g), past.shape.v_dim);
     }
   }
 }

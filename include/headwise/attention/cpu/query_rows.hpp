@@ -67,17 +67,17 @@ constexpr std::size_t query_state_floats(std::size_t num_rows, int v_dim) {
 /// Queries [begin, end) of a problem, loaded into scratch.
 /// @param scratch  [query_scratch_floats], 64-byte aligned
 /// @param state  [query_state_floats], 64-byte aligned
-template <class Isa, class Row, class Layout>
-QueryRows load_queries(const HeadProblem<Row, Layout>& problem, std::int64_t begin,
-                       std::int64_t end, float* scratch, float* state) noexcept {
+template <class Isa, class Format>
+QueryRows load_queries(const HeadProblem<Format>& problem, std::int64_t begin, std::int64_t end,
+                       float* scratch, float* state) noexcept {
   using O = simd::Ops<Isa>;
   QueryRows rows;
   rows.window = problem.window;
   rows.first_query = problem.first_query + begin;
   rows.num_queries = static_cast<int>(end - begin);
   rows.group_size = problem.group_size;
-  rows.k_dim = problem.past.k_dim;
-  rows.v_dim = problem.past.v_dim;
+  rows.k_dim = problem.past.shape.k_dim;
+  rows.v_dim = problem.past.shape.v_dim;
 
   const auto num_rows = static_cast<std::size_t>(rows.num_rows());
   rows.q = scratch;
@@ -117,20 +117,18 @@ void reset_state(const QueryRows& rows, const CompensationRow& row) noexcept {
   using O = simd::Ops<Isa>;
   reset_state<Isa>(rows);
   if (row.count <= 0) return;
-  const auto count = static_cast<float>(row.count);
-  const auto share = O::broadcast(1.0F / count);
   for (int r = 0; r < rows.num_rows(); ++r) {
     const float* q = rows.q + static_cast<std::ptrdiff_t>(r) * kPanel;
     float* out = rows.out + static_cast<std::ptrdiff_t>(r) * rows.v_dim;
     auto dot = O::zero();
     for (int d = 0; d < rows.k_dim; d += O::kWidth) {
       const auto x = O::load(q + d / kPanel * rows.q_stride() + d % kPanel);
-      dot = O::fma(x, O::mul(share, O::load(row.k_sum + d)), dot);
+      dot = O::fma(x, O::load(row.k_mean + d), dot);
     }
-    rows.max[r] = O::reduce_add(dot) + std::log(count);
+    rows.max[r] = O::reduce_add(dot) + std::log(static_cast<float>(row.count));
     rows.lane_sums[static_cast<std::ptrdiff_t>(r) * kTile] = 1.0F;
     for (int d = 0; d < rows.v_dim; d += O::kWidth) {
-      O::store(out + d, O::mul(share, O::load(row.v_sum + d)));
+      O::store(out + d, O::load(row.v_mean + d));
     }
   }
 }
@@ -245,8 +243,8 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
 
 /// Attends all query rows over those of the step's own rows that they see.
 /// @param packed  [packed_block_floats]
-template <class Isa, class Row, class Layout>
-void attend_own_rows(const HeadProblem<Row, Layout>& problem, const QueryRows& rows,
+template <class Isa, class Format>
+void attend_own_rows(const HeadProblem<Format>& problem, const QueryRows& rows,
                      float* packed) noexcept {
   for_each_seen(
       rows.window, rows.first_query, rows.last_query(), problem.first_query, problem.num_queries,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file uniform.hpp
+/// @file uniform_budget.hpp
 /// The same budget for every head: the full cache, or a baseline without head scores.
 #pragma once
 
@@ -8,7 +8,7 @@
 #include "headwise/heads/plan.hpp"
 #include "headwise/policies/policy.hpp"
 
-namespace headwise::inline v0::uniform {
+namespace headwise::inline v0::uniform_budget {
 
 /// One budget for every head.
 struct Policy {
@@ -19,4 +19,4 @@ struct Policy {
 };
 static_assert(HeadPolicy<Policy, ModelShape>);
 
-}  // namespace headwise::inline v0::uniform
+}  // namespace headwise::inline v0::uniform_budget

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "headwise/policies/random.hpp"
+#include "headwise/policies/random_heads.hpp"
 
 #include <gtest/gtest.h>
 
@@ -21,7 +21,7 @@ std::string mask_of(const HeadPlan& plan) {
 
 TEST(Random, IsTheSamePlanOnEveryPlatform) {
   const ModelShape shape = ModelShape::uniform(6, 8, 4, 32);
-  const random::Policy policy{.sparsity = .5, .window = kWindow, .seed = 1};
+  const random_heads::Policy policy{.sparsity = .5, .window = kWindow, .seed = 1};
   // The 12 highest of the first 24 splitmix64(1) values, computed with Python's integers.
   EXPECT_EQ(mask_of(policy.plan(shape)), "111001100101010011110000");
 }
@@ -31,7 +31,7 @@ TEST(Random, HasTheCountOfTheRealSelection) {
   std::set<std::string> masks;
   for (std::uint64_t seed = 0; seed < 10; ++seed) {
     const HeadPlan plan =
-        random::Policy{.sparsity = .2, .window = kWindow, .seed = seed}.plan(shape);
+        random_heads::Policy{.sparsity = .2, .window = kWindow, .seed = seed}.plan(shape);
     EXPECT_DOUBLE_EQ(plan.sparsity(), 51 / 256.0);
     masks.insert(mask_of(plan));
   }
@@ -42,8 +42,8 @@ TEST(Random, NestsThePlansOfOneSeed) {
   const ModelShape shape = ModelShape::uniform(4, 8, 8, 64);
   std::string last(32, '1');
   for (int i = 0; i <= 100; ++i) {
-    const std::string mask =
-        mask_of(random::Policy{.sparsity = i / 100.0, .window = kWindow, .seed = 9}.plan(shape));
+    const std::string mask = mask_of(
+        random_heads::Policy{.sparsity = i / 100.0, .window = kWindow, .seed = 9}.plan(shape));
     for (std::size_t head = 0; head < mask.size(); ++head) ASSERT_LE(mask[head], last[head]);
     last = mask;
   }
@@ -54,7 +54,7 @@ TEST(Random, FavoursNoHead) {
   std::vector<int> kept(8);
   for (std::uint64_t seed = 0; seed < 4000; ++seed) {
     const HeadPlan plan =
-        random::Policy{.sparsity = .5, .window = kWindow, .seed = seed}.plan(shape);
+        random_heads::Policy{.sparsity = .5, .window = kWindow, .seed = seed}.plan(shape);
     for (std::size_t i = 0; i < 8; ++i) kept[i] += is_retrieval(plan.budgets()[i]) ? 1 : 0;
   }
   for (const int count : kept) EXPECT_NEAR(count, 2000, 160);  // five standard deviations
@@ -62,7 +62,7 @@ TEST(Random, FavoursNoHead) {
 
 TEST(Random, NeedsAWindow) {
   EXPECT_EQ(testing::message_of<ConfigError>(
-                [] { (void)random::Policy{}.plan(ModelShape::uniform(1, 2, 2, 64)); }),
+                [] { (void)random_heads::Policy{}.plan(ModelShape::uniform(1, 2, 2, 64)); }),
             "select needs a window: the scores do not say what a streaming head keeps");
 }
 

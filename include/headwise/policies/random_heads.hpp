@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file random.hpp
+/// @file random_heads.hpp
 /// Heads chosen by chance: the control that any finding about heads has to beat.
 #pragma once
 
@@ -15,7 +15,7 @@
 #include "headwise/heads/splitmix64.hpp"
 #include "headwise/policies/policy.hpp"
 
-namespace headwise::inline v0::random {
+namespace headwise::inline v0::random_heads {
 
 /// Independent uniform scores in [0, 1): the same ones for a seed on every platform.
 inline HeadScores scores(const ModelShape& shape, std::uint64_t seed) {
@@ -44,4 +44,4 @@ struct Policy {
 };
 static_assert(HeadPolicy<Policy, ModelShape>);
 
-}  // namespace headwise::inline v0::random
+}  // namespace headwise::inline v0::random_heads

@@ -1,0 +1,507 @@
+// SPDX-License-Identifier: MIT
+/// @file books.hpp
+/// Books: sequences, lengths, the open step, and who holds which page. Knows no kind of budget by
+/// name, no rows and no device.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "headwise/cache/geometry.hpp"
+#include "headwise/cache/keep/keep.hpp"
+#include "headwise/cache/pages/page_pool.hpp"
+#include "headwise/cache/pages/page_tables.hpp"
+#include "headwise/cache/step.hpp"
+#include "headwise/core/check.hpp"
+#include "headwise/core/memory.hpp"
+
+namespace headwise::inline v0 {
+
+/// One sequence's state. Everything else about it follows from the two lengths and what the keep
+/// rules remember.
+struct SequenceState {
+  std::int64_t length = 0;           ///< tokens committed
+  std::int64_t high_water = 0;       ///< the longest length committed
+  std::int64_t pending_length = -1;  ///< after the open step; -1: in no open step
+  std::uint32_t generation = 0;      ///< of the sequence that lives here
+  bool is_live = false;              ///< between add_sequence and release
+  bool is_leaving = false;           ///< released while in the open step: goes when that ends
+};
+
+/// A page whose rows another page is to have, too.
+struct PageCopy {
+  std::int32_t from = 0;  ///< page number
+  std::int32_t to = 0;    ///< page number
+  std::size_t bytes = 0;  ///< of either
+};
+
+/// Where a cache's metadata lie in their one allocation; their sum is part of estimate().
+struct BooksLayout {
+  Sections sections;           ///< of the allocation
+  PageTables::Shape tables;    ///< what the tables are built for
+  std::size_t sequences;       ///< offset of SequenceState [max_sequences]
+  std::size_t states;          ///< of AnyKeepState [max_sequences][classes]
+  std::size_t free_sequences;  ///< of int32 [max_sequences]
+  std::size_t demand;          ///< of int64 [page sizes]
+  std::size_t compensation;    ///< of bytes [max_sequences][compensation_bytes]
+  PagePool::Layout pool;       ///< pages and slabs
+  PageTables::Layout table;    ///< page tables
+
+  /// @param keeps_log  whether changes of page tables are noted, for a device.
+  /// @throws ConfigError where something passes its width, or the pool holds no page.
+  BooksLayout(const CacheGeometry& geometry, bool keeps_log)
+      : tables(geometry.tables(keeps_log)),
+        sequences(sections.add<SequenceState>(num_sequences(geometry))),
+        states(sections.add<AnyKeepState>(
+            detail::checked_mul(num_sequences(geometry), geometry.classes().size(), "states"))),
+        free_sequences(sections.add<std::int32_t>(num_sequences(geometry))),
+        demand(sections.add<std::int64_t>(geometry.pool().num_sizes())),
+        compensation(sections.add<std::byte>(detail::checked_mul(
+            num_sequences(geometry), geometry.compensation_bytes(), "compensation rows"))),
+        pool(sections, geometry.pool(), checked_slabs(geometry)),
+        table(sections, tables) {}
+
+ private:
+  static std::size_t num_sequences(const CacheGeometry& geometry) {
+    return static_cast<std::size_t>(geometry.options().max_sequences);
+  }
+  static std::int64_t checked_slabs(const CacheGeometry& geometry) {
+    if (geometry.num_slabs() < 1) {
+      fail<ConfigError>("max_bytes (", geometry.options().max_bytes, ") holds no page of ",
+                        geometry.pool().slab_bytes(), " bytes");
+    }
+    return geometry.num_slabs();
+  }
+};
+
+/// Sequences, page tables and the open step of a cache. One thread calls what is not const; reading
+/// is free for all between begin and commit.
+class Books {
+ public:
+  /// @param pages  memory of the pool, `geometry.pool_bytes()` of it.
+  /// @param pages_on_host  whether the host may write to it; if not, table changes are logged.
+  Books(CacheGeometry geometry, std::byte* pages, bool pages_on_host)
+      : geometry_(std::move(geometry)),
+        layout_(geometry_, !pages_on_host),
+        metadata_(geometry_.options().resource, layout_.sections.total_bytes(), kCacheLine),
+        pool_(geometry_.pool(), geometry_.num_slabs(), pages, metadata_, layout_.pool,
+              pages_on_host),
+        tables_(layout_.tables, metadata_, layout_.table),
+        sequences_(metadata_.make<SequenceState>(layout_.sequences, num_sequences())),
+        states_(metadata_.make<AnyKeepState>(layout_.states,
+                                             num_sequences() * geometry_.classes().size())),
+        free_sequences_(metadata_.make<std::int32_t>(layout_.free_sequences, num_sequences())),
+        demand_(metadata_.make<std::int64_t>(layout_.demand, geometry_.pool().num_sizes())) {
+    for (std::size_t i = 0; i < num_sequences(); ++i) {
+      free_sequences_[i] = static_cast<std::int32_t>(num_sequences() - 1 - i);
+    }
+    num_free_sequences_ = num_sequences();
+    open_entries_.reserve(num_sequences());
+  }
+
+  Books(const Books&) = delete;
+  Books& operator=(const Books&) = delete;
+
+  /// What follows from shape, plan and options.
+  const CacheGeometry& geometry() const { return geometry_; }
+  /// The pages and who holds them.
+  const PagePool& pool() const { return pool_; }
+  /// Where they are named.
+  const PageTables& tables() const { return tables_; }
+  /// @copydoc tables()
+  PageTables& tables() { return tables_; }
+
+  // Sequences -------------------------------------------------------------------------------------
+
+  /// An empty sequence, or nothing when max_sequences are in use.
+  std::optional<SequenceId> add_sequence() {
+    if (num_free_sequences_ == 0) return std::nullopt;
+    const std::int32_t index = free_sequences_[--num_free_sequences_];
+    SequenceState& sequence = sequences_[static_cast<std::size_t>(index)];
+    sequence = {0, 0, -1, sequence.generation, true, false};
+    forget(index);
+    return SequenceId{index, sequence.generation};
+  }
+
+  /// The sequence is no more; its pages are free at once, or when the open step that it takes part
+  /// in has ended. An id that names nobody is ignored.
+  void release(SequenceId id) {
+    if (!is_live(id)) return;
+    SequenceState& sequence = state(id);
+    sequence.is_live = false;
+    ++sequence.generation;
+    if (sequence.pending_length >= 0) {
+      sequence.is_leaving = true;
+    } else {
+      vacate(id.index);
+    }
+  }
+
+  /// Back to an empty sequence under the same id; nothing can be rolled back afterwards.
+  StepStatus clear(SequenceId id) {
+    if (!is_live(id)) return StepStatus::kInvalidChunk;
+    SequenceState& sequence = state(id);
+    if (sequence.pending_length >= 0) return StepStatus::kInStep;
+    give_back_all(id.index);
+    tables_.release(id.index);
+    sequence.length = sequence.high_water = 0;
+    forget(id.index);
+    return StepStatus::kOk;
+  }
+
+  /// Another sequence with the same past. Pages that no append and no permitted rollback of either
+  /// can reach are shared from now on, all others are to be copied.
+  /// @param copy  copy(PageCopy) for each of them, and copy_sums(bytes from, to, count).
+  /// @return kOutOfSequences, kOutOfPages, kOutOfTables or kInStep change nothing.
+  template <class Copy>
+  StepStatus fork(SequenceId id, SequenceId& child, Copy&& copy) {
+    if (!is_live(id)) return StepStatus::kInvalidChunk;
+    const SequenceState& parent = state(id);
+    if (parent.pending_length >= 0) return StepStatus::kInStep;
+    if (num_free_sequences_ == 0) return StepStatus::kOutOfSequences;
+    std::fill(demand_.begin(), demand_.end(), 0);
+    for_each_class(id.index, [&](std::size_t c, const auto& rule, const auto& kept) {
+      const std::int64_t frozen = rule.frozen(kept, parent.high_water);
+      for (const EntryRange held : rule.held(kept, parent.length, parent.high_water)) {
+        demand_of(c) += heads_of(c) * EntryRange{std::max(held.first, frozen), held.last}.count();
+      }
+    });
+    if (pool_.missing_bytes(demand_) != 0) return StepStatus::kOutOfPages;
+    const std::int32_t index = free_sequences_[num_free_sequences_ - 1];
+    if (parent.high_water > 0 && !tables_.reserve(index, pages_of(parent.high_water))) {
+      return StepStatus::kOutOfTables;
+    }
+    --num_free_sequences_;
+    SequenceState& sequence = sequences_[static_cast<std::size_t>(index)];
+    sequence = {parent.length, parent.high_water, -1, sequence.generation, true, false};
+    const std::size_t num_classes = geometry_.classes().size();
+    std::copy_n(&state_of(id.index, 0), num_classes, &state_of(index, 0));
+    std::memcpy(compensation(index), compensation(id.index), geometry_.compensation_bytes());
+    for_each_class(id.index, [&](std::size_t c, const auto& rule, const auto& kept) {
+      const std::int64_t frozen = rule.frozen(kept, parent.high_water);
+      for (const EntryRange held : rule.held(kept, parent.length, parent.high_water)) {
+        if (held.count() == 0) continue;
+        for (std::int64_t h = 0; h < heads_of(c); ++h) {
+          const std::int32_t* from = tables_.head(id.index, c, h);
+          std::int32_t* to = tables_.head(index, c, h);
+          for (std::int64_t i = held.first; i < held.last; ++i) {
+            if (i < frozen) {
+              pool_.share(to[i] = from[i]);
+            } else {
+              to[i] = pool_.take(size_of(c));
+              copy(PageCopy{from[i], to[i], geometry_.pool().page_bytes(size_of(c))});
+            }
+          }
+        }
+        tables_.note(index, c, held.first, held.last);
+      }
+    });
+    child = {index, sequence.generation};
+    return StepStatus::kOk;
+  }
+
+  /// Whether `id` was added and not released since.
+  bool is_live(SequenceId id) const {
+    return id.index >= 0 && id.index < geometry_.options().max_sequences && state(id).is_live &&
+           state(id).generation == id.generation;
+  }
+  /// Tokens committed; the position of the sequence's next token. 0 where the id names nobody.
+  std::int64_t length(SequenceId id) const { return is_live(id) ? state(id).length : 0; }
+  /// The longest length ever committed; 0 where the id names nobody.
+  std::int64_t high_water(SequenceId id) const { return is_live(id) ? state(id).high_water : 0; }
+
+  /// Takes the sequence back to `new_length` tokens in every layer and head, exactly; allowed down
+  /// to high_water - max_rollback, and to nothing: see clear().
+  StepStatus rollback(SequenceId id, std::int64_t new_length) {
+    if (!is_live(id)) return StepStatus::kInvalidChunk;
+    if (new_length == 0) return clear(id);
+    SequenceState& sequence = state(id);
+    if (sequence.pending_length >= 0) return StepStatus::kInStep;
+    const std::int64_t lowest =
+        std::max<std::int64_t>(0, sequence.high_water - geometry_.options().max_rollback);
+    if (new_length < lowest || new_length > sequence.length) return StepStatus::kTooFarBack;
+    for_each_class(id.index, [&](std::size_t c, const auto& rule, const auto& kept) {
+      give_back(id.index, c, rule.rolled_back(kept, sequence.length, new_length));
+    });
+    sequence.length = new_length;
+    return StepStatus::kOk;
+  }
+
+  // Steps -----------------------------------------------------------------------------------------
+
+  /// Opens `step` over the chunks, in their order, and takes every page of all layers and heads
+  /// that it needs, or none. One step is open at a time: the former one, if any, is dropped.
+  StepStatus begin(Step& step, std::span<const SequenceChunk> chunks) {
+    drop_open_step();
+    reserve(step);
+    const StepStatus status = enter(step, chunks);
+    if (status != StepStatus::kOk) {
+      for (const StepEntry& entry : step.entries_) state(entry.sequence).pending_length = -1;
+      step.entries_.clear();
+      return status;
+    }
+    for (const StepEntry& entry : step.entries_) {
+      const std::int32_t index = entry.sequence.index;
+      for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
+        take(index, c, rule.changes(kept, entry.lengths).take);
+      });
+    }
+    step.books_ = this;
+    step.epoch_ = open_epoch_ = ++last_epoch_;
+    open_step_ = &step;
+    open_entries_ = step.entries_;
+    for (std::size_t l = 0; l < step.num_layers_; ++l) {
+      step.heads_done_[l].store(0, std::memory_order_relaxed);
+    }
+    step.num_overflows_.store(0, std::memory_order_relaxed);
+    step.scratch_.clear_counters();
+    return StepStatus::kOk;
+  }
+
+  /// Makes the step's rows part of their sequences; refused unless it is the open step and every
+  /// layer was attended.
+  StepStatus commit(Step& step) {
+    if (!is_open(step)) return StepStatus::kStale;
+    const std::int64_t growing =
+        std::count_if(step.entries_.begin(), step.entries_.end(),
+                      [](const StepEntry& entry) { return entry.num_tokens() > 0; });
+    for (std::size_t l = 0; l < step.num_layers_; ++l) {
+      const std::int64_t heads = geometry_.layers()[l].shape.num_kv_heads * growing;
+      if (step.heads_done_[l].load(std::memory_order_acquire) < heads) {
+        return StepStatus::kIncomplete;
+      }
+    }
+    for (const StepEntry& entry : open_entries_) {
+      const std::int32_t index = entry.sequence.index;
+      for_each_class(index, [&]<class Rule>(std::size_t c, const Rule& rule,
+                                            const typename Rule::State& kept) {
+        const auto changes = rule.changes(kept, entry.lengths);
+        give_back(index, c, changes.release);
+        state_of(index, c) = changes.next;
+      });
+      SequenceState& sequence = state(entry.sequence);
+      sequence.length = entry.lengths.next;
+      sequence.high_water = entry.lengths.next_high_water();
+    }
+    close_step();
+    return StepStatus::kOk;
+  }
+
+  /// Closes the step without a trace: its pages are free again, lengths are as before begin.
+  StepStatus drop(const Step& step) {
+    if (!is_open(step)) return StepStatus::kStale;
+    drop_open_step();
+    return StepStatus::kOk;
+  }
+
+  /// Whether `step` is the one that these books have open.
+  bool is_open(const Step& step) const {
+    return open_epoch_ != 0 && open_step_ == &step && step.books_ == this &&
+           step.epoch_ == open_epoch_;
+  }
+
+  /// Bytes that the pool lacks for a step of these chunks, whole slabs; 0: it would begin, if
+  /// nothing but pages is in its way. Pages of an open step count as taken.
+  std::size_t missing_bytes(std::span<const SequenceChunk> chunks) {
+    std::fill(demand_.begin(), demand_.end(), 0);
+    for (const SequenceChunk& chunk : chunks) {
+      if (is_live(chunk.sequence) && chunk.num_tokens >= 0) add_demand(chunk);
+    }
+    return pool_.missing_bytes(demand_);
+  }
+
+  /// Most new tokens that a step of this sequence alone could have now: bounded by max_context,
+  /// max_chunk and the free pages (those of an open step count as taken).
+  std::int64_t longest_chunk(SequenceId id) {
+    if (!is_live(id)) return 0;
+    const CacheOptions& options = geometry_.options();
+    std::int64_t low = 0;
+    std::int64_t high = std::min(options.max_chunk, options.max_context - state(id).length);
+    while (low < high) {  // more tokens never need fewer pages
+      const std::int64_t middle = low + (high - low + 1) / 2;
+      const SequenceChunk chunk{id, middle};
+      if (missing_bytes({&chunk, 1}) == 0) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+
+  // What views and appends read -------------------------------------------------------------------
+
+  /// What the rule of class `c` remembers of a sequence.
+  const AnyKeepState& keep_state(std::int32_t index, std::size_t c) const {
+    return states_[static_cast<std::size_t>(index) * geometry_.classes().size() + c];
+  }
+  /// Compensation rows of one sequence, as HeadPlace::compensation_offset counts.
+  std::byte* compensation(std::int32_t index) const {
+    return metadata_.data() + layout_.compensation +
+           static_cast<std::size_t>(index) * geometry_.compensation_bytes();
+  }
+  /// Bytes of everything but the pages.
+  std::size_t metadata_bytes() const { return metadata_.num_bytes(); }
+
+ private:
+  std::size_t num_sequences() const {
+    return static_cast<std::size_t>(geometry_.options().max_sequences);
+  }
+  SequenceState& state(SequenceId id) { return sequences_[static_cast<std::size_t>(id.index)]; }
+  const SequenceState& state(SequenceId id) const {
+    return sequences_[static_cast<std::size_t>(id.index)];
+  }
+  AnyKeepState& state_of(std::int32_t index, std::size_t c) {
+    return states_[static_cast<std::size_t>(index) * geometry_.classes().size() + c];
+  }
+  std::int64_t heads_of(std::size_t c) const { return geometry_.classes()[c].num_heads; }
+  std::size_t size_of(std::size_t c) const { return geometry_.classes()[c].page_size; }
+  std::int64_t& demand_of(std::size_t c) { return demand_[size_of(c)]; }
+  std::int64_t pages_of(std::int64_t tokens) const {
+    return ceil_div(tokens, geometry_.options().page_tokens);
+  }
+
+  /// `fn(class, rule, state)` for every class of heads.
+  template <class Fn>
+  void for_each_class(std::int32_t index, Fn&& fn) const {
+    for (std::size_t c = 0; c < geometry_.classes().size(); ++c) {
+      visit_rule(geometry_.classes()[c].rule, keep_state(index, c),
+                 [&](const auto& rule, const auto& kept) { fn(c, rule, kept); });
+    }
+  }
+
+  /// `fn(entry)` for the table entries `range` of every head of class `c`, head by head: a prompt's
+  /// pages lie in a row for each head, which a device reads 2 to 3 % faster than pages dealt to all
+  /// heads in turn (bench/results).
+  template <class Fn>
+  void for_each_entry(std::int32_t index, std::size_t c, EntryRange range, Fn&& fn) {
+    if (range.count() == 0) return;  // nearly every decode step: no head of the class moves
+    for (std::int64_t h = 0; h < heads_of(c); ++h) {
+      std::int32_t* entries = tables_.head(index, c, h);
+      for (std::int64_t i = range.first; i < range.last; ++i) fn(entries[i]);
+    }
+  }
+  void take(std::int32_t index, std::size_t c, EntryRange range) {
+    for_each_entry(index, c, range, [&](std::int32_t& entry) { entry = pool_.take(size_of(c)); });
+    tables_.note(index, c, range.first, range.last);
+  }
+  void give_back(std::int32_t index, std::size_t c, EntryRange range) {
+    for_each_entry(index, c, range, [&](std::int32_t& entry) { pool_.give_back(entry); });
+  }
+  void give_back_all(std::int32_t index) {
+    const SequenceState& sequence = sequences_[static_cast<std::size_t>(index)];
+    for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
+      for (const EntryRange held : rule.held(kept, sequence.length, sequence.high_water)) {
+        give_back(index, c, held);
+      }
+    });
+  }
+  /// The rules remember an empty sequence.
+  void forget(std::int32_t index) {
+    for (std::size_t c = 0; c < geometry_.classes().size(); ++c) {
+      state_of(index, c) = empty_state(geometry_.classes()[c].rule);
+    }
+  }
+  void vacate(std::int32_t index) {
+    give_back_all(index);
+    tables_.release(index);
+    SequenceState& sequence = sequences_[static_cast<std::size_t>(index)];
+    sequence = {0, 0, -1, sequence.generation, false, false};
+    free_sequences_[num_free_sequences_++] = index;
+  }
+
+  void reserve(Step& step) const {
+    step.entries_.clear();
+    step.entries_.reserve(num_sequences());
+    if (step.num_layers_ != geometry_.layers().size()) {
+      step.num_layers_ = geometry_.layers().size();
+      step.heads_done_ = std::make_unique<std::atomic<std::int64_t>[]>(step.num_layers_);
+    }
+  }
+
+  void add_demand(const SequenceChunk& chunk) {
+    const SequenceState& sequence = state(chunk.sequence);
+    const StepLengths lengths{sequence.length, sequence.high_water,
+                              sequence.length + chunk.num_tokens};
+    for_each_class(chunk.sequence.index, [&](std::size_t c, const auto& rule, const auto& kept) {
+      demand_of(c) += heads_of(c) * rule.changes(kept, lengths).take.count();
+    });
+  }
+
+  /// Fills the step's entries and counts pages; marks the sequences as pending.
+  StepStatus enter(Step& step, std::span<const SequenceChunk> chunks) {
+    const CacheOptions& options = geometry_.options();
+    std::int64_t first_row = 0;
+    std::fill(demand_.begin(), demand_.end(), 0);
+    for (const SequenceChunk& chunk : chunks) {
+      if (!is_live(chunk.sequence) || chunk.num_tokens < 0) return StepStatus::kInvalidChunk;
+      SequenceState& sequence = state(chunk.sequence);
+      if (sequence.pending_length >= 0) return StepStatus::kInvalidChunk;
+      if (chunk.num_tokens > options.max_context - sequence.length) {
+        return StepStatus::kContextTooLong;
+      }
+      if (chunk.num_tokens > options.max_chunk) return StepStatus::kChunkTooLong;
+      add_demand(chunk);
+      sequence.pending_length = sequence.length + chunk.num_tokens;
+      step.entries_.push_back({chunk.sequence,
+                               {sequence.length, sequence.high_water, sequence.pending_length},
+                               first_row,
+                               chunk.phase});
+      first_row += chunk.num_tokens;
+    }
+    if (pool_.missing_bytes(demand_) != 0) return StepStatus::kOutOfPages;
+    for (const StepEntry& entry : step.entries_) {
+      const std::int64_t longest = entry.lengths.next_high_water();
+      if (longest > 0 && !tables_.reserve(entry.sequence.index, pages_of(longest))) {
+        return StepStatus::kOutOfTables;
+      }
+    }
+    return StepStatus::kOk;
+  }
+
+  /// No step is open; sequences that were released meanwhile are gone now.
+  void close_step() {
+    open_epoch_ = 0;
+    for (const StepEntry& entry : open_entries_) {
+      SequenceState& sequence = state(entry.sequence);
+      sequence.pending_length = -1;
+      if (sequence.is_leaving) vacate(entry.sequence.index);
+    }
+  }
+
+  void drop_open_step() {
+    if (open_epoch_ == 0) return;
+    for (const StepEntry& entry : open_entries_) {
+      const std::int32_t index = entry.sequence.index;
+      for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
+        give_back(index, c, rule.changes(kept, entry.lengths).take);
+      });
+    }
+    close_step();
+  }
+
+  CacheGeometry geometry_;
+  BooksLayout layout_;
+  Allocation metadata_;
+  PagePool pool_;
+  PageTables tables_;
+  std::span<SequenceState> sequences_;
+  std::span<AnyKeepState> states_;
+  std::span<std::int32_t> free_sequences_;
+  std::span<std::int64_t> demand_;  // pages of each size: of the call in progress
+  std::size_t num_free_sequences_ = 0;
+  std::vector<StepEntry> open_entries_;  // a copy: the engine's Step may be gone before a drop
+  std::uint64_t last_epoch_ = 0;
+  std::uint64_t open_epoch_ = 0;     // 0: no step is open
+  const Step* open_step_ = nullptr;  // never read through: a former cache's step may bear our epoch
+};
+
+}  // namespace headwise::inline v0

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+/// @file everything.hpp
+/// A retrieval head: page after page, slot == pos.
+#pragma once
+
+#include <cstdint>
+
+#include "headwise/cache/keep/keep_rule.hpp"
+#include "headwise/heads/budget.hpp"
+
+namespace headwise::inline v0 {
+
+/// How a cache keeps KeepEverything; KeepRule says what each member answers.
+struct EverythingRule {
+  using Budget = KeepEverything;
+  /// Everything follows from the length.
+  struct State {
+    friend constexpr bool operator==(State, State) = default;
+  };
+
+  std::int64_t page_tokens = 0;
+  std::int64_t max_context = 0;
+  std::int64_t max_rollback = 0;
+
+  static constexpr EverythingRule make(const KeepEverything&, const KeepLimits& limits) {
+    return {limits.page_tokens, limits.max_context, limits.max_rollback};
+  }
+
+  constexpr std::int64_t table_entries(std::int64_t pages) const { return pages; }
+  constexpr std::array<EntryRange, 2> held(State, std::int64_t length, std::int64_t) const {
+    return {{{0, pages_of(length)}, {}}};
+  }
+  constexpr KeepChanges<State> changes(State, const StepLengths& step) const {
+    return {{pages_of(step.length), pages_of(step.next)}, {}, {}};
+  }
+  constexpr EntryRange rolled_back(State, std::int64_t from, std::int64_t to) const {
+    return {pages_of(to), pages_of(from)};
+  }
+  /// Appends and rollbacks reach down to high_water - max_rollback.
+  constexpr std::int64_t frozen(State, std::int64_t high_water) const {
+    return std::max<std::int64_t>(0, high_water - max_rollback) / page_tokens;
+  }
+  constexpr std::int64_t peak_entries(std::int64_t) const { return pages_of(max_context); }
+
+  constexpr StoredRuns runs(State, std::int64_t length, Phase) const {
+    return {{{{Slot{0}, Pos{0}, length}}}};
+  }
+  constexpr FoldedRows folded(State, std::int64_t) const { return {}; }
+  constexpr Window window(Phase) const { return Window::everything(); }
+
+  constexpr SlotMap slots(State) const { return {}; }
+  constexpr SlotMap append_slots(State, const StepLengths&) const { return {}; }
+
+  constexpr std::int64_t compensation_rows() const { return 0; }
+  template <class Fn>
+  constexpr void for_each_fold(State, const StepLengths&, Fn&&) const {}
+
+  friend constexpr bool operator==(const EverythingRule&, const EverythingRule&) = default;
+
+ private:
+  constexpr std::int64_t pages_of(std::int64_t tokens) const {
+    return ceil_div(tokens, page_tokens);
+  }
+};
+static_assert(KeepRule<EverythingRule>);
+
+}  // namespace headwise::inline v0
