@@ -45,6 +45,8 @@ enum class [[nodiscard]] StepStatus : std::uint8_t{
     kStale,           ///< not the step that is open: dropped, superseded or committed already
     kIncomplete,      ///< commit before every layer was attended
     kTooFarBack,      ///< rollback below high_water - max_rollback, or forward
+    kAttended,        ///< the layer was attended already
+    kNotPlanned,      ///< a share of a layer before the step's work was cut
     kDeviceError,     ///< a device refused a copy or a launch; its cache is of no more use
 };
 
@@ -73,6 +75,10 @@ constexpr const char* to_string(StepStatus status) {
       return "a layer was not attended";
     case StepStatus::kTooFarBack:
       return "rollback too far";
+    case StepStatus::kAttended:
+      return "the layer was attended already";
+    case StepStatus::kNotPlanned:
+      return "the step's work was not planned";
     case StepStatus::kDeviceError:
       return "device error";
   }
@@ -118,6 +124,16 @@ class Step {
   /// Notes `heads` of them, counted once for each sequence with new tokens.
   void note_heads_done(int layer, std::int64_t heads) const {
     heads_done_[static_cast<std::size_t>(layer)].fetch_add(heads, std::memory_order_release);
+  }
+
+  /// Whether every head of a layer of `num_kv_heads` has the rows of all entries in its pages.
+  /// False where there are none.
+  bool is_attended(int layer, int num_kv_heads) const {
+    std::int64_t growing = 0;
+    for (const StepEntry& entry : entries_) growing += entry.num_tokens() > 0 ? 1 : 0;
+    const std::int64_t wanted = growing * num_kv_heads;
+    return wanted > 0 && heads_done_[static_cast<std::size_t>(layer)].load(
+                             std::memory_order_acquire) >= wanted;
   }
 
   /// Counts elements that became infinite. Any thread.
