@@ -47,7 +47,7 @@ void begin_commit(benchmark::State& state) {
   for (int i = 0; i < sequences; ++i) chunks.push_back({*cache.add_sequence(), 1});
   Step step;
   for (auto _ : state) {
-    if (cache.begin(step, chunks, Phase::kDecode) != StepStatus::kOk) {
+    if (cache.begin(step, chunks) != StepStatus::kOk) {
       state.PauseTiming();  // the context is full: start over
       for (SequenceChunk& chunk : chunks) {
         cache.release(chunk.sequence);
@@ -73,12 +73,12 @@ void append(benchmark::State& state) {
   const std::vector<float> rows(static_cast<std::size_t>(tokens) * kHeadDim, 0.5F);
   const auto view = TensorView<const float>::nhd(rows.data(), 1, kHeadDim);
   Step step;
-  if (cache.begin(step, {{id, tokens}}, Phase::kPrompt) != StepStatus::kOk) {
+  if (cache.begin(step, {{id, tokens}}) != StepStatus::kOk) {
     state.SkipWithError("the cache refused the step");
     return;
   }
   for (auto _ : state) {
-    cache.template append<simd::BestIsa>(step.entries()[0], 0, 0, view, view);
+    cache.template append<simd::BestIsa>(step, step.entries()[0], 0, 0, view, view);
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * tokens * 2 * kHeadDim *

@@ -104,13 +104,13 @@ class Headwise {
     for (std::int64_t done = 0; done < past; done += kChunk) {
       const std::int64_t count = std::min(kChunk, past - done);
       load_rows(done, count);
-      require(cache_.begin(step_, {{sequence_, count}}, Phase::kPrompt));
+      require(cache_.begin(step_, {{sequence_, count}}));
       for (int head = 0; head < work.shape.num_kv_heads; ++head) {
         const auto rows = [&](const std::vector<float>& all) {
           const auto view = TensorView<const float>::nhd(all.data(), heads(), kHeadDim);
           return TensorView<const float>{view.row(0, head), view.stride_n, view.stride_h};
         };
-        cache_.append<simd::BestIsa>(step_.entries()[0], 0, head, rows(k_), rows(v_));
+        cache_.append<simd::BestIsa>(step_, step_.entries()[0], 0, head, rows(k_), rows(v_));
         step_.note_head_done(0);
       }
       require(cache_.commit(step_));
@@ -123,10 +123,11 @@ class Headwise {
       return TensorView<const float>::nhd(x.data(), heads, kHeadDim);
     };
     const Phase phase = work_.decodes() ? Phase::kDecode : Phase::kPrompt;
-    require(cache_.begin(step_, {{sequence_, work_.tokens}}, phase));
-    attend(cache_, step_, 0, view(data_.q, work_.shape.num_qo_heads), view(k_, heads()),
-           view(v_, heads()),
-           TensorView<float>::nhd(out.data(), work_.shape.num_qo_heads, kHeadDim), threads);
+    require(cache_.begin(step_, {{sequence_, work_.tokens, phase}}));
+    require(attend(cache_, step_, 0, view(data_.q, work_.shape.num_qo_heads), view(k_, heads()),
+                   view(v_, heads()),
+                   TensorView<float>::nhd(out.data(), work_.shape.num_qo_heads, kHeadDim),
+                   threads));
     require(cache_.drop(step_));
   }
 

@@ -78,10 +78,11 @@ class BenchLayer {
   template <class Executor>
   void step(std::int64_t tokens, Phase phase, Executor& executor) {
     open(tokens, phase);
-    attend(cache_, step_, 0, TensorView<const float>::nhd(q_.data(), shape_.num_qo_heads, kHeadDim),
-           TensorView<const float>::nhd(k_.data(), shape_.num_kv_heads, kHeadDim),
-           TensorView<const float>::nhd(v_.data(), shape_.num_kv_heads, kHeadDim),
-           TensorView<float>::nhd(out_.data(), shape_.num_qo_heads, kHeadDim), executor);
+    require(attend(cache_, step_, 0,
+                   TensorView<const float>::nhd(q_.data(), shape_.num_qo_heads, kHeadDim),
+                   TensorView<const float>::nhd(k_.data(), shape_.num_kv_heads, kHeadDim),
+                   TensorView<const float>::nhd(v_.data(), shape_.num_kv_heads, kHeadDim),
+                   TensorView<float>::nhd(out_.data(), shape_.num_qo_heads, kHeadDim), executor));
     require(cache_.drop(step_));
   }
 
@@ -90,7 +91,7 @@ class BenchLayer {
     open(1, Phase::kDecode);
     std::int64_t rows = 0;
     for (int head = 0; head < shape_.num_kv_heads; ++head) {
-      rows += cache_.seen(step_.entries()[0], Phase::kDecode, 0, head).view.num_rows();
+      rows += cache_.seen(step_.entries()[0], 0, head).view.num_rows();
     }
     require(cache_.drop(step_));
     return rows;
@@ -115,7 +116,7 @@ class BenchLayer {
   }
 
   void open(std::int64_t tokens, Phase phase) {
-    require(cache_.begin(step_, {{sequence_, tokens}}, phase));
+    require(cache_.begin(step_, {{sequence_, tokens, phase}}));
   }
 
   /// Stores random rows as a prompt's steps would, without attending.
@@ -127,7 +128,7 @@ class BenchLayer {
       for (int head = 0; head < shape_.num_kv_heads; ++head) {
         const float* start = rows.data() + head * kHeadDim;
         const auto view = TensorView<const float>::nhd(start, 1, kHeadDim);
-        cache_.template append<simd::BestIsa>(step_.entries()[0], 0, head, view, view);
+        cache_.template append<simd::BestIsa>(step_, step_.entries()[0], 0, head, view, view);
         step_.note_head_done(0);
       }
       require(cache_.commit(step_));

@@ -27,10 +27,6 @@ int main() {
   const std::vector<float> keys(std::size_t{num_tokens} * 8 * 128, 0.25F);
   const std::vector<float> values(std::size_t{num_tokens} * 8 * 128, 1.0F);
   std::vector<float> outputs(queries.size());
-  const auto q = TensorView<const float>::nhd(queries.data(), 32, 128);
-  const auto k = TensorView<const float>::nhd(keys.data(), 8, 128);
-  const auto v = TensorView<const float>::nhd(values.data(), 8, 128);
-  const auto out = TensorView<float>::nhd(outputs.data(), 32, 128);
 
   // [README]
   // Which heads keep everything: published gates. Half of the heads stream: 64 sinks + 256 recent.
@@ -48,11 +44,16 @@ int main() {
 
   // One step of any number of tokens and sequences: all pages that it needs, or none.
   Step step;
-  StepStatus status = cache.begin(step, {{chat, num_tokens}}, Phase::kPrompt);
+  StepStatus status = cache.begin(step, {{chat, num_tokens}});
   if (status != StepStatus::kOk) return retry_later(status);
   for (int layer = 0; layer < 32; ++layer) {
-    // ... your projections and RoPE: q [rows, 32, 128], k and v [rows, 8, 128], floats ...
-    attend(cache, step, layer, q, k, v, out, executor);
+    // ... your projections and RoPE, into your own floats [num_tokens, heads, 128] ...
+    auto q = TensorView<const float>::nhd(queries.data(), 32, 128);
+    auto k = TensorView<const float>::nhd(keys.data(), 8, 128);
+    auto v = TensorView<const float>::nhd(values.data(), 8, 128);
+    auto out = TensorView<float>::nhd(outputs.data(), 32, 128);
+    status = attend(cache, step, layer, q, k, v, out, executor);
+    if (status != StepStatus::kOk) return retry_later(status);
   }
   status = cache.commit(step);
   if (status != StepStatus::kOk) return retry_later(status);

@@ -12,7 +12,6 @@ namespace {
 
 using namespace headwise;
 
-constexpr std::int64_t kChunk = 300;  // most tokens that a sequence gets in one step
 constexpr std::size_t kThreads = 1;
 const ModelShape kShape = ModelShape::uniform(2, 4, 2, 64);
 
@@ -21,7 +20,8 @@ struct Work {
   SequenceId sequence;
   std::uint32_t text;
   std::int64_t num_tokens;
-  std::int64_t num_wrong = 0;  ///< the last ones: a draft model's, of another text
+  std::int64_t num_wrong = 0;    ///< the last ones: a draft model's, of another text
+  Phase phase = Phase::kPrompt;  ///< kDecode for several drafted tokens
 };
 
 /// KV head 1 of every layer keeps everything, the others stream.
@@ -34,27 +34,29 @@ HeadPlan make_plan(const ModelShape& shape) {
 class Engine {
  public:
   explicit Engine(const CacheOptions& options) : cache_(model_.shape(), plan_, options) {
-    reserve_scratch(step_, cache_, kChunk, kThreads);  // once, so that no step allocates
+    reserve_scratch(step_, cache_, kThreads);  // once, so that no step allocates
   }
 
   /// All of the batch, or nothing of it.
-  StepStatus forward(const std::vector<Work>& batch, Phase phase) {
+  StepStatus forward(const std::vector<Work>& batch) {
     chunks_.clear();
     rows_.clear();
     checked_.clear();
-    for (const auto& [sequence, text, num_tokens, num_wrong] : batch) {
-      chunks_.push_back({sequence, num_tokens});
+    for (const auto& [sequence, text, num_tokens, num_wrong, phase] : batch) {
+      chunks_.push_back({sequence, num_tokens, phase});
       // RoPE positions of new tokens: from the sequence's length on, whatever its heads keep.
       const std::int64_t first = cache_.length(sequence);
       stand_in::add_tokens(rows_, text, first, num_tokens - num_wrong);
       checked_.push_back(rows_.size() - 1);
       stand_in::add_tokens(rows_, text + 100, first + num_tokens - num_wrong, num_wrong);
     }
-    const StepStatus begun = cache_.begin(step_, chunks_, phase);
+    const StepStatus begun = cache_.begin(step_, chunks_);
     if (begun != StepStatus::kOk) return begun;
     for (int layer = 0; layer < plan_.num_layers(); ++layer) {
       model_.project(layer, rows_);
-      attend(cache_, step_, layer, model_.q(), model_.k(), model_.v(), model_.out());
+      const StepStatus attended =
+          attend(cache_, step_, layer, model_.q(), model_.k(), model_.v(), model_.out());
+      if (attended != StepStatus::kOk) return attended;
       for (const std::size_t row : checked_) {
         const double error = model_.error(layer, row, rows_[row], plan_);
         worst_error_ = error <= worst_error_ ? worst_error_ : error;
@@ -80,8 +82,7 @@ class Engine {
 bool all_right = true;
 
 void expect(const char* what, StepStatus got, StepStatus expected, const KvCache<f16>& cache) {
-  std::printf("%-34s %-24s %3lld pages free\n", what, to_string(got),
-              static_cast<long long>(cache.free_pages()));
+  std::printf("%-34s %-24s %6zu KiB free\n", what, to_string(got), cache.free_bytes() / 1024);
   all_right = all_right && got == expected;
 }
 
@@ -91,13 +92,17 @@ int main() {
   using enum StepStatus;
   // Before a cache is built: what it and its steps will allocate, and how far that would reach.
   const HeadPlan plan = make_plan(kShape);
-  CacheOptions options{.page_tokens = 16, .max_sequences = 4, .max_context = 512};
-  options.max_rollback = 8;
-  options.max_bytes = 80 * estimate(kShape, plan, options, kChunk, kThreads).page_bytes;
-  const Estimate cost = estimate(kShape, plan, options, kChunk, kThreads);
-  const auto longest = longest_context(kShape, plan, options, kChunk, kThreads, cost.total_bytes());
+  const CacheOptions options{.page_tokens = 16,
+                             .max_bytes = 320 << 10,  // 80 pages of 16 x (64 + 64) x 2 bytes
+                             .max_sequences = 4,
+                             .max_context = 512,
+                             .max_chunk = 300,
+                             .max_rollback = 8};
+  const Estimate cost = estimate(kShape, plan, options);
+  const std::size_t scratch = scratch_bytes(kShape, plan, options, kThreads);
+  const auto longest = longest_context(kShape, plan, options, cost.total_bytes());
   std::printf("%zu KiB: 4 texts of up to %lld tokens at any time, or longer ones beside shorter\n",
-              cost.total_bytes() / 1024, static_cast<long long>(longest));
+              (cost.total_bytes() + scratch) / 1024, static_cast<long long>(longest));
 
   Engine engine(options);
   KvCache<f16>& cache = engine.cache();
@@ -106,38 +111,34 @@ int main() {
   const SequenceId c = *cache.add_sequence();
 
   // Ragged: 200 and 90 tokens of two prompts in one step, then a second chunk of the first.
-  expect("prompts of 200 and 90 tokens", engine.forward({{a, 1, 200}, {b, 2, 90}}, Phase::kPrompt),
-         kOk, cache);
-  expect("100 more of the first", engine.forward({{a, 1, 100}}, Phase::kPrompt), kOk, cache);
+  expect("prompts of 200 and 90 tokens", engine.forward({{a, 1, 200}, {b, 2, 90}}), kOk, cache);
+  expect("100 more of the first", engine.forward({{a, 1, 100}}), kOk, cache);
 
   // Decode: one token of each sequence.
   for (int i = 0; i < 5; ++i) {
-    expect("decode a and b", engine.forward({{a, 1, 1}, {b, 2, 1}}, Phase::kDecode), kOk, cache);
+    expect("decode a and b", engine.forward({{a, 1, 1}, {b, 2, 1}}), kOk, cache);
   }
 
   // Speculation: 6 drafted tokens of a, beside b's next one; the model agrees with 2 of them.
   const std::int64_t before = cache.length(a);
-  expect("6 drafted tokens of a", engine.forward({{a, 1, 6, 4}, {b, 2, 1}}, Phase::kDecode), kOk,
+  expect("6 drafted tokens of a", engine.forward({{a, 1, 6, 4, Phase::kDecode}, {b, 2, 1}}), kOk,
          cache);
   expect("4 of them taken back", cache.rollback(a, before + 2), kOk, cache);
-  expect("decode a and b", engine.forward({{a, 1, 1}, {b, 2, 1}}, Phase::kDecode), kOk, cache);
+  expect("decode a and b", engine.forward({{a, 1, 1}, {b, 2, 1}}), kOk, cache);
   expect("too far back", cache.rollback(a, before - 3), kTooFarBack, cache);
 
   // A prompt that finds no room leaves no trace; the engine ends or preempts another, and retries.
-  expect("a prompt of 300 tokens", engine.forward({{c, 3, 300}}, Phase::kPrompt), kOutOfPages,
-         cache);
+  expect("a prompt of 300 tokens", engine.forward({{c, 3, 300}}), kOutOfPages, cache);
   cache.release(a);
-  expect("again, when a has ended", engine.forward({{c, 3, 300}}, Phase::kPrompt), kOk, cache);
-  expect("decode b and c", engine.forward({{b, 2, 1}, {c, 3, 1}}, Phase::kDecode), kOk, cache);
-  expect("no room for so long a text", engine.forward({{c, 3, 300}}, Phase::kPrompt),
-         kContextTooLong, cache);
+  expect("again, when a has ended", engine.forward({{c, 3, 300}}), kOk, cache);
+  expect("decode b and c", engine.forward({{b, 2, 1}, {c, 3, 1}}), kOk, cache);
+  expect("no room for so long a text", engine.forward({{c, 3, 300}}), kContextTooLong, cache);
 
-  expect("one sequence twice", engine.forward({{b, 2, 1}, {b, 2, 1}}, Phase::kDecode),
-         kInvalidChunk, cache);
+  expect("one sequence twice", engine.forward({{b, 2, 1}, {b, 2, 1}}), kInvalidChunk, cache);
 
   // A step that fails half-way (an error elsewhere in the engine) is dropped, without a trace.
   Step step;
-  expect("begin", cache.begin(step, {{b, 4}}, Phase::kDecode), kOk, cache);
+  expect("begin", cache.begin(step, {{b, 4}}), kOk, cache);
   expect("commit, no layer attended", cache.commit(step), kIncomplete, cache);
   expect("drop", cache.drop(step), kOk, cache);
   expect("commit a dropped step", cache.commit(step), kStale, cache);

@@ -98,7 +98,7 @@ class Engine {
   }
 
   float* reserve(std::size_t floats) {
-    scratch_.reserve(floats * sizeof(float), 0);
+    scratch_.reserve(floats * sizeof(float));
     return reinterpret_cast<float*>(scratch_.bytes());
   }
 

@@ -25,9 +25,11 @@ constexpr std::int64_t kChunk = 512;
 class Engine {
  public:
   explicit Engine(std::size_t num_threads)
-      : num_threads_(num_threads), barrier_(static_cast<std::ptrdiff_t>(num_threads)) {
-    // Before the threads start: tasks only ever use what is there.
-    reserve_scratch(step_, cache_, kChunk, num_threads);
+      : num_threads_(num_threads),
+        barrier_(static_cast<std::ptrdiff_t>(num_threads)),
+        attended_(num_threads, StepStatus::kOk) {
+    // Once, so that no step allocates.
+    reserve_scratch(step_, cache_, num_threads);
   }
 
   /// Every float of attention output of a prompt and some decode steps.
@@ -48,7 +50,7 @@ class Engine {
     for (std::int64_t length = 0; length < kLongest;) {
       const bool prompt = length < kLongest - 20;
       const std::int64_t count = prompt ? std::min(kChunk, kLongest - 20 - length) : 1;
-      if (ith == 0) begin(length, count, prompt ? Phase::kPrompt : Phase::kDecode);
+      if (ith == 0) begin(length, count);
       barrier_.arrive_and_wait();
       if (failed_) return;
       for (int layer = 0; layer < kLayers; ++layer) {
@@ -56,7 +58,8 @@ class Engine {
           model_.project(layer, row, rows_[row]);
         }
         barrier_.arrive_and_wait();  // q, k and v are whole
-        attend_share(layer, ith);
+        attended_[ith] = attend_share(cache_, step_, layer, model_.q(), model_.k(), model_.v(),
+                                      model_.out(), ith, num_threads_);
         barrier_.arrive_and_wait();  // out is whole
         if (ith == 0) keep_output(layer);
         barrier_.arrive_and_wait();
@@ -67,29 +70,25 @@ class Engine {
     }
   }
 
-  /// The thread's tasks. Whichever thread ends a head's last task merges it and stores its rows.
-  void attend_share(int layer, std::size_t ith) {
-    const AttendTasks<simd::BestIsa, f16> tasks(cache_, step_, layer, model_.q(), model_.k(),
-                                                model_.v(), model_.out());
-    for (std::size_t task = ith; task < tasks.size(); task += num_threads_) tasks.run(task, ith);
-  }
-
-  void begin(std::int64_t length, std::int64_t count, Phase phase) {
+  void begin(std::int64_t length, std::int64_t count) {
     rows_.clear();
     stand_in::add_tokens(rows_, 1, length, count);
     model_.resize(rows_.size());
-    failed_ = failed_ || cache_.begin(step_, {{sequence_, count}}, phase) != StepStatus::kOk;
+    failed_ = failed_ || cache_.begin(step_, {{sequence_, count}}) != StepStatus::kOk ||
+              plan_work(cache_, step_, num_threads_) != StepStatus::kOk;
   }
 
   void keep_output(int layer) {
+    for (const StepStatus status : attended_) failed_ = failed_ || status != StepStatus::kOk;
     const auto out = model_.out_floats();
     outputs_.insert(outputs_.end(), out.begin(), out.end());
-    if (step_.phase() == Phase::kPrompt) return;
+    if (rows_.size() > 1) return;  // a prompt's chunk: only single tokens are checked
     error_ = std::max(error_, model_.error(layer, rows_.size() - 1, rows_.back(), plan_));
   }
 
   std::size_t num_threads_;
   std::barrier<> barrier_;
+  std::vector<StepStatus> attended_;  // what each thread's share of the layer answered
   stand_in::Model model_{kLayers, 4, 2, 32};
   HeadPlan plan_ = random_heads::Policy{.sparsity = 0.5, .window = {4, 60}}.plan(model_.shape());
   KvCache<f16> cache_{model_.shape(), plan_, {.page_tokens = 32, .max_context = kLongest}};

@@ -89,7 +89,9 @@ struct Engine {
       normalise(xb, x, m.att_norm + layer * m.dim);
       multiply(q, m.wq, layer, xb), multiply(k, m.wk, layer, xb), multiply(v, m.wv, layer, xb);
       rotate(q), rotate(k);
-      sequence.attend(static_cast<int>(layer), heads(q), heads(k), heads(v), heads(out));
+      const StepStatus attended =
+          sequence.attend(static_cast<int>(layer), heads(q), heads(k), heads(v), heads(out));
+      if (attended != StepStatus::kOk) give_up(to_string(attended));
       multiply(xb, m.wo, layer, out);
       for (Size i = 0; i < m.dim; ++i) x[i] += xb[i];
 

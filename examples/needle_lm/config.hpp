@@ -11,6 +11,7 @@
 #include "files.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/shape.hpp"
+#include "headwise/heads/bounded_json.hpp"
 
 namespace needle_lm {
 
@@ -78,8 +79,8 @@ struct ConfigFields {
 
 /// @throws FormatError for a missing field, one out of range, or a model of another kind.
 inline ModelConfig load_config(const std::string& path) {
-  const std::vector<char> text = read_file(path);
-  const auto json = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const std::vector<char> text = read_file(path, headwise::kMaxJsonBytes);
+  const auto json = headwise::parse_bounded_json({text.data(), text.size()}, path);
   if (!json.is_object()) headwise::fail<headwise::FormatError>(path, ": no JSON object");
   const detail::ConfigFields fields{path, json};
   fields.require("model_type", "llama");

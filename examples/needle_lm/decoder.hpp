@@ -56,9 +56,9 @@ class Decoder {
 
   /// Runs the batch through all layers and appends it to the cache.
   /// @return the last layer's normalised hidden states [hidden, tokens]; valid until the next call.
-  const Matrix& forward(Cache& cache, const Batch& batch, headwise::Phase phase) {
+  const Matrix& forward(Cache& cache, const Batch& batch) {
     find_positions(cache, batch);  // before begin: a sequence's length is its next position
-    require_ok(cache.begin(step_, batch.chunks, phase));
+    require_ok(cache.begin(step_, batch.chunks));
     embed(batch.tokens);
     for (int layer = 0; layer < model_.config.num_layers; ++layer) {
       add_attention(cache, layer);
@@ -84,7 +84,7 @@ class Decoder {
 
   void find_positions(const Cache& cache, const Batch& batch) {
     positions_.clear();
-    for (const auto& [sequence, num_tokens] : batch.chunks) {
+    for (const auto& [sequence, num_tokens, phase] : batch.chunks) {
       const std::int64_t length = cache.length(sequence);
       for (std::int64_t i = 0; i < num_tokens; ++i) positions_.push_back(length + i);
     }
@@ -112,11 +112,12 @@ class Decoder {
     const auto heads_at = [&](int feature) {
       return headwise::TensorView<const float>{qkv_.data() + feature, qkv_.rows(), config.head_dim};
     };
-    using headwise::attend;  // or the cache's own
-    attend(cache, step_, layer, heads_at(0), heads_at(config.q_size()),
-           heads_at(config.q_size() + config.kv_size()),
-           headwise::TensorView<float>::nhd(attended_.data(), config.num_qo_heads, config.head_dim),
-           executor_);
+    using headwise::attend;    // or the cache's own
+    static_cast<void>(attend(  // what it refuses, commit refuses too
+        cache, step_, layer, heads_at(0), heads_at(config.q_size()),
+        heads_at(config.q_size() + config.kv_size()),
+        headwise::TensorView<float>::nhd(attended_.data(), config.num_qo_heads, config.head_dim),
+        executor_));
 
     multiply(weights.output, attended_, projected_);
     hidden_ += projected_;

@@ -12,7 +12,7 @@
 
 #include "decoder.hpp"
 #include "generate.hpp"
-#include "headwise/attention/estimate.hpp"
+#include "headwise/cache/estimate.hpp"
 #include "headwise/cache/kv_cache.hpp"
 #include "headwise/heads/plan.hpp"
 #include "tasks.hpp"
@@ -40,10 +40,13 @@ struct Result {
   std::size_t kv_bytes = 0;         ///< page bytes that one sequence of kMeasuredTokens holds
   double kv_share = 0.0;            ///< of what the full cache holds
   double tokens_per_s = 0.0;        ///< in decode steps, both tasks
-  double passkey_exact = 0.0;       ///< share of documents
-  double cot_exact = 0.0;           ///< share of documents
-  double answer_exact = 0.0;        ///< share of chain-of-thought documents
+  std::size_t num_documents = 0;    ///< of each task
+  std::size_t passkey_exact = 0;    ///< documents whose output is right, token by token
+  std::size_t cot_exact = 0;        ///< documents whose output is right, token by token
+  std::size_t answer_exact = 0;     ///< chain-of-thought documents with the right value at the end
   double mean_output_tokens = 0.0;  ///< of chain-of-thought documents; they run on when lost
+  std::vector<Token> passkey_output;  ///< of the first document
+  std::vector<Token> cot_output;      ///< of the first document
 };
 
 /// The context at which resident bytes are compared.
@@ -98,14 +101,14 @@ std::vector<std::vector<Token>> answer(Decoder<Cache, E>& decoder, Cache& cache,
   return generate(decoder, cache, requests, chunk, time, on_finished);
 }
 
-/// Share of a task's documents whose output the judge accepts.
+/// Documents of a task whose output the judge accepts.
 template <class Judge>
-double share(const std::vector<std::vector<Token>>& outputs, const Task& task, Judge judge) {
+std::size_t count(const std::vector<std::vector<Token>>& outputs, const Task& task, Judge judge) {
   std::size_t accepted = 0;
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     if (judge(outputs[i], task.documents[i])) ++accepted;
   }
-  return static_cast<double>(accepted) / static_cast<double>(outputs.size());
+  return accepted;
 }
 
 }  // namespace detail
@@ -138,9 +141,12 @@ Result evaluate(const Model& model, const Tasks& tasks, const NamedPlan& named,
   const auto passkeys = detail::answer(decoder, cache, tasks.passkey, run.chunk, time, on_finished);
   const auto thoughts = detail::answer(decoder, cache, tasks.cot, run.chunk, time, on_finished);
   if (time.tokens > 0) result.tokens_per_s = static_cast<double>(time.tokens) / time.seconds;
-  result.passkey_exact = detail::share(passkeys, tasks.passkey, is_exact);
-  result.cot_exact = detail::share(thoughts, tasks.cot, is_exact);
-  result.answer_exact = detail::share(thoughts, tasks.cot, has_right_value);
+  result.num_documents = thoughts.size();
+  result.passkey_exact = detail::count(passkeys, tasks.passkey, is_exact);
+  result.cot_exact = detail::count(thoughts, tasks.cot, is_exact);
+  result.answer_exact = detail::count(thoughts, tasks.cot, has_right_value);
+  result.passkey_output = passkeys.front();
+  result.cot_output = thoughts.front();
   for (const auto& output : thoughts) {
     result.mean_output_tokens +=
         static_cast<double>(output.size()) / static_cast<double>(thoughts.size());

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -17,23 +18,30 @@
 namespace needle_lm {
 
 /// All bytes of a regular file.
-/// @throws FormatError when it is not there or cannot be read.
-inline std::vector<char> read_file(const std::string& path) {
+/// @throws FormatError when it is not there, cannot be read, or has more than `max_bytes`.
+inline std::vector<char> read_file(const std::string& path, std::uintmax_t max_bytes) {
   std::error_code error;
   if (!std::filesystem::is_regular_file(path, error)) {
     headwise::fail<headwise::FormatError>(path, ": no such file");
   }
+  const std::uintmax_t size = std::filesystem::file_size(path, error);
+  if (!error && size > max_bytes) {
+    headwise::fail<headwise::FormatError>(path, ": ", size, " bytes, more than the limit of ",
+                                          max_bytes);
+  }
   std::ifstream in(path, std::ios::binary);
-  std::vector<char> bytes(static_cast<std::size_t>(std::filesystem::file_size(path, error)));
+  std::vector<char> bytes(error ? 0 : static_cast<std::size_t>(size));
   if (error || !in.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
     headwise::fail<headwise::FormatError>(path, ": cannot be read");
   }
   return bytes;
 }
 
-/// A JSON value for an error message; no deep structures, whose text could be of any length.
+/// A JSON value for an error message: short, whatever the file says.
 inline std::string brief(const nlohmann::json& value) {
-  return value.is_primitive() ? value.dump() : std::string(value.type_name());
+  constexpr std::size_t kShown = 40;
+  const std::string text = value.is_primitive() ? value.dump(-1, ' ', true) : value.type_name();
+  return text.size() <= kShown ? text : text.substr(0, kShown) + "...";
 }
 
 /// A text file that appears under its name complete or not at all: it is written beside it and

@@ -38,7 +38,7 @@ std::size_t prefill(Decoder<Cache, E>& decoder, Cache& cache, headwise::Sequence
     count = std::min(chunk, tokens.size());
     batch.clear();
     batch.add(sequence, tokens.first(count));
-    decoder.forward(cache, batch, headwise::Phase::kPrompt);
+    decoder.forward(cache, batch);
     tokens = tokens.subspan(count);
   }
   return count;
@@ -85,7 +85,7 @@ std::vector<std::vector<Token>> generate(Decoder<Cache, E>& decoder, Cache& cach
   const auto decode_one_token_each = [&] {
     Batch batch;
     for (const Running& run : running) batch.add(run.sequence, {&outputs[run.request].back(), 1});
-    decoder.forward(cache, batch, headwise::Phase::kDecode);
+    decoder.forward(cache, batch);
     const auto count = static_cast<Eigen::Index>(running.size());
     const Matrix logits = decoder.logits(0, count);
     for (Eigen::Index i = 0; i < count; ++i) {

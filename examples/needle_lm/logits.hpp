@@ -22,7 +22,8 @@ namespace needle_lm {
 /// Token ids from a text file, between spaces or line ends.
 /// @throws FormatError for no ids, a word that is none, or one beyond the vocabulary.
 inline std::vector<Token> read_tokens(const std::string& path, int vocab_size) {
-  const std::vector<char> text = read_file(path);
+  constexpr std::uintmax_t kMaxBytes = std::uintmax_t{64} << 20;
+  const std::vector<char> text = read_file(path, kMaxBytes);
   const auto is_space = [](char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r'; };
   std::vector<Token> tokens;
   for (std::size_t i = 0; i < text.size();) {
@@ -62,7 +63,7 @@ void for_each_logits(const Model& model, const headwise::HeadPlan& plan, const R
     const std::size_t count = in_prompt ? std::min(run.chunk, prompt_length - pos) : 1;
     batch.clear();
     batch.add(sequence, tokens.subspan(pos, count));
-    decoder.forward(cache, batch, in_prompt ? headwise::Phase::kPrompt : headwise::Phase::kDecode);
+    decoder.forward(cache, batch);
     on_logits(decoder.logits(0, static_cast<Eigen::Index>(count)));
     pos += count;
   }

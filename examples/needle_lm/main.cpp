@@ -180,12 +180,13 @@ std::vector<Result> evaluate_all(Engine& engine, const Tasks& tasks, const RunOp
     progress.finish_plan();
   }
   print_table(results, stdout);
+  print_legend(tasks, stdout);
+  print_questions(tasks, results, stdout);
   std::printf(
-      "\nKV: pages that a sequence of %d tokens holds, equal to the library's estimate.\n"
-      "%zu documents a task, %zu at a time, %s prefill,\n%s rows; device %s, %d threads.\n",
-      static_cast<int>(kMeasuredTokens), tasks.cot.documents.size(), run.batch,
-      arguments.text("--prefill", "windowed").c_str(), arguments.text("--rows", "f16").c_str(),
-      arguments.text("--device", "cpu").c_str(), engine.num_threads);
+      "\n%zu documents a task, %zu at a time, %s prefill, %s rows;\ndevice %s, %d threads.\n",
+      tasks.cot.documents.size(), run.batch, arguments.text("--prefill", "windowed").c_str(),
+      arguments.text("--rows", "f16").c_str(), arguments.text("--device", "cpu").c_str(),
+      engine.num_threads);
   return results;
 }
 

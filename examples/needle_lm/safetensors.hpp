@@ -20,6 +20,7 @@
 #include "files.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/dtype.hpp"
+#include "headwise/heads/bounded_json.hpp"
 
 namespace needle_lm {
 
@@ -28,9 +29,11 @@ static_assert(std::endian::native == std::endian::little, "safetensors bytes are
 class SafeTensors {
  public:
   using Shape = std::vector<std::int64_t>;
+  /// Far above what a model of this size has; read as a whole.
+  static constexpr std::uint64_t kMaxBytes = std::uint64_t{1} << 32;
 
   /// @throws FormatError naming the file, the value and the limit.
-  explicit SafeTensors(const std::string& path) : path_(path), file_(read_file(path)) {
+  explicit SafeTensors(const std::string& path) : path_(path), file_(read_file(path, kMaxBytes)) {
     constexpr std::uint64_t kLengthBytes = sizeof(std::uint64_t);
     if (file_.size() < kLengthBytes) {
       fail("a safetensors file has at least 8 bytes, this one ", file_.size());
@@ -48,13 +51,21 @@ class SafeTensors {
   bool contains(const std::string& name) const { return tensors_.contains(name); }
 
   /// @throws FormatError when there is no such tensor.
-  const Shape& shape(const std::string& name) const { return find(name).shape; }
+  Shape shape(const std::string& name) const { return find(name).shape; }
+
+  /// @throws FormatError when there is no such tensor, or it has another shape.
+  void require_shape(const std::string& name, const Shape& shape) const {
+    const Tensor& tensor = find(name);
+    if (tensor.shape != shape) {
+      fail(name, ": shape ", to_text(tensor.shape), ", expected ", to_text(shape));
+    }
+  }
 
   /// All elements of a tensor that must have this shape, widened to float.
   /// @throws FormatError for another shape or a dtype other than F32, F16, BF16.
   std::vector<float> floats(const std::string& name, const Shape& shape) const {
+    require_shape(name, shape);
     const Tensor& tensor = find(name);
-    require_shape(name, tensor, shape);
     if (tensor.dtype == "F32") return convert<float>(tensor);
     if (tensor.dtype == "F16") return convert<float, headwise::f16>(tensor);
     if (tensor.dtype == "BF16") return convert<float, headwise::bf16>(tensor);
@@ -64,8 +75,8 @@ class SafeTensors {
   /// All elements of a tensor of integers that must have this shape.
   /// @throws FormatError for another shape or a dtype other than U8, I32.
   std::vector<std::int32_t> integers(const std::string& name, const Shape& shape) const {
+    require_shape(name, shape);
     const Tensor& tensor = find(name);
-    require_shape(name, tensor, shape);
     if (tensor.dtype == "I32") return convert<std::int32_t>(tensor);
     if (tensor.dtype == "U8") return convert<std::int32_t, std::uint8_t>(tensor);
     fail(name, ": dtype ", tensor.dtype, ", expected I32 or U8");
@@ -93,7 +104,7 @@ class SafeTensors {
   }
 
   void read_header(std::string_view text) {
-    const auto header = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+    const auto header = headwise::parse_bounded_json(text, path_ + ": header");
     if (!header.is_object()) fail("the header is no JSON object");
     for (const auto& [name, entry] : header.items()) {
       if (name != "__metadata__") tensors_.emplace(name, read_entry(name, entry));
@@ -145,13 +156,6 @@ class SafeTensors {
     return text + "]";
   }
 
-  void require_shape(const std::string& name, const Tensor& tensor, const Shape& shape) const {
-    if (tensor.shape != shape) {
-      fail(name, ": shape ", to_text(tensor.shape), ", expected ", to_text(shape));
-    }
-  }
-
-  /// Bytes may lie at any address: each element is copied out before it is looked at.
   template <class To, class From = To>
   static std::vector<To> convert(const Tensor& tensor) {
     std::vector<To> values(tensor.bytes.size() / sizeof(From));

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <iterator>
 #include <optional>
 #include <span>
 #include <string>
@@ -17,10 +19,44 @@
 
 namespace needle_lm {
 
-// The words of the model's vocabulary that judging needs; train.py has them all.
+// The words of the model's vocabulary that judging needs; training/data.py has them all.
 inline constexpr Token kEndOfSequence = 2;
 inline constexpr Token kEndOfNeedle = 6;  ///< `;`
 inline constexpr Token kAnswer = 14;      ///< `ANS`, before a variable and its value
+
+/// A token as people read it: `#`, `?`, `;`, digits, variables a to z, and of the symbols, which
+/// keys and passkeys are made of, two hexadecimal digits.
+inline std::string word(Token token) {
+  constexpr const char* kSigns[] = {"<pad>", "<s>", "</s>", "<3>", "#", "?",     ";",  "=",
+                                    "+",     "-",   "*",    "[",   "]", "THINK", "ANS"};
+  constexpr Token kFirstDigit = 16;
+  constexpr Token kFirstVariable = 32;
+  constexpr Token kFirstWord = 64;
+  constexpr Token kFirstSymbol = 96;
+  char text[16];
+  if (token >= 0 && token < static_cast<Token>(std::size(kSigns))) return kSigns[token];
+  if (token >= kFirstDigit && token < kFirstDigit + 10) {
+    return {static_cast<char>('0' + (token - kFirstDigit))};
+  }
+  if (token >= kFirstVariable && token < kFirstVariable + 26) {
+    return {static_cast<char>('a' + (token - kFirstVariable))};
+  }
+  if (token >= kFirstWord && token < kFirstSymbol) {
+    std::snprintf(text, sizeof text, "w%d", static_cast<int>(token - kFirstWord));
+  } else if (token >= kFirstSymbol && token < kFirstSymbol + 128) {
+    std::snprintf(text, sizeof text, "%02x", static_cast<unsigned>(token - kFirstSymbol));
+  } else {
+    std::snprintf(text, sizeof text, "<%d>", static_cast<int>(token));
+  }
+  return text;
+}
+
+/// Words with blanks between them.
+inline std::string words(std::span<const Token> tokens) {
+  std::string text;
+  for (const Token token : tokens) text += (text.empty() ? "" : " ") + word(token);
+  return text;
+}
 
 struct Document {
   std::vector<Token> tokens;  ///< the prompt, the right answer, perhaps more

@@ -39,7 +39,10 @@ namespace detail {
 inline Weight load_stacked(const SafeTensors& file, const std::vector<std::string>& names,
                            const std::vector<int>& rows, int columns) {
   Eigen::Index total = 0;
-  for (const int part : rows) total += part;
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    file.require_shape(names[i], {rows[i], columns});  // before a config's numbers become memory
+    total += rows[i];
+  }
   Weight weight(total, columns);
   Eigen::Index first = 0;
   for (std::size_t i = 0; i < names.size(); ++i) {

@@ -8,9 +8,9 @@
 
 #if __cplusplus >= 202002L  // else config.hpp has said what is wrong: once, and not once a line
 #include "headwise/attention/attend.hpp"
-#include "headwise/attention/estimate.hpp"
 #include "headwise/attention/reference.hpp"
 #include "headwise/attention/single_sequence.hpp"
+#include "headwise/cache/estimate.hpp"
 #include "headwise/cache/kv_cache.hpp"
 #include "headwise/core/executor.hpp"
 #include "headwise/core/version.hpp"

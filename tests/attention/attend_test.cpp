@@ -136,9 +136,10 @@ TEST(Attend, TakesTensorsOfAnyStrides) {
       const std::vector<float> k = heads_first(in.k, kv_heads);
       const std::vector<float> v = heads_first(in.v, kv_heads);
       std::vector<float> out(q.size(), -9.0F);
-      attend(strided.cache, strided.step, l, {q.data(), kStride, n * kStride},
-             {k.data(), kStride, n * kStride}, {v.data(), kStride, n * kStride},
-             TensorView<float>{out.data(), kStride, n * kStride});
+      ASSERT_EQ(attend(strided.cache, strided.step, l, {q.data(), kStride, n * kStride},
+                       {k.data(), kStride, n * kStride}, {v.data(), kStride, n * kStride},
+                       TensorView<float>{out.data(), kStride, n * kStride}),
+                StepStatus::kOk);
       EXPECT_EQ(out, heads_first(expected[static_cast<std::size_t>(l)], 2 * kv_heads));
     }
     ASSERT_EQ(strided.commit(), StepStatus::kOk);
@@ -187,10 +188,11 @@ TEST(Attend, FoldingIdenticalRowsLosesNothing) {
   std::vector<float> out(q.size());
   const auto run = [&](std::int64_t first, std::int64_t count) {
     ASSERT_EQ(cache.begin(step, {{id, count}}, Phase::kPrompt), StepStatus::kOk);
-    attend(cache, step, 0, TensorView<const float>::nhd(q.data() + first * 128, 4, 32),
-           TensorView<const float>::nhd(k.data() + first * 64, 2, 32),
-           TensorView<const float>::nhd(v.data() + first * 64, 2, 32),
-           TensorView<float>::nhd(out.data() + first * 128, 4, 32));
+    ASSERT_EQ(attend(cache, step, 0, TensorView<const float>::nhd(q.data() + first * 128, 4, 32),
+                     TensorView<const float>::nhd(k.data() + first * 64, 2, 32),
+                     TensorView<const float>::nhd(v.data() + first * 64, 2, 32),
+                     TensorView<float>::nhd(out.data() + first * 128, 4, 32)),
+              StepStatus::kOk);
     ASSERT_EQ(cache.commit(step), StepStatus::kOk);
   };
   run(0, 130);
@@ -209,7 +211,7 @@ TEST(Attend, AllocatesNothingOnceScratchIsReserved) {
   Model model = small_model(PrefillMode::kChunkCausal);
   const SequenceId a = model.add();
   const SequenceId b = model.add();
-  reserve_scratch(model.step, model.cache, 200, 1);
+  reserve_scratch(model.step, model.cache, 1);
   model.add_tokens(a, new_tokens(1), Phase::kPrompt);
   std::vector<float> q(400 * 6 * 32, 0.25F);
   std::vector<float> out(400 * 6 * 32);
@@ -219,8 +221,9 @@ TEST(Attend, AllocatesNothingOnceScratchIsReserved) {
     for (int l = 0; l < 2; ++l) {
       const int heads = l == 0 ? 3 : 2;
       const auto kv = TensorView<const float>::nhd(q.data(), heads, 32);
-      attend(model.cache, model.step, l, TensorView<const float>::nhd(q.data(), 2 * heads, 32), kv,
-             kv, TensorView<float>::nhd(out.data(), 2 * heads, 32));
+      all_ok &=
+          attend(model.cache, model.step, l, TensorView<const float>::nhd(q.data(), 2 * heads, 32),
+                 kv, kv, TensorView<float>::nhd(out.data(), 2 * heads, 32)) == StepStatus::kOk;
     }
     all_ok &= model.cache.commit(model.step) == StepStatus::kOk;
   };

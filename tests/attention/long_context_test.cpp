@@ -43,8 +43,9 @@ double decode_error(std::int64_t past, int group_size) {
 
   std::vector<float> out(q.size());
   EXPECT_EQ(cache.begin(step, {{id, 1}}, Phase::kDecode), StepStatus::kOk);
-  attend(cache, step, 0, TensorView<const float>::nhd(q.data(), group_size, kDim), kv(k, past),
-         kv(v, past), TensorView<float>::nhd(out.data(), group_size, kDim));
+  EXPECT_EQ(attend(cache, step, 0, TensorView<const float>::nhd(q.data(), group_size, kDim),
+                   kv(k, past), kv(v, past), TensorView<float>::nhd(out.data(), group_size, kDim)),
+            StepStatus::kOk);
   EXPECT_EQ(cache.commit(step), StepStatus::kOk);
 
   const double scale = static_cast<double>(shape.layer(0).scale());

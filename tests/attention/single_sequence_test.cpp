@@ -41,12 +41,15 @@ TEST(SingleSequence, IsTheCacheInTwoLines) {
     const auto in = TensorView<const float>::nhd(x.data(), kHeads, kDim);
 
     ASSERT_EQ(face.begin(tokens), StepStatus::kOk);
-    face.attend(0, in, in, in, TensorView<float>::nhd(out.data(), kHeads, kDim));
+    ASSERT_EQ(face.attend(0, in, in, in, TensorView<float>::nhd(out.data(), kHeads, kDim)),
+              StepStatus::kOk);
     ASSERT_EQ(face.commit(), StepStatus::kOk);
 
     const Phase phase = length == 0 || tokens > 1 ? Phase::kPrompt : Phase::kDecode;
     ASSERT_EQ(cache.begin(step, {{id, tokens}}, phase), StepStatus::kOk);
-    attend(cache, step, 0, in, in, in, TensorView<float>::nhd(expected.data(), kHeads, kDim));
+    ASSERT_EQ(
+        attend(cache, step, 0, in, in, in, TensorView<float>::nhd(expected.data(), kHeads, kDim)),
+        StepStatus::kOk);
     ASSERT_EQ(cache.commit(step), StepStatus::kOk);
     EXPECT_EQ(out, expected);
   }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -16,18 +17,8 @@ namespace {
 
 using Tasks = AttendTasks<simd::BestIsa, f16>;
 
-TEST(HeadCut, DependsOnTheSequenceAlone) {
-  EXPECT_EQ(HeadCut::of(0, 4, 100).num_parts, 0) << "no new tokens, no tasks";
-  EXPECT_EQ(HeadCut::of(1, 4, 0).num_parts, 1) << "an empty past still has the token itself";
-  EXPECT_EQ(HeadCut::of(1, 4, kSplitRows).num_parts, 1);
-  EXPECT_EQ(HeadCut::of(1, 4, kSplitRows + 1).num_parts, 2);
-  EXPECT_TRUE(HeadCut::of(kMaxDecodeRows / 4, 4, 10).splits_past);
-  EXPECT_FALSE(HeadCut::of(kMaxDecodeRows / 4 + 1, 4, 10).splits_past);
-  const std::int64_t tile = prefill_tile_queries(4);
-  EXPECT_EQ(HeadCut::of(3 * tile + 1, 4, 1 << 20).num_parts, 4) << "tiles of queries, any past";
-}
-
-/// One layer of unequal heads over two sequences, 5000 and 40 tokens long, ready for a decode step.
+/// One layer of unequal heads over two sequences, 5000 and 40 tokens long,
+/// ready for a decode step.
 class DecodeStep : public ::testing::Test {
  protected:
   static constexpr int kHeads = 4;
@@ -67,6 +58,13 @@ class DecodeStep : public ::testing::Test {
     return TensorView<const float>::nhd(k_.data(), kHeads, kDim);
   }
 
+  static TensorView<float> rows(std::vector<float>& out) {
+    return TensorView<float>::nhd(out.data(), 2 * kHeads, kDim);
+  }
+  Tasks tasks(std::vector<float>& out) const {
+    return {*cache_, step_, 0, q(), k(), k(), rows(out), OwnRows::kStored, 0};
+  }
+
   ModelShape shape_ = ModelShape::uniform(1, 2 * kHeads, kHeads, kDim);
   HeadPlan plan_{shape_};
   std::optional<KvCache<f16>> cache_;
@@ -77,11 +75,11 @@ class DecodeStep : public ::testing::Test {
 
 TEST_F(DecodeStep, CutsLongHeadsAndLeavesShortOnesWhole) {
   ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}, {ids_[1], 1}}, Phase::kDecode), StepStatus::kOk);
+  ASSERT_EQ(plan_work(*cache_, step_, 1), StepStatus::kOk);
   std::vector<float> out(2 * 2 * kHeads * kDim);
-  const Tasks tasks(*cache_, step_, 0, q(), k(), k(),
-                    TensorView<float>::nhd(out.data(), 2 * kHeads, kDim));
-  // 5000 rows twice in 3 parts, 3003 in 2, 63 in 1; the short sequence's four heads in one each.
-  EXPECT_EQ(tasks.size(), 2U * 3 + 2 + 1 + 4);
+  // 5000 rows twice in 3 parts, 3003 in 2, 63 in 1; the short sequence's four
+  // heads in one each.
+  EXPECT_EQ(tasks(out).size(), 2U * 3 + 2 + 1 + 4);
 }
 
 TEST_F(DecodeStep, AnyOrderAndAnyThreadGivesTheSameBits) {
@@ -90,17 +88,17 @@ TEST_F(DecodeStep, AnyOrderAndAnyThreadGivesTheSameBits) {
   std::mt19937 random(3);
   for (int round = 0; round < 20; ++round) {
     ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}, {ids_[1], 1}}, Phase::kDecode), StepStatus::kOk);
+    ASSERT_EQ(plan_work(*cache_, step_, 3), StepStatus::kOk);
     std::vector<float> out(size, -1.0F);
-    const Tasks tasks(*cache_, step_, 0, q(), k(), k(),
-                      TensorView<float>::nhd(out.data(), 2 * kHeads, kDim));
-    step_.scratch().reserve(tasks.scratch_bytes(3), tasks.num_counters());
-    std::vector<std::size_t> order(tasks.size());
+    const Tasks cut = tasks(out);
+    std::vector<std::size_t> order(cut.size());
     for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
     if (round > 0) std::shuffle(order.begin(), order.end(), random);
-    for (const std::size_t task : order) tasks.run(task, static_cast<std::size_t>(random() % 3));
+    for (const std::size_t task : order) cut.run(task, static_cast<std::size_t>(random() % 3));
     if (round == 0) expected = out;
     EXPECT_EQ(out, expected) << "round " << round;
-    ASSERT_EQ(cache_->drop(step_), StepStatus::kOk);  // the next round sees the same past
+    ASSERT_EQ(cache_->drop(step_),
+              StepStatus::kOk);  // the next round sees the same past
   }
 }
 
@@ -109,23 +107,21 @@ TEST_F(DecodeStep, ASequencesBitsDoNotDependOnItsBatch) {
   std::vector<float> alone(row);
   std::vector<float> batched(2 * row);
   ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}}, Phase::kDecode), StepStatus::kOk);
-  attend(*cache_, step_, 0, q(), k(), k(), TensorView<float>::nhd(alone.data(), 2 * kHeads, kDim));
+  ASSERT_EQ(attend(*cache_, step_, 0, q(), k(), k(), rows(alone)), StepStatus::kOk);
   ASSERT_EQ(cache_->drop(step_), StepStatus::kOk);
   ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}, {ids_[1], 1}}, Phase::kDecode), StepStatus::kOk);
-  attend(*cache_, step_, 0, q(), k(), k(),
-         TensorView<float>::nhd(batched.data(), 2 * kHeads, kDim));
+  ASSERT_EQ(attend(*cache_, step_, 0, q(), k(), k(), rows(batched)), StepStatus::kOk);
   EXPECT_TRUE(std::equal(alone.begin(), alone.end(), batched.begin()));
 }
 
 TEST_F(DecodeStep, CommitWaitsForEveryTask) {
   ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}}, Phase::kDecode), StepStatus::kOk);
+  ASSERT_EQ(plan_work(*cache_, step_, 1), StepStatus::kOk);
   std::vector<float> out(2 * kHeads * kDim);
-  const Tasks tasks(*cache_, step_, 0, q(), k(), k(),
-                    TensorView<float>::nhd(out.data(), 2 * kHeads, kDim));
-  step_.scratch().reserve(tasks.scratch_bytes(1), tasks.num_counters());
-  for (std::size_t task = 0; task + 1 < tasks.size(); ++task) tasks.run(task, 0);
+  const Tasks cut = tasks(out);
+  for (std::size_t task = 0; task + 1 < cut.size(); ++task) cut.run(task, 0);
   EXPECT_EQ(cache_->commit(step_), StepStatus::kIncomplete);
-  tasks.run(tasks.size() - 1, 0);
+  cut.run(cut.size() - 1, 0);
   EXPECT_EQ(cache_->commit(step_), StepStatus::kOk);
   EXPECT_EQ(cache_->length(ids_[0]), 5001);
 }

@@ -9,10 +9,10 @@ using Threads = int;
 using Threads = headwise::SerialExecutor;
 #endif
 
-void layer(const headwise::KvCache<>& cache, headwise::Step& step,
+headwise::StepStatus layer(const headwise::KvCache<>& cache, headwise::Step& step,
            headwise::TensorView<const float> in, headwise::TensorView<float> out,
            Threads& threads) {
-  headwise::attend(cache, step, 0, in, in, in, out, threads);
+  return headwise::attend(cache, step, 0, in, in, in, out, threads);
 }
 
 int main() {}

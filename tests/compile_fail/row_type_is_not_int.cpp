@@ -12,5 +12,5 @@ using Row = headwise::bf16;
 int main() {
   const auto shape = headwise::ModelShape::uniform(1, 1, 1, 16);
   const headwise::KvCache<Row> cache(shape, headwise::HeadPlan(shape), {.max_context = 16});
-  return cache.free_pages() > 0 ? 0 : 1;
+  return cache.free_bytes() > 0 ? 0 : 1;
 }

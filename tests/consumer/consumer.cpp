@@ -74,27 +74,31 @@ class Engine {
 
   headwise::StepStatus forward(std::int64_t tokens, headwise::Phase phase) {
     const std::int64_t first = cache_.length(sequence_);
-    const auto status = cache_.begin(step_, {{sequence_, tokens}}, phase);
+    const auto status = cache_.begin(step_, {{sequence_, tokens, phase}});
     if (status != headwise::StepStatus::kOk) return status;
-    for (int layer = 0; layer < kLayers; ++layer) attend(layer, first, tokens);
+    for (int layer = 0; layer < kLayers; ++layer) {
+      const auto attended = attend(layer, first, tokens);
+      if (attended != headwise::StepStatus::kOk) return attended;
+    }
     return cache_.commit(step_);
   }
 
   headwise::StepStatus rollback(std::int64_t length) { return cache_.rollback(sequence_, length); }
   long long length() const { return cache_.length(sequence_); }
-  long long pages() const { return cache_.pages_held(sequence_); }
+  long long bytes() const { return static_cast<long long>(cache_.held_bytes(sequence_)); }
   double worst_error() const { return worst_error_; }
 
  private:
-  void attend(int layer, std::int64_t first, std::int64_t tokens) {
+  headwise::StepStatus attend(int layer, std::int64_t first, std::int64_t tokens) {
     const auto q = activations(first, tokens, layer, kQoHeads, 1);
     const auto k = activations(first, tokens, layer, kKvHeads, 2);
     const auto v = activations(first, tokens, layer, kKvHeads, 3);
     std::vector<float> out(q.size());
     using Input = headwise::TensorView<const float>;
-    headwise::attend(cache_, step_, layer, Input::nhd(q.data(), kQoHeads, kDim),
-                     Input::nhd(k.data(), kKvHeads, kDim), Input::nhd(v.data(), kKvHeads, kDim),
-                     headwise::TensorView<float>::nhd(out.data(), kQoHeads, kDim), executor_);
+    const auto status =
+        headwise::attend(cache_, step_, layer, Input::nhd(q.data(), kQoHeads, kDim),
+                         Input::nhd(k.data(), kKvHeads, kDim), Input::nhd(v.data(), kKvHeads, kDim),
+                         headwise::TensorView<float>::nhd(out.data(), kQoHeads, kDim), executor_);
     for (std::int64_t token = 0; token < tokens; ++token) {
       for (int head = 0; head < kQoHeads; ++head) {
         const int dim = static_cast<int>(token) % kDim;  // one element a row is proof enough
@@ -104,6 +108,7 @@ class Engine {
         worst_error_ = std::max(worst_error_, std::abs(error));
       }
     }
+    return status;
   }
 
   headwise::KvCache<> cache_;
@@ -122,8 +127,8 @@ int main() {
 
   Engine engine(plan);
   const auto report = [&](const char* what, headwise::StepStatus status) {
-    std::printf("%s: %s, %lld tokens, %lld pages\n", what, headwise::to_string(status),
-                engine.length(), engine.pages());
+    std::printf("%s: %s, %lld tokens, %lld bytes\n", what, headwise::to_string(status),
+                engine.length(), engine.bytes());
   };
   report("prompt", engine.forward(40, headwise::Phase::kPrompt));
   for (int i = 0; i < 30; ++i) {

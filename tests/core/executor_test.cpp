@@ -3,11 +3,16 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
+#include <cstdio>
+#include <cstdlib>
 #include <functional>
+#include <future>
 #include <memory>
+#include <new>
 #include <thread>
 #include <unsupported/Eigen/CXX11/ThreadPool>
 #include <utility>
@@ -102,13 +107,16 @@ struct LatePool {
   }
 };
 
-TEST(Executor, PoolWaitsForHelpersThatComeLate) {
+TEST(Executor, PoolDoesNotWaitForHelpersThatComeLate) {
   LatePool pool;
-  PoolExecutor executor(pool);
   std::atomic<int> runs = 0;
-  for (int round = 0; round < 3; ++round) {
-    executor.for_each(4, [&](std::size_t, std::size_t) { ++runs; });
-  }
+  {
+    PoolExecutor executor(pool);
+    for (int round = 0; round < 3; ++round) {
+      auto gone = std::make_unique<std::atomic<int>*>(&runs);  // the sanitizer's business, if late
+      executor.for_each(4, [&](std::size_t, std::size_t) { ++**gone; });
+    }
+  }  // and the helpers outlive the executor
   EXPECT_EQ(runs.load(), 12);
   EXPECT_EQ(pool.threads.size(), 9U);  // three helpers a round, the caller is the fourth
 }
@@ -120,6 +128,180 @@ TEST(Executor, PoolLeavesOneTaskToTheCaller) {
   executor.for_each(0, [](std::size_t, std::size_t) { FAIL(); });
   EXPECT_TRUE(pool.threads.empty());
 }
+
+/// Runs `work` on one of the pool's threads and waits for it, but not for ever.
+template <class Pool, class Work>
+bool finishes_inside(Pool& pool, Work work) {
+  auto done = std::make_shared<std::promise<void>>();
+  std::future<void> finished = done->get_future();
+  pool.Schedule([done, work]() mutable {
+    work();
+    done->set_value();
+  });
+  return finished.wait_for(std::chrono::seconds(20)) == std::future_status::ready;
+}
+
+TEST(Executor, PoolMayBeCalledFromItsOwnThreads) {
+  for (const int threads : {1, 2, 4}) {
+    Eigen::ThreadPool pool(threads);
+    PoolExecutor executor(pool);
+    const bool finished = finishes_inside(pool, [&] {
+      expect_each_task_once(executor);
+      expect_results_visible(executor);
+    });
+    if (!finished) {
+      std::fputs("a call from inside the pool waits for a helper that cannot start\n", stderr);
+      std::abort();  // its thread would be joined for ever
+    }
+  }
+}
+
+TEST(Executor, PoolMayBeCalledFromItsOwnTasks) {
+  for (const int threads : {1, 3}) {
+    Eigen::ThreadPool pool(threads);
+    PoolExecutor executor(pool);
+    std::vector<std::atomic<int>> runs(6 * 5 * 4);
+    executor.for_each(6, [&](std::size_t i, std::size_t) {
+      executor.for_each(5, [&](std::size_t j, std::size_t) {
+        executor.for_each(4, [&](std::size_t k, std::size_t) { ++runs[(i * 5 + j) * 4 + k]; });
+      });
+    });
+    for (const std::atomic<int>& count : runs) ASSERT_EQ(count.load(), 1);
+  }
+}
+
+TEST(Executor, PoolMayBeCalledFromSeveralThreadsAtOnce) {
+  Eigen::ThreadPool pool(2);
+  PoolExecutor executor(pool);
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 3; ++i) {
+    callers.emplace_back([&] {
+      expect_each_task_once(executor);
+      expect_results_visible(executor);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+}
+
+/// Threads that are all busy until open() is called.
+class FullPool {
+ public:
+  explicit FullPool(int threads) : pool_(threads) {
+    for (int i = 0; i < threads; ++i) {
+      pool_.Schedule([this] { opened_.wait(false); });
+    }
+  }
+  ~FullPool() { open(); }
+  void open() {
+    opened_ = true;
+    opened_.notify_all();
+  }
+  int NumThreads() const { return pool_.NumThreads(); }
+  void Schedule(std::function<void()> fn) { pool_.Schedule(std::move(fn)); }
+
+ private:
+  std::atomic<bool> opened_ = false;
+  Eigen::ThreadPool pool_;
+};
+
+TEST(Executor, PoolThatIsBusyLeavesAllTasksToTheCaller) {
+  FullPool pool(3);
+  PoolExecutor executor(pool);
+  std::vector<std::size_t> by(100, 99);
+  const std::thread::id caller = std::this_thread::get_id();
+  executor.for_each(by.size(), [&](std::size_t task, std::size_t thread) {
+    EXPECT_EQ(std::this_thread::get_id(), caller);
+    by[task] = thread;
+  });
+  EXPECT_EQ(by, std::vector<std::size_t>(100, 0));
+  pool.open();  // helpers of a round that is over beside those of the next ones
+  expect_each_task_once(executor);
+}
+
+/// A pool whose Schedule throws at its k-th call.
+struct ThrowingPool {
+  explicit ThrowingPool(int fails_at) : left(fails_at) {}
+  int left;
+  std::atomic<int> ran = 0;
+  Eigen::ThreadPool pool{4};
+  int NumThreads() const { return pool.NumThreads(); }
+  void Schedule(std::function<void()> fn) {
+    if (--left == 0) throw std::bad_alloc();
+    pool.Schedule([this, fn = std::move(fn)] {
+      fn();
+      ++ran;
+    });
+  }
+};
+
+TEST(Executor, PoolWhoseScheduleThrowsRunsEachTaskOnceWithFewerHelpers) {
+  for (int fails_at = 1; fails_at <= 5; ++fails_at) {
+    ThrowingPool pool(fails_at);
+    {
+      PoolExecutor executor(pool);
+      auto runs = std::make_unique<std::vector<std::atomic<int>>>(200);
+      executor.for_each(runs->size(), [&](std::size_t task, std::size_t) { ++(*runs)[task]; });
+      for (const std::atomic<int>& count : *runs) ASSERT_EQ(count.load(), 1) << fails_at;
+    }
+    while (pool.ran != std::min(fails_at - 1, 4)) std::this_thread::yield();
+  }
+}
+
+struct Refusal {
+  std::size_t task;
+};
+
+/// A throwing task ends the round: its exception comes out, and nothing runs afterwards.
+template <class E>
+void expect_exceptions_come_out(E& executor) {
+  for (int round = 0; round < 20; ++round) {
+    for (const std::size_t bad : {std::size_t{0}, std::size_t{7}, std::size_t{63}}) {
+      auto busy = std::make_unique<std::atomic<int>>(0);
+      std::atomic<std::size_t> begun = 0;
+      bool thrown = false;
+      try {
+        executor.for_each(64, [&](std::size_t task, std::size_t) {
+          ++begun;
+          ++*busy;
+          if (task % 8 == 3) std::this_thread::yield();
+          --*busy;
+          if (task >= bad) throw Refusal{task};
+        });
+      } catch (const Refusal& refusal) {
+        thrown = true;
+        EXPECT_GE(refusal.task, bad);
+      }
+      EXPECT_TRUE(thrown);
+      EXPECT_EQ(busy->load(), 0) << "calls that had begun have returned";
+      EXPECT_LE(begun.load(), bad + 2 * executor.num_threads()) << "no further task is begun";
+      busy.reset();
+    }
+  }
+  expect_each_task_once(executor);  // as if nothing had happened
+}
+
+TEST(Executor, SerialThrowsWhatATaskThrows) {
+  SerialExecutor executor;
+  expect_exceptions_come_out(executor);
+}
+
+TEST(Executor, PoolThrowsWhatATaskThrowsOnAnyThread) {
+  for (const int threads : {1, 3}) {
+    Eigen::ThreadPool pool(threads);
+    PoolExecutor executor(pool);
+    expect_exceptions_come_out(executor);
+    EXPECT_TRUE(finishes_inside(pool, [&] { expect_exceptions_come_out(executor); }));
+  }
+}
+
+#ifdef _OPENMP
+TEST(Executor, OpenMpThrowsWhatATaskThrowsOnAnyThread) {
+  for (const int threads : {1, 3}) {
+    OpenMpExecutor executor(threads);
+    expect_exceptions_come_out(executor);
+  }
+}
+#endif
 
 #ifdef _OPENMP
 TEST(Executor, OpenMpRunsEachTaskOnce) {

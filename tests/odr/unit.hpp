@@ -38,7 +38,7 @@ std::uint64_t output_bits(headwise::PrefillMode prefill) {
   std::uint32_t next = 0;
   for (const int tokens : {100, 37, 5, 1, 1, 1, 1}) {
     const Phase phase = tokens > 10 ? Phase::kPrompt : Phase::kDecode;
-    if (cache.begin(step, {{sequence, tokens}}, phase) != StepStatus::kOk) return 0;
+    if (cache.begin(step, {{sequence, tokens, phase}}) != StepStatus::kOk) return 0;
     for (int layer = 0; layer < kLayers; ++layer) {
       const auto rows = [&](int heads, std::uint32_t what) {
         std::vector<float> values(static_cast<std::size_t>(tokens * heads * kDim));
@@ -48,9 +48,11 @@ std::uint64_t output_bits(headwise::PrefillMode prefill) {
       const auto q = rows(kQoHeads, 1), k = rows(kKvHeads, 2), v = rows(kKvHeads, 3);
       std::vector<float> out(q.size());
       using Input = TensorView<const float>;
-      attend(cache, step, layer, Input::nhd(q.data(), kQoHeads, kDim),
-             Input::nhd(k.data(), kKvHeads, kDim), Input::nhd(v.data(), kKvHeads, kDim),
-             TensorView<float>::nhd(out.data(), kQoHeads, kDim));
+      if (attend(cache, step, layer, Input::nhd(q.data(), kQoHeads, kDim),
+                 Input::nhd(k.data(), kKvHeads, kDim), Input::nhd(v.data(), kKvHeads, kDim),
+                 TensorView<float>::nhd(out.data(), kQoHeads, kDim)) != StepStatus::kOk) {
+        return 0;
+      }
       for (const float x : out) hash = (hash ^ std::bit_cast<std::uint32_t>(x)) * 1099511628211U;
     }
     if (cache.commit(step) != StepStatus::kOk) return 0;

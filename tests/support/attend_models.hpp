@@ -53,6 +53,22 @@ inline Model small_model(PrefillMode prefill, std::int64_t rollback = 4) {
   return {shape, every_kind(shape, prefill), options_of(prefill, rollback)};
 }
 
+/// What StopsAfter throws.
+struct Stopped {};
+
+/// An executor that gives up after so many tasks, on any of its threads in turn.
+struct StopsAfter {
+  std::size_t num_tasks;
+  static constexpr std::size_t num_threads() { return 2; }
+  template <class Fn>
+  void for_each(std::size_t count, Fn&& fn) {
+    for (std::size_t task = 0; task < count; ++task) {
+      if (task == num_tasks) throw Stopped{};
+      fn(task, task % num_threads());
+    }
+  }
+};
+
 /// The largest difference of two sets of outputs; infinite where their sizes differ or one is NaN.
 template <class Expected>
 double largest_difference(const std::vector<Outputs>& a, const std::vector<Expected>& b) {

@@ -61,17 +61,29 @@ class AttendedCache : public ModelledCache<Rows> {
     return in;
   }
 
+  /// Calls `fn(q, k, v, out)` with one layer's tensors over `in`.
+  template <class Fn>
+  auto with_tensors(int layer, Inputs& in, Fn&& fn) const {
+    const LayerShape& shape = shape_.layer(layer);
+    return fn(TensorView<const float>::nhd(in.q.data(), shape.num_qo_heads(), shape.k_dim),
+              TensorView<const float>::nhd(in.k.data(), shape.num_kv_heads, shape.k_dim),
+              TensorView<const float>::nhd(in.v.data(), shape.num_kv_heads, shape.v_dim),
+              TensorView<float>::nhd(in.out.data(), shape.num_qo_heads(), shape.v_dim));
+  }
+
+  /// attend() of any step over `in`, whatever its status.
+  template <class E = SerialExecutor>
+  StepStatus attend_into(Step& of, int layer, Inputs& in, E&& executor = E{}) const {
+    return with_tensors(layer, in, [&](auto... tensors) {
+      return headwise::attend(this->cache, of, layer, tensors..., executor);
+    });
+  }
+
   /// attend() for one layer of the open step.
   template <class E = SerialExecutor>
   Outputs attend_layer(int layer, const Chunks& chunks, E&& executor = E{}) {
-    const LayerShape& shape = shape_.layer(layer);
     Inputs in = inputs_of(layer, chunks);
-    headwise::attend(this->cache, this->step, layer,
-                     TensorView<const float>::nhd(in.q.data(), shape.num_qo_heads(), shape.k_dim),
-                     TensorView<const float>::nhd(in.k.data(), shape.num_kv_heads, shape.k_dim),
-                     TensorView<const float>::nhd(in.v.data(), shape.num_kv_heads, shape.v_dim),
-                     TensorView<float>::nhd(in.out.data(), shape.num_qo_heads(), shape.v_dim),
-                     executor);
+    EXPECT_EQ(attend_into(this->step, layer, in, executor), StepStatus::kOk);
     return std::move(in.out);
   }
 

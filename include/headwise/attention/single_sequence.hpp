@@ -16,7 +16,9 @@ namespace headwise::inline v0 {
 ///
 ///     SingleSequence<f16> sequence(shape, plan, {.max_context = 32768});
 ///     if (sequence.begin(num_tokens) != StepStatus::kOk) ...;
-///     for (int layer = 0; ...) sequence.attend(layer, q, k, v, out);
+///     for (int layer = 0; ...) {
+///       if (sequence.attend(layer, q, k, v, out) != StepStatus::kOk) ...;
+///     }
 ///     if (sequence.commit() != StepStatus::kOk) ...;
 template <class Rows = f16>
 class SingleSequence {
@@ -37,9 +39,9 @@ class SingleSequence {
 
   /// attend() of attention/attend.hpp for this sequence's rows.
   template <class Isa = simd::BestIsa, Executor E = SerialExecutor>
-  void attend(int layer, TensorView<const float> q, TensorView<const float> k,
-              TensorView<const float> v, TensorView<float> out, E&& executor = E{}) {
-    headwise::attend<Isa>(cache_, step_, layer, q, k, v, out, std::forward<E>(executor));
+  StepStatus attend(int layer, TensorView<const float> q, TensorView<const float> k,
+                    TensorView<const float> v, TensorView<float> out, E&& executor = E{}) {
+    return headwise::attend<Isa>(cache_, step_, layer, q, k, v, out, std::forward<E>(executor));
   }
 
   /// See KvCache::commit().

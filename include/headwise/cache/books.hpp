@@ -262,7 +262,6 @@ class Books {
       step.heads_done_[l].store(0, std::memory_order_relaxed);
     }
     step.num_overflows_.store(0, std::memory_order_relaxed);
-    step.scratch_.clear_counters();
     return StepStatus::kOk;
   }
 
@@ -270,12 +269,8 @@ class Books {
   /// layer was attended.
   StepStatus commit(Step& step) {
     if (!is_open(step)) return StepStatus::kStale;
-    const std::int64_t growing =
-        std::count_if(step.entries_.begin(), step.entries_.end(),
-                      [](const StepEntry& entry) { return entry.num_tokens() > 0; });
-    for (std::size_t l = 0; l < step.num_layers_; ++l) {
-      const std::int64_t heads = geometry_.layers()[l].shape.num_kv_heads * growing;
-      if (step.heads_done_[l].load(std::memory_order_acquire) < heads) {
+    for (std::size_t l = 0; step.num_growing_ > 0 && l < step.num_layers_; ++l) {
+      if (!step.is_attended(static_cast<int>(l), geometry_.layers()[l].shape.num_kv_heads)) {
         return StepStatus::kIncomplete;
       }
     }
@@ -420,6 +415,8 @@ class Books {
 
   void reserve(Step& step) const {
     step.entries_.clear();
+    step.num_growing_ = 0;
+    step.planned_threads_ = 0;
     step.entries_.reserve(num_sequences());
     if (step.num_layers_ != geometry_.layers().size()) {
       step.num_layers_ = geometry_.layers().size();
@@ -456,6 +453,7 @@ class Books {
                                first_row,
                                chunk.phase});
       first_row += chunk.num_tokens;
+      if (chunk.num_tokens > 0) ++step.num_growing_;
     }
     if (pool_.missing_bytes(demand_) != 0) return StepStatus::kOutOfPages;
     for (const StepEntry& entry : step.entries_) {

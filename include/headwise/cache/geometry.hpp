@@ -53,6 +53,7 @@ struct LayerPlace {
   std::int64_t first_head = 0;  ///< index of KV head 0 in heads()
   std::vector<int> task_order;  ///< KV heads, those that keep most first
   std::vector<ClassRun> runs;   ///< classes along task_order
+  int kind = 0;  ///< in CacheGeometry::layer_kinds(): what steps' work in this layer depends on
 };
 
 /// Geometry of a cache: classes of heads, sizes of pages, tables. Shared by the cache itself and by
@@ -84,6 +85,8 @@ class CacheGeometry {
   const std::vector<HeadClass>& classes() const& { return classes_; }
   /// [num_layers]
   const std::vector<LayerPlace>& layers() const& { return layers_; }
+  /// The first layer of each kind: layers whose group size, widths and runs are equal.
+  const std::vector<int>& layer_kinds() const& { return layer_kinds_; }
   /// One layer.
   const LayerPlace& layer(int layer) const& {
     HEADWISE_ASSERT(layer >= 0 && static_cast<std::size_t>(layer) < layers_.size(),
@@ -100,6 +103,7 @@ class CacheGeometry {
   const CacheOptions& options() const&& = delete;
   const std::vector<HeadClass>& classes() const&& = delete;
   const std::vector<LayerPlace>& layers() const&& = delete;
+  const std::vector<int>& layer_kinds() const&& = delete;
   const LayerPlace& layer(int layer) const&& = delete;
   const HeadPlace& head(int l, int kv_head) const&& = delete;
   const std::vector<HeadPlace>& heads() const&& = delete;
@@ -111,6 +115,14 @@ class CacheGeometry {
   std::size_t compensation_bytes() const { return compensation_bytes_; }
   /// KV heads of the layer that has most.
   int max_heads_per_layer() const { return max_heads_per_layer_; }
+
+  /// Stored rows that a step's queries may see of one head of a class, at most, at any length.
+  std::int64_t most_rows_seen(int class_idx) const {
+    const HeadClass& heads = classes_[static_cast<std::size_t>(class_idx)];
+    const std::int64_t longest = rows_at(heads.rule, options_.max_context);
+    // A growing window forgets page by page: a shorter sequence may see nearly a page more.
+    return std::min(longest + options_.page_tokens, options_.max_context);
+  }
 
   /// Pages of each size that one sequence of `length` tokens holds (`high_water`: the longest it
   /// ever was).
@@ -233,6 +245,17 @@ class CacheGeometry {
     }
   }
 
+  /// Rows that a chunk of either phase may see at `length`.
+  static std::int64_t rows_at(const AnyKeepRule& any, std::int64_t length) {
+    return std::visit(
+        [&]<class Rule>(const Rule& rule) {
+          const typename Rule::State state{};
+          return std::max(rule.runs(state, length, Phase::kDecode).num_rows(),
+                          rule.runs(state, length, Phase::kPrompt).num_rows());
+        },
+        any);
+  }
+
   static std::int64_t entries_held(const HeadClass& heads, std::int64_t length,
                                    std::int64_t high_water) {
     return std::visit(
@@ -288,12 +311,8 @@ class CacheGeometry {
     };
     std::vector<std::int64_t> rows_kept;  // [kv_head] at the longest context
     for (int h = 0; h < shape.num_kv_heads; ++h) {
-      rows_kept.push_back(std::visit(
-          [&]<class Rule>(const Rule& rule) {
-            return rule.runs(typename Rule::State{}, options_.max_context, Phase::kDecode)
-                .num_rows();
-          },
-          classes_[static_cast<std::size_t>(class_idx_of(h))].rule));
+      const HeadClass& heads = classes_[static_cast<std::size_t>(class_idx_of(h))];
+      rows_kept.push_back(rows_at(heads.rule, options_.max_context));
     }
     std::sort(layer.task_order.begin(), layer.task_order.end(), [&](int a, int b) {
       return std::tuple(-rows_kept[static_cast<std::size_t>(a)], class_idx_of(a), a) <
@@ -305,7 +324,19 @@ class CacheGeometry {
       }
       ++layer.runs.back().num_heads;
     }
+    layer.kind = kind_of(layer);
+    if (layer.kind == static_cast<int>(layer_kinds_.size())) layer_kinds_.push_back(l);
     layers_.push_back(std::move(layer));
+  }
+
+  /// The kind of a layer that is yet to be added.
+  int kind_of(const LayerPlace& layer) const {
+    const auto found = std::find_if(layer_kinds_.begin(), layer_kinds_.end(), [&](int first) {
+      const LayerPlace& other = layers_[static_cast<std::size_t>(first)];
+      return other.shape.group_size == layer.shape.group_size && other.page == layer.page &&
+             other.runs == layer.runs;
+    });
+    return static_cast<int>(found - layer_kinds_.begin());
   }
 
   void add_table_levels() {
@@ -334,6 +365,7 @@ class CacheGeometry {
   std::vector<HeadClass> classes_;
   std::vector<HeadPlace> heads_;
   std::vector<LayerPlace> layers_;
+  std::vector<int> layer_kinds_;
   std::vector<TableLevel> levels_;
   PoolShape pool_;
 };

@@ -124,6 +124,10 @@ class KvCache {
   StepStatus drop(const Step& step) { return books_.drop(step); }
   /// Whether `step` is the one that this cache has open.
   bool is_open(const Step& step) const { return books_.is_open(step); }
+  /// Whether the step's layer was attended, all heads of it.
+  bool is_attended(const Step& step, int layer) const {
+    return step.is_attended(layer, geometry().layer(layer).shape.num_kv_heads);
+  }
 
   // Memory ----------------------------------------------------------------------------------------
 
@@ -160,9 +164,9 @@ class KvCache {
   // For attention ---------------------------------------------------------------------------------
 
   /// Stored rows that some query of the entry may see of a head of this class.
-  std::int64_t rows_seen(std::size_t class_idx, const StepEntry& entry) const {
-    return visit_rule(geometry().classes()[class_idx].rule,
-                      books_.keep_state(entry.sequence.index, class_idx),
+  std::int64_t rows_seen(int class_idx, const StepEntry& entry) const {
+    const auto c = static_cast<std::size_t>(class_idx);
+    return visit_rule(geometry().classes()[c].rule, books_.keep_state(entry.sequence.index, c),
                       [&](const auto& rule, const auto& state) {
                         return rule.runs(state, entry.lengths.length, entry.phase).num_rows();
                       });

@@ -46,7 +46,8 @@ enum class [[nodiscard]] StepStatus : std::uint8_t{
     kIncomplete,      ///< commit before every layer was attended
     kTooFarBack,      ///< rollback below high_water - max_rollback, or forward
     kAttended,        ///< the layer was attended already
-    kNotPlanned,      ///< a share of a layer before the step's work was cut
+    kNotPlanned,      ///< a share of a layer before plan_work(), or work cut for another step
+    kTooManyThreads,  ///< a share of more threads than plan_work() was told
     kDeviceError,     ///< a device refused a copy or a launch; its cache is of no more use
 };
 
@@ -79,6 +80,8 @@ constexpr const char* to_string(StepStatus status) {
       return "the layer was attended already";
     case StepStatus::kNotPlanned:
       return "the step's work was not planned";
+    case StepStatus::kTooManyThreads:
+      return "more threads than planned for";
     case StepStatus::kDeviceError:
       return "device error";
   }
@@ -114,26 +117,52 @@ class Step {
   /// ends at 65504 (f16) or so. Queries then see infinite keys and values. Reset by begin.
   std::int64_t num_overflows() const { return num_overflows_.load(std::memory_order_relaxed); }
 
-  /// Memory that attention keeps between the step's tasks.
-  Scratch& scratch() { return scratch_; }
-  /// @copydoc scratch()
+  /// Memory that attention keeps between the step's tasks; reserve_scratch() sizes it.
   const Scratch& scratch() const { return scratch_; }
+  /// Grows the scratch to at least `bytes`. Where it grows, planned work is gone.
+  void reserve_scratch_bytes(std::size_t bytes) {
+    if (bytes <= scratch_.num_bytes()) return;
+    planned_threads_ = 0;
+    scratch_.reserve(bytes);
+  }
+
+  /// Threads that plan_work() cut the step for; 0: not since begin.
+  std::size_t planned_threads() const { return planned_threads_; }
+  /// Notes that the scratch holds the step's work, cut for so many threads. Layers that were
+  /// attended in part begin anew.
+  /// @param heads_of  KV heads of a layer
+  template <class HeadsOf>
+  void note_planned(std::size_t num_threads, HeadsOf&& heads_of) {
+    planned_threads_ = num_threads;
+    for (std::size_t l = 0; l < num_layers_; ++l) {
+      if (!is_attended(static_cast<int>(l), heads_of(static_cast<int>(l)))) clear_heads_done(l);
+    }
+  }
+
+  /// Whether every head of a layer of `num_kv_heads` has the rows of all entries in its pages.
+  /// False where there are none.
+  bool is_attended(int layer, int num_kv_heads) const {
+    const std::int64_t wanted = num_growing_ * num_kv_heads;
+    return wanted > 0 &&
+           heads_done_[static_cast<std::size_t>(layer)].load(std::memory_order_acquire) >= wanted;
+  }
+  /// Begins a layer, perhaps anew after an executor threw: none of its heads is done.
+  /// @return a number that no other attempt since begin has; not 0
+  std::uint32_t start_layer(int layer) {
+    clear_heads_done(static_cast<std::size_t>(layer));
+    return next_attempt();
+  }
+  /// As start_layer(), for work that finishes no head.
+  std::uint32_t next_attempt() {
+    if (++last_attempt_ == 0) ++last_attempt_;
+    return last_attempt_;
+  }
 
   /// Notes that one more of `layer`'s heads has its rows in their pages. Any thread.
   void note_head_done(int layer) const { note_heads_done(layer, 1); }
   /// Notes `heads` of them, counted once for each sequence with new tokens.
   void note_heads_done(int layer, std::int64_t heads) const {
     heads_done_[static_cast<std::size_t>(layer)].fetch_add(heads, std::memory_order_release);
-  }
-
-  /// Whether every head of a layer of `num_kv_heads` has the rows of all entries in its pages.
-  /// False where there are none.
-  bool is_attended(int layer, int num_kv_heads) const {
-    std::int64_t growing = 0;
-    for (const StepEntry& entry : entries_) growing += entry.num_tokens() > 0 ? 1 : 0;
-    const std::int64_t wanted = growing * num_kv_heads;
-    return wanted > 0 && heads_done_[static_cast<std::size_t>(layer)].load(
-                             std::memory_order_acquire) >= wanted;
   }
 
   /// Counts elements that became infinite. Any thread.
@@ -144,9 +173,16 @@ class Step {
  private:
   friend class Books;
 
+  void clear_heads_done(std::size_t layer) {
+    heads_done_[layer].store(0, std::memory_order_relaxed);
+  }
+
   std::vector<StepEntry> entries_;
-  const void* books_ = nullptr;  // whose begin filled it
-  std::uint64_t epoch_ = 0;      // of that begin; 0: never
+  const void* books_ = nullptr;   // whose begin filled it
+  std::uint64_t epoch_ = 0;       // of that begin; 0: never
+  std::int64_t num_growing_ = 0;  // entries with new tokens
+  std::size_t planned_threads_ = 0;
+  std::uint32_t last_attempt_ = 0;
   std::size_t num_layers_ = 0;
   std::unique_ptr<std::atomic<std::int64_t>[]> heads_done_;  // [num_layers], over all entries
   mutable std::atomic<std::int64_t> num_overflows_{0};

@@ -25,6 +25,14 @@ namespace headwise::inline v0::rlkv {
 /// about one more step of sparsity (the paper's window ablation: 32/128, 64/256).
 inline constexpr Window kDeployWindow{.sink = 16, .recent = 64};
 
+/// What the released SGLang server's prompt chunks after the first see of the tokens before the
+/// chunk: 64 past ones, one more than its decode, whose 64 are 63 and the current one. No single
+/// Window says both. With this one for the prompt and kDeployWindow for decode, in `kChunkCausal`
+/// mode, a query sees what the server means it to see. (As released, a chunk is written to the ring
+/// before its prefix is read, so that up to 64 of these rows are the chunk's own; that is not
+/// imitated.)
+inline constexpr Window kPromptWindow = Window::from_exclusive(16, 64);
+
 /// The published gates, [num_layers, num_kv_heads]; they may lie a little outside [0, 1].
 /// @param path  a TSV, or the directory of an adapter_weights.tsv; where that is missing, of a
 ///   full_attention_heads.tsv, as the released loader has it.

@@ -11,25 +11,10 @@
 #include "headwise/attention/reference.hpp"
 #include "support/attention_cases.hpp"
 #include "support/isa_types.hpp"
+#include "support/run_kernels.hpp"
 
 namespace headwise::test {
 namespace {
-
-/// Decodes a problem in splits that begin at `cuts`; the last does the own rows.
-template <class Isa, class Format>
-void decode(const HeadProblem<Format>& problem, std::vector<std::int64_t> cuts = {0}) {
-  const auto& past = problem.past;
-  const std::int64_t rows = problem.num_queries * problem.group_size;
-  const std::size_t stride = decode_partial_floats(rows, past.shape.v_dim);
-  AlignedFloats partials(stride * cuts.size());
-  AlignedFloats scratch(decode_scratch_floats(rows, past.shape.k_dim, past.shape.v_dim));
-  cuts.push_back(past.num_rows());
-  for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
-    decode_split<Isa>(problem, {cuts[i], cuts[i + 1], i + 2 == cuts.size()},
-                      partials.data() + i * stride, scratch.data());
-  }
-  merge_splits<Isa>(problem, partials.data(), stride, static_cast<std::int64_t>(cuts.size()) - 1);
-}
 
 template <class Types>
 class CpuDecode : public ::testing::Test {};
@@ -40,7 +25,7 @@ TYPED_TEST(CpuDecode, EqualsTheOracleOnEveryCase) {
   for (const AttentionCase& c : attention_cases()) {
     PagedHead<typename TypeParam::Format> head(c);
     const auto problem = head.problem();
-    decode<Isa>(problem);
+    decode_in_splits<Isa>(problem);
     EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5) << c.name;
   }
 }
@@ -58,10 +43,10 @@ TYPED_TEST(CpuDecode, GivesTheSameWhereverTheRowsAreCut) {
     const std::int64_t rows = problem.past.num_rows();
     for (const std::int64_t cut :
          {std::int64_t{0}, std::int64_t{1}, std::int64_t{17}, rows / 2, rows - 1, rows}) {
-      decode<Isa>(problem, {0, cut});
+      decode_in_splits<Isa>(problem, {0, cut});
       EXPECT_LE(relative_error(head.out(), truth), 1e-5) << c.name << " cut at " << cut;
     }
-    decode<Isa>(problem, {0, 3, 16, 64, 64, rows - 2});
+    decode_in_splits<Isa>(problem, {0, 3, 16, 64, 64, rows - 2});
     EXPECT_LE(relative_error(head.out(), truth), 1e-5) << c.name << " cut in six";
   }
 }
@@ -70,9 +55,9 @@ TYPED_TEST(CpuDecode, GivesTheSameBitsForTheSameCuts) {
   using Isa = typename TypeParam::Isa;
   PagedHead<typename TypeParam::Format> head({.name = "", .group_size = 7, .past = 300});
   const auto problem = head.problem();
-  decode<Isa>(problem, {0, 64});
+  decode_in_splits<Isa>(problem, {0, 64});
   const std::vector<float> once = head.out();
-  decode<Isa>(problem, {0, 64});
+  decode_in_splits<Isa>(problem, {0, 64});
   EXPECT_EQ(once, head.out());
 }
 
@@ -81,7 +66,7 @@ TYPED_TEST(CpuDecode, HoldsItsErrorOverALongHead) {
   PagedHead<typename TypeParam::Format> head(
       {.name = "", .k_dim = 32, .v_dim = 32, .group_size = 2, .past = 9000});
   const auto problem = head.problem();
-  decode<Isa>(problem, {0, 4096, 8192});
+  decode_in_splits<Isa>(problem, {0, 4096, 8192});
   EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5);
 }
 
@@ -119,7 +104,7 @@ class CompensationToy : public ::testing::Test {
     problem.own_k = {own_k, kDim, kDim};
     problem.own_v = {own_v, kDim, kDim};
     problem.out = {out, kDim, kDim};
-    decode<simd::BestIsa>(problem);
+    decode_in_splits<simd::BestIsa>(problem);
     EXPECT_NEAR(static_cast<double>(out[0]), reference_attention(problem)[0], 1e-5);
     return static_cast<double>(out[0]);
   }

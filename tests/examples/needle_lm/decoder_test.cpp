@@ -146,7 +146,7 @@ TEST_F(DecoderTest, BatchesSequencesOfUnequalLengthAsIfEachWereAlone) {
                                                                               executor_);
   Batch batch;
   for (const auto& prompt : prompts) batch.add(cache.add_sequence().value(), prompt);
-  decoder.forward(cache, batch, Phase::kPrompt);
+  decoder.forward(cache, batch);
   const auto num_rows = static_cast<Eigen::Index>(batch.tokens.size());
   const Matrix together = decoder.logits(0, num_rows);
 

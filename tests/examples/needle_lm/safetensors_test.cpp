@@ -78,14 +78,19 @@ TEST_F(SafeTensorsTest, RefusesLengthsBeyondTheFile) {
 }
 
 TEST_F(SafeTensorsTest, RefusesHeadersThatAreNoJsonObject) {
-  EXPECT_THAT(refusal(""), HasSubstr("no JSON object"));
+  EXPECT_THAT(refusal(""), HasSubstr("t.safetensors: header: not JSON at byte 1"));
   EXPECT_THAT(refusal("[]"), HasSubstr("no JSON object"));
-  EXPECT_THAT(refusal("{\"t\": "), HasSubstr("no JSON object"));
-  EXPECT_THAT(refusal(std::string(1 << 20, '[')), HasSubstr("no JSON object"));
-  EXPECT_THAT(refusal("{\"\xff\": 1}"), HasSubstr("no JSON object"));
+  EXPECT_THAT(refusal("{\"t\": "), HasSubstr("header: key 't': not JSON"));
+  EXPECT_THAT(refusal(std::string(1 << 20, '[')), HasSubstr("header: nested deeper than 32"));
+  EXPECT_THAT(refusal("{\"\xff\": 1}"), HasSubstr("header: not JSON"));
   EXPECT_THAT(refusal("{}"), HasSubstr("no tensor named t"));
   const std::string deep = std::string(1 << 20, '[') + std::string(1 << 20, ']');
-  EXPECT_THAT(refusal("{\"t\": " + deep + "}"), HasSubstr("expected {dtype"));
+  EXPECT_THAT(refusal("{\"t\": " + deep + "}"), HasSubstr("key 't': nested deeper than 32"));
+  EXPECT_THAT(refusal(std::string((4 << 20) + 1, ' ')), HasSubstr("larger than the limit of"));
+  const std::string t = R"("t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]})";
+  EXPECT_EQ(refusal("{" + t + "}"), "accepted");
+  EXPECT_THAT(refusal("{" + t + ", " + t + "}"), HasSubstr("key 't': the key is there twice"));
+  EXPECT_THAT(refusal("{" + t + "}" + std::string(1, '\0') + "x"), HasSubstr("a NUL at byte"));
 }
 
 TEST_F(SafeTensorsTest, RefusesEntriesOfWrongTypes) {
@@ -126,7 +131,7 @@ TEST_F(SafeTensorsTest, RefusesOffsetsAndShapesThatDoNotFit) {
 TEST_F(SafeTensorsTest, SurvivesDamagedFiles) {
   const NamedTensors tensors{{"t", {{2}, {1.0F, 2.0F}}}, {"u", {{4}, {1.0F, 2.0F, 3.0F, 4.0F}}}};
   write_safetensors<float>(folder_.file("t"), tensors, "F32");
-  const std::vector<char> whole = read_file(folder_.file("t"));
+  const std::vector<char> whole = read_file(folder_.file("t"), 1 << 20);
   std::mt19937 random(3);
   for (int round = 0; round < 1000; ++round) {
     std::string damaged(whole.begin(), whole.end());
@@ -140,6 +145,40 @@ TEST_F(SafeTensorsTest, SurvivesDamagedFiles) {
 TEST_F(SafeTensorsTest, NamesFilesThatAreNotThere) {
   EXPECT_THROW(SafeTensors(folder_.file("absent")), headwise::FormatError);
   EXPECT_THROW(SafeTensors(folder_.file("")), headwise::FormatError);  // a folder
+}
+
+TEST_F(SafeTensorsTest, RefusesFilesBeyondItsLimit) {
+  write_text(folder_.file("big"), std::string(101, 'x'));
+  EXPECT_EQ(read_file(folder_.file("big"), 101).size(), 101U);
+  try {
+    read_file(folder_.file("big"), 100);
+    ADD_FAILURE() << "accepted";
+  } catch (const headwise::FormatError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("big: 101 bytes, more than the limit of 100"));
+  }
+  std::filesystem::resize_file(folder_.file("big"), SafeTensors::kMaxBytes + 1);  // sparse
+  EXPECT_THROW(SafeTensors(folder_.file("big")), headwise::FormatError);
+}
+
+TEST_F(SafeTensorsTest, RefusesConfigsThatNestOrRepeat) {
+  const auto refusal_of_config = [&](const std::string& text) {
+    write_text(folder_.file("config.json"), text);
+    try {
+      load_config(folder_.file("config.json"));
+    } catch (const headwise::FormatError& error) {
+      return std::string(error.what());
+    }
+    return std::string("accepted");
+  };
+  EXPECT_THAT(refusal_of_config("{\"vocab_size\": " + std::string(200000, '[')),
+              HasSubstr("config.json: key 'vocab_size': nested deeper than 32"));
+  EXPECT_THAT(refusal_of_config(R"({"vocab_size": 41, "vocab_size": 42})"),
+              HasSubstr("key 'vocab_size': the key is there twice"));
+  EXPECT_THAT(
+      refusal_of_config("{\"model_type\": \"" + std::string(100000, 'x') + "\"}"),
+      ::testing::AllOf(HasSubstr("xxx..."), ::testing::Not(HasSubstr(std::string(50, 'x')))));
+  EXPECT_THAT(refusal_of_config(std::string(60 << 20, ' ')), HasSubstr("more than the limit"));
+  EXPECT_THAT(refusal_of_config("{}x"), HasSubstr("config.json: not JSON at byte 3"));
 }
 
 TEST_F(SafeTensorsTest, RefusesModelsThatTheConfigDoesNotDescribe) {
@@ -162,6 +201,8 @@ TEST_F(SafeTensorsTest, RefusesModelsThatTheConfigDoesNotDescribe) {
   };
   EXPECT_THAT(with("vocab_size", 40),
               HasSubstr("embed_tokens.weight: shape [41, 48], expected [40, 48]"));
+  EXPECT_THAT(with("vocab_size", 1 << 20), HasSubstr("expected [1048576, 48]"));
+  EXPECT_THAT(with("intermediate_size", 1 << 18), HasSubstr("expected [262144, 48]"));
   EXPECT_THAT(with("num_hidden_layers", 4), HasSubstr("no tensor named model.layers.3"));
   EXPECT_THAT(with("num_hidden_layers", 0),
               HasSubstr("\"num_hidden_layers\" is 0, expected an integer in 1..1024"));

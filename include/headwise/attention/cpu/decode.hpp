@@ -45,6 +45,25 @@ void attend_stored_rows(const QueryRows& queries, const KvView<Format>& past,
   }
 }
 
+/// Calls `fn(StoredRows)` for the blocks of a split of the past that some of the queries see.
+template <class Format, class Fn>
+HEADWISE_ALWAYS_INLINE void for_each_stored_block(const QueryRows& queries,
+                                                  const KvView<Format>& past,
+                                                  const DecodeSplit& split, Fn&& fn) {
+  std::int64_t run_begin = 0;
+  for (const KvRun& run : past.runs()) {
+    const std::int64_t begin = std::clamp(split.begin - run_begin, std::int64_t{0}, run.count);
+    const std::int64_t end = std::clamp(split.end - run_begin, begin, run.count);
+    run_begin += run.count;
+    for_each_seen(queries.window, queries.first_query, queries.last_query(), run.first_pos + begin,
+                  end - begin, [&](std::int64_t first, std::int64_t last) {
+                    const std::int64_t row = begin + first;
+                    for_each_block(past, run.first_slot + row, run.first_pos + row, last - first,
+                                   fn);
+                  });
+  }
+}
+
 }  // namespace detail
 
 /// Attends all queries of the step, and all query heads of the group, over one split of the rows.
@@ -58,29 +77,24 @@ template <class Isa, class Format>
 void decode_split(const HeadProblem<Format>& problem, DecodeSplit split, float* partial,
                   float* scratch) noexcept {
   const auto& past = problem.past;
-  const auto queries = detail::load_queries<Isa>(problem, 0, problem.num_queries, scratch, partial);
+  auto queries = detail::load_queries<Isa>(problem, 0, problem.num_queries, scratch, partial);
   if (queries.num_rows() == 0) return;
   float* packed = scratch + detail::query_scratch_floats(
                                 static_cast<std::size_t>(queries.num_rows()), past.shape.k_dim);
 
-  detail::reset_state<Isa>(queries, split.own_rows ? past.compensation : CompensationRow{});
-  std::int64_t run_begin = 0;
-  for (const KvRun& run : past.runs()) {
-    const std::int64_t begin = std::clamp(split.begin - run_begin, std::int64_t{0}, run.count);
-    const std::int64_t end = std::clamp(split.end - run_begin, begin, run.count);
-    run_begin += run.count;
-    detail::for_each_seen(
-        queries.window, queries.first_query, queries.last_query(), run.first_pos + begin,
-        end - begin, [&](std::int64_t first, std::int64_t last) {
-          const std::int64_t row = begin + first;
-          detail::for_each_block(past, run.first_slot + row, run.first_pos + row, last - first,
-                                 [&](const detail::StoredRows& rows) {
-                                   detail::attend_stored_rows<Isa>(queries, past, rows, packed);
-                                 });
-        });
+  for (;; queries.weight = detail::safe_weight(problem)) {
+    detail::reset_state<Isa>(queries, split.own_rows ? past.compensation : CompensationRow{});
+    detail::for_each_stored_block(queries, past, split, [&](const detail::StoredRows& rows) {
+      detail::attend_stored_rows<Isa>(queries, past, rows, packed);
+    });
+    if (split.own_rows) detail::attend_own_rows<Isa>(problem, queries, packed);
+
+    bool finite = true;
+    for (std::ptrdiff_t row = 0; row < queries.num_rows(); ++row) {
+      finite &= detail::finish_row<Isa>(queries, row, queries.out + row * queries.v_dim);
+    }
+    if (finite || queries.weight != 1.0F) return;
   }
-  if (split.own_rows) detail::attend_own_rows<Isa>(problem, queries, packed);
-  detail::add_lanes<Isa>(queries);
 }
 
 /// Merges the partial results of a head's splits, in index order, and writes the head's output

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "headwise/attention/cpu/decode.hpp"
 #include "headwise/attention/cpu/query_rows.hpp"
 
 namespace headwise::inline v0 {
@@ -28,12 +29,57 @@ constexpr std::size_t prefill_scratch_floats(int group_size, int k_dim, int v_di
          detail::packed_block_floats(k_dim, v_dim);
 }
 
-/// Attends queries [query_begin, query_end) of the step, for all query heads of the group, and
-/// writes their output rows.
+namespace detail {
+
+/// Attends queries over the rows of a split. Blocks of 64 rows are packed to floats once and shared
+/// by all queries; blocks that none of them sees are not touched.
+/// @param packed  [packed_block_floats]
+/// @param to  to(row): where a query row's output goes, [v_dim]
+template <class Isa, class Format, class RowOut>
+void attend_split_packed(const HeadProblem<Format>& problem, QueryRows queries,
+                         const DecodeSplit& split, float* packed, RowOut&& to) noexcept {
+  const auto& past = problem.past;
+  for (;; queries.weight = safe_weight(problem)) {
+    reset_state<Isa>(queries, split.own_rows ? past.compensation : CompensationRow{});
+    for_each_stored_block(queries, past, split, [&](const StoredRows& rows) {
+      attend_block<Isa, false>(queries, pack_block<Isa>(past, rows, packed));
+    });
+    if (split.own_rows) attend_own_rows<Isa>(problem, queries, packed);
+
+    bool finite = true;
+    for (std::ptrdiff_t row = 0; row < queries.num_rows(); ++row) {
+      finite &= finish_row<Isa>(queries, row, to(row));
+    }
+    if (finite || queries.weight != 1.0F) return;
+  }
+}
+
+}  // namespace detail
+
+/// Attends queries [query_begin, query_end) of the step, for all query heads of the group, over one
+/// split of the rows: what decode_split does, for more queries than make it a memory problem.
 ///
-/// Blocks of 64 rows are packed to floats once and shared by all query rows of the tile; blocks
-/// that no query of the tile sees are not touched. 2 (k_dim + v_dim) flop a visible row and query
-/// row.
+/// 2 (k_dim + v_dim) flop a visible row and query row.
+/// @param query_end  at most query_begin + prefill_tile_queries(group_size)
+/// @param partial  [decode_partial_floats of these queries' rows], 64-byte aligned: see
+///   merge_splits
+/// @param scratch  [prefill_scratch_floats], 64-byte aligned
+template <class Isa, class Format>
+void prefill_split(const HeadProblem<Format>& problem, std::int64_t query_begin,
+                   std::int64_t query_end, DecodeSplit split, float* partial,
+                   float* scratch) noexcept {
+  if (query_begin >= query_end) return;
+  const auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, partial);
+  float* packed =
+      scratch + detail::query_scratch_floats(static_cast<std::size_t>(queries.num_rows()),
+                                             problem.past.shape.k_dim);
+  detail::attend_split_packed<Isa>(problem, queries, split, packed, [&](std::ptrdiff_t row) {
+    return queries.out + row * queries.v_dim;
+  });
+}
+
+/// Attends queries [query_begin, query_end) of the step, for all query heads of the group, over
+/// everything that they see, and writes their output rows.
 /// @param query_end  at most query_begin + prefill_tile_queries(group_size)
 /// @param scratch  [prefill_scratch_floats], 64-byte aligned
 template <class Isa, class Format>
@@ -47,29 +93,10 @@ void prefill_tile(const HeadProblem<Format>& problem, std::int64_t query_begin,
   float* packed = state + detail::query_state_floats(num_rows, past.shape.v_dim);
 
   const auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, state);
-  detail::reset_state<Isa>(queries, past.compensation);
-  for (const KvRun& run : past.runs()) {
-    detail::for_each_seen(queries.window, queries.first_query, queries.last_query(), run.first_pos,
-                          run.count, [&](std::int64_t first, std::int64_t last) {
-                            detail::for_each_block(
-                                past, run.first_slot + first, run.first_pos + first, last - first,
-                                [&](const detail::StoredRows& rows) {
-                                  detail::attend_block<Isa, false>(
-                                      queries, detail::pack_block<Isa>(past, rows, packed));
-                                });
-                          });
-  }
-  detail::attend_own_rows<Isa>(problem, queries, packed);
-  detail::add_lanes<Isa>(queries);
-
-  std::size_t row = 0;
-  for (std::int64_t i = query_begin; i < query_end; ++i) {
-    for (int g = 0; g < problem.group_size; ++g, ++row) {
-      float* out = queries.out + row * static_cast<std::size_t>(past.shape.v_dim);
-      write_output<Isa>(SoftmaxState{queries.max[row], queries.sum[row], out},
-                        problem.out.row(i, g), past.shape.v_dim);
-    }
-  }
+  detail::attend_split_packed<Isa>(
+      problem, queries, {0, past.num_rows(), true}, packed, [&](std::ptrdiff_t row) {
+        return problem.out.row(query_begin + row / problem.group_size, row % problem.group_size);
+      });
 }
 
 }  // namespace headwise::inline v0

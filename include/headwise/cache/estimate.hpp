@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: MIT
+/// @file estimate.hpp
+/// estimate(): the bytes of a cache before it is built, and what fits into given bytes.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "headwise/cache/books.hpp"
+#include "headwise/cache/geometry.hpp"
+#include "headwise/cache/rows/format.hpp"
+#include "headwise/cache/rows/tiled_rows.hpp"
+#include "headwise/core/checked.hpp"
+#include "headwise/core/dtype.hpp"
+#include "headwise/core/shape.hpp"
+#include "headwise/heads/plan.hpp"
+
+namespace headwise::inline v0 {
+
+/// Bytes, for all sequences and layers together. What attention needs beside the cache:
+/// scratch_bytes() (attention/scratch.hpp).
+struct Estimate {
+  std::size_t resident_bytes = 0;   ///< pages held by max_sequences sequences of max_context tokens
+  std::size_t transient_bytes = 0;  ///< more pages while a step of max_chunk tokens each is open
+
+  std::size_t pool_bytes = 0;      ///< what the cache asks its allocator for as page memory
+  std::size_t metadata_bytes = 0;  ///< and as tables, lengths and compensation rows
+
+  std::size_t dense_bytes = 0;  ///< resident_bytes if every head kept everything
+
+  /// Everything that the cache allocates.
+  std::size_t total_bytes() const { return pool_bytes + metadata_bytes; }
+  /// False where streaming costs as much as it frees: windows rounded up to pages (and their
+  /// second ring) are no smaller than the whole context.
+  bool gains() const { return resident_bytes + transient_bytes < dense_bytes; }
+};
+
+namespace detail {
+
+inline Estimate estimate_of(const CacheGeometry& geometry, const CacheGeometry& dense,
+                            bool keeps_log) {
+  const CacheOptions& options = geometry.options();
+  const std::int64_t longest = options.max_context;
+  const auto for_all = [&](std::size_t bytes) {
+    return checked_mul(static_cast<std::size_t>(options.max_sequences), bytes, "bytes of pages");
+  };
+  std::size_t peak = 0;
+  const std::vector<std::int64_t> pages = geometry.peak_pages(options.max_chunk);
+  for (std::size_t size = 0; size < pages.size(); ++size) {
+    peak += static_cast<std::size_t>(pages[size]) * geometry.pool().page_bytes(size);
+  }
+  Estimate result;
+  result.resident_bytes = for_all(geometry.bytes_held(longest, longest));
+  result.transient_bytes = std::max(for_all(peak), result.resident_bytes) - result.resident_bytes;
+  result.pool_bytes = options.page_memory.empty() ? geometry.pool_bytes() : 0;
+  result.metadata_bytes = BooksLayout(geometry, keeps_log).sections.total_bytes();
+  result.dense_bytes = for_all(dense.bytes_held(longest, longest));
+  return result;
+}
+
+}  // namespace detail
+
+/// Page bytes that one sequence of `length` tokens holds between steps: KvCache::held_bytes()
+/// beforehand.
+/// @throws ConfigError as KvCache's constructor.
+template <class Rows = f16>
+std::size_t sequence_bytes(const ModelShape& shape, const HeadPlan& plan,
+                           const CacheOptions& options, std::int64_t length) {
+  const CacheGeometry geometry(shape, plan, options, &FormatOf<Rows>::page_bytes);
+  return geometry.bytes_held(length, length);
+}
+
+/// What a KvCache<Rows> of these arguments asks its allocator for. CacheOptions::max_chunk bounds
+/// the steps; with max_bytes 0 the pool holds resident and transient bytes (in whole slabs, where
+/// layers differ in width).
+/// @throws ConfigError as KvCache's constructor.
+template <class Rows = f16>
+Estimate estimate(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options) {
+  const CacheGeometry geometry(shape, plan, options, &FormatOf<Rows>::page_bytes);
+  const CacheGeometry dense(shape, HeadPlan(shape), options, &FormatOf<Rows>::page_bytes);
+  return detail::estimate_of(geometry, dense, /*keeps_log=*/false);
+}
+
+/// What must fit beside a cache of these options: a callable that says the bytes. They must not
+/// shrink as max_context or max_sequences grow.
+template <class Fn>
+concept BytesBeside = requires(Fn fn, const CacheOptions& options) {
+  { fn(options) } -> std::convertible_to<std::size_t>;
+};
+
+/// The cache alone.
+struct NothingBeside {
+  /// No bytes.
+  constexpr std::size_t operator()(const CacheOptions&) const { return 0; }
+};
+
+namespace detail {
+
+/// The largest value in [0, limit] for which `fits` holds, `fits` being true up to it.
+template <class Fits>
+std::int64_t largest_fitting(std::int64_t limit, Fits&& fits) {
+  std::int64_t low = 0;
+  while (low < limit) {
+    const std::int64_t middle = low + (limit - low + 1) / 2;
+    if (fits(middle)) {
+      low = middle;
+    } else {
+      limit = middle - 1;
+    }
+  }
+  return low;
+}
+
+/// Longest context and most sequences that the inverses look for; beyond any model and server.
+inline constexpr std::int64_t kLongestContext = std::int64_t{1} << 30;
+inline constexpr std::int64_t kMostSequences = std::int64_t{1} << 20;
+
+/// Whether a pool for any step, and the rest, fit.
+template <class Rows, BytesBeside Beside>
+bool fits_in(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
+             std::size_t bytes, const Beside& beside) {
+  const CacheGeometry geometry(shape, plan, options, &FormatOf<Rows>::page_bytes);
+  // A pool far beyond all bytes may have more pages than can be named, and bytes than 64 bits count.
+  const auto held = static_cast<double>(geometry.bytes_held(options.max_context, 0));
+  if (held * options.max_sequences > static_cast<double>(bytes)) return false;
+  const std::size_t cache = estimate<Rows>(shape, plan, options).total_bytes();
+  return cache <= bytes && beside(options) <= bytes - cache;
+}
+
+}  // namespace detail
+
+/// The longest max_context whose pool (large enough for any step), metadata and what is to lie
+/// beside the cache fit into `bytes`; other options as given, max_bytes and page_memory ignored.
+/// 0 when not even one token fits.
+/// @param beside  `[&](const CacheOptions& o) { return scratch_bytes(shape, plan, o, n); }` with
+///   attention's scratch
+template <class Rows = f16, BytesBeside Beside = NothingBeside>
+std::int64_t longest_context(const ModelShape& shape, const HeadPlan& plan, CacheOptions options,
+                             std::size_t bytes, const Beside& beside = {}) {
+  options.max_bytes = 0;
+  options.page_memory = {};
+  return detail::largest_fitting(detail::kLongestContext, [&](std::int64_t context) {
+    options.max_context = context;
+    return detail::fits_in<Rows>(shape, plan, options, bytes, beside);
+  });
+}
+
+/// The most sequences of max_context tokens that fit into `bytes`; see longest_context.
+template <class Rows = f16, BytesBeside Beside = NothingBeside>
+std::int64_t most_sequences(const ModelShape& shape, const HeadPlan& plan, CacheOptions options,
+                            std::size_t bytes, const Beside& beside = {}) {
+  options.max_bytes = 0;
+  options.page_memory = {};
+  return detail::largest_fitting(detail::kMostSequences, [&](std::int64_t sequences) {
+    options.max_sequences = static_cast<int>(sequences);
+    return detail::fits_in<Rows>(shape, plan, options, bytes, beside);
+  });
+}
+
+}  // namespace headwise::inline v0

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: MIT
+#include "headwise/cache/estimate.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory_resource>
+
+#include "headwise/cache/kv_cache.hpp"
+
+namespace headwise {
+namespace {
+
+/// Counts what is asked of it.
+class CountingResource : public std::pmr::memory_resource {
+ public:
+  std::size_t bytes = 0;
+  int requests = 0;
+
+ private:
+  void* do_allocate(std::size_t size, std::size_t alignment) override {
+    bytes += size;
+    ++requests;
+    return std::pmr::new_delete_resource()->allocate(size, alignment);
+  }
+  void do_deallocate(void* memory, std::size_t size, std::size_t alignment) override {
+    std::pmr::new_delete_resource()->deallocate(memory, size, alignment);
+  }
+  bool do_is_equal(const memory_resource& other) const noexcept override { return this == &other; }
+};
+
+/// Half of the heads of two unlike layers stream.
+struct Model {
+  ModelShape shape{{{4, 2, 64, 64}, {2, 4, 128, 96}}};
+  HeadPlan plan{shape};
+  CacheOptions options{
+      .max_sequences = 3, .max_context = 5000, .max_chunk = 512, .max_rollback = 8};
+
+  Model() {
+    for (const int head : {0, 3}) plan.set(0, head, KeepWindow{{4, 60}});
+    plan.set(1, 1, KeepWindow{{16, 64}});
+  }
+};
+
+/// Bytes of a page of either layer: 64 rows of K and V of two bytes an element.
+constexpr std::size_t kFirst = std::size_t{64} * (64 + 64) * 2;
+constexpr std::size_t kSecond = std::size_t{64} * (128 + 96) * 2;
+
+TEST(Estimate, EqualsWhatTheAllocatorIsAskedForOnce) {
+  Model model;
+  CountingResource counted;
+  model.options.resource = &counted;
+  for (const std::size_t max_bytes : {std::size_t{0}, std::size_t{9} << 20}) {
+    counted.bytes = 0;
+    counted.requests = 0;
+    model.options.max_bytes = max_bytes;
+    const Estimate expected = estimate<f16>(model.shape, model.plan, model.options);
+    const KvCache<f16> cache(model.shape, model.plan, model.options);
+    EXPECT_EQ(counted.bytes, expected.pool_bytes + expected.metadata_bytes);
+    EXPECT_EQ(counted.requests, 2) << "pages and metadata, one allocation each";
+  }
+}
+
+TEST(Estimate, CallersPageMemoryIsNotAskedFor) {
+  Model model;
+  alignas(64) static std::byte memory[4 << 20];
+  CountingResource counted;
+  model.options.resource = &counted;
+  model.options.max_bytes = sizeof memory;
+  model.options.page_memory = memory;
+  const Estimate expected = estimate<f16>(model.shape, model.plan, model.options);
+  const KvCache<f16> cache(model.shape, model.plan, model.options);
+  EXPECT_EQ(expected.pool_bytes, 0U);
+  EXPECT_EQ(counted.bytes, expected.metadata_bytes);
+}
+
+TEST(Estimate, ResidentBytesAreTheClosedForm) {
+  const Model model;
+  const Estimate e = estimate<f16>(model.shape, model.plan, model.options);
+  // ceil(5000 / 64) = 79 pages for each of 3 retrieval heads, 2 of them in the first layer; rings
+  // of round_up(4 + 60 + 8) = 2 and round_up(16 + 64 + 8) = 2 pages.
+  EXPECT_EQ(e.resident_bytes, 3U * ((2 * 79 + 2 * 2) * kFirst + (79 + 2) * kSecond));
+  // A second ring for each streaming head while a chunk is open.
+  EXPECT_EQ(e.transient_bytes, 3U * (2 * 2 * kFirst + 2 * kSecond));
+  EXPECT_EQ(e.dense_bytes, 3U * 79 * (4 * kFirst + 2 * kSecond));
+  // Whole slabs of 16 of the larger pages, for pages of either size.
+  EXPECT_GE(e.pool_bytes, e.resident_bytes + e.transient_bytes);
+  EXPECT_LE(e.pool_bytes, (e.resident_bytes + e.transient_bytes) * 17 / 16 + 2 * 16 * kSecond);
+  EXPECT_TRUE(e.gains());
+}
+
+TEST(Estimate, BytesOfASequenceFollowItsLength) {
+  const Model model;
+  const auto bytes = [&](std::int64_t length) {
+    return sequence_bytes<f16>(model.shape, model.plan, model.options, length);
+  };
+  EXPECT_EQ(bytes(0), 0U);
+  EXPECT_EQ(bytes(1), 4 * kFirst + 2 * kSecond) << "a page a head";
+  EXPECT_EQ(bytes(64), 4 * kFirst + 2 * kSecond);
+  EXPECT_EQ(bytes(65), 8 * kFirst + 4 * kSecond);
+  EXPECT_EQ(bytes(129), (2 * 3 + 2 * 2) * kFirst + (3 + 2) * kSecond)
+      << "rings have all they will ever hold";
+  EXPECT_EQ(bytes(5000), (2 * 79 + 2 * 2) * kFirst + (79 + 2) * kSecond);
+}
+
+TEST(Estimate, SaysNoGainWhereWindowsAreNoSmallerThanTheContext) {
+  Model model;
+  model.options.max_context = 128;
+  const Estimate e = estimate<f16>(model.shape, model.plan, model.options);
+  EXPECT_FALSE(e.gains());
+}
+
+TEST(Estimate, InversesAreTheLargestThatFit) {
+  Model model;
+  constexpr std::size_t kBytes = std::size_t{64} << 20;
+  const auto beside = [](const CacheOptions& options) {  // some engine's own, 8 bytes a token
+    return static_cast<std::size_t>(options.max_context * options.max_sequences) * 8;
+  };
+  const auto total = [&](const CacheOptions& options) {
+    return estimate<f16>(model.shape, model.plan, options).total_bytes();
+  };
+
+  CacheOptions options = model.options;
+  options.max_context = longest_context<f16>(model.shape, model.plan, options, kBytes);
+  EXPECT_GT(options.max_context, 5000);
+  EXPECT_LE(total(options), kBytes);
+  ++options.max_context;
+  EXPECT_GT(total(options), kBytes);
+
+  options.max_context = longest_context<f16>(model.shape, model.plan, options, kBytes, beside);
+  EXPECT_LE(total(options) + beside(options), kBytes);
+  ++options.max_context;
+  EXPECT_GT(total(options) + beside(options), kBytes);
+
+  options = model.options;
+  options.max_sequences =
+      static_cast<int>(most_sequences<f16>(model.shape, model.plan, options, kBytes, beside));
+  EXPECT_GT(options.max_sequences, 1);
+  EXPECT_LE(total(options) + beside(options), kBytes);
+  ++options.max_sequences;
+  EXPECT_GT(total(options) + beside(options), kBytes);
+
+  EXPECT_EQ(longest_context<f16>(model.shape, model.plan, model.options, 1000), 0);
+}
+
+TEST(Estimate, StreamingHeadsLengthenTheContextThatFits) {
+  const Model model;
+  const HeadPlan dense(model.shape);
+  constexpr std::size_t kBytes = std::size_t{256} << 20;
+  EXPECT_GT(longest_context<f16>(model.shape, model.plan, model.options, kBytes),
+            longest_context<f16>(model.shape, dense, model.options, kBytes) * 19 / 10);
+}
+
+TEST(Estimate, ShortChunksNeedNoSecondRings) {
+  Model model;
+  model.options.max_chunk = 1;
+  EXPECT_EQ(estimate<f16>(model.shape, model.plan, model.options).transient_bytes, 0U);
+}
+
+TEST(Estimate, RefusesWhatMakesNoSense) {
+  Model model;
+  model.options.max_chunk = -1;
+  EXPECT_THROW((void)estimate<f16>(model.shape, model.plan, model.options), ConfigError);
+}
+
+}  // namespace
+}  // namespace headwise
