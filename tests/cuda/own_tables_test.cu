@@ -32,7 +32,7 @@ class Engine {
   void check() {
     const auto num_sequences = static_cast<int>(lengths_.size());
     const auto shape = cuda::PageTableShape::dense(num_sequences, max_pages_);
-    const cuda::TableAttention<f16, Dims> attention(layers_, windows_, shape);
+    cuda::TableAttention<f16, Dims> attention(layers_, windows_, shape);
     const cuda::DeviceMemory lengths = upload(lengths_);
     ASSERT_EQ(attention.plan(reinterpret_cast<const std::int32_t*>(lengths.data()), num_sequences,
                              nullptr),
@@ -54,7 +54,7 @@ class Engine {
     return window.sees(Pos{length - 1}, Pos{pos});
   }
 
-  void check_layer(const cuda::TableAttention<f16, Dims>& attention, int l) {
+  void check_layer(cuda::TableAttention<f16, Dims>& attention, int l) {
     const std::size_t num_pages = kHeads * lengths_.size() * static_cast<std::size_t>(max_pages_);
     constexpr std::size_t kPage = 2 * 64 * kDim;
     std::vector<std::int32_t> page_of(num_pages);

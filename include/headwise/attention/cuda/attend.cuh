@@ -115,7 +115,8 @@ class DeviceAttention {
   /// @param out  [rows, num_qo_heads, dim], likewise; may not overlap the others
   /// @return kStale unless the step is open, kAttended where the layer was attended, kNotPlanned
   ///   where the step's work was not cut since begin (or, in a capture, not in this capture), and
-  ///   kDeviceError where CUDA refused. Nothing was launched then, unless by CUDA's fault.
+  ///   kDeviceError where CUDA refused, or for more rows than can be converted (then error() is
+  ///   cudaErrorInvalidValue). Nothing was launched then, unless by CUDA's fault.
   StepStatus attend(const Step& step, int layer, TensorView<const Io> q, TensorView<const Io> k,
                     TensorView<const Io> v, TensorView<Io> out, cudaStream_t stream) {
     if (!cache_.is_open(step)) return StepStatus::kStale;
@@ -135,6 +136,9 @@ class DeviceAttention {
     }
     if (decodes && (planned_ != cache_.place().num_sent() || planned_in_ != capture)) {
       return StepStatus::kNotPlanned;
+    }
+    if (tiles > 0 && !launches_.can_convert(step.num_rows())) {
+      return checked(cudaErrorInvalidValue);
     }
     const DeviceStep on_device = cache_.place().step();
     cudaError_t e = append(step, layer, k, v, stream);

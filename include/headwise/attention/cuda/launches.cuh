@@ -229,8 +229,10 @@ class LayerLaunches {
 
   /// Attends sequences of one new token whose rows are stored, all heads in one launch.
   /// @pre the step's work was cut by plan().
+  /// @param follows_plan  whether nothing but plan() comes before: the launch reads work before it
+  ///   waits for the stream's last kernel, which must have waited for plan().
   cudaError_t decode(const DeviceStep& step, int layer, TensorView<const Io> q, TensorView<Io> out,
-                     cudaStream_t stream) const {
+                     cudaStream_t stream, bool follows_plan = false) const {
     const Layer& place = at(layer);
     DecodeArgs args{step,
                     place.work,
@@ -243,12 +245,16 @@ class LayerLaunches {
     for (int i = 0; i < place.heads.num_heads; ++i) {
       args.idx_in_class[place.heads.kv_head[i]] = place.heads.idx_in_class[i];
     }
-    return cuda::decode(args, place.decode, limits_.chains_launches, stream);
+    return cuda::decode(args, place.decode, limits_.chains_launches && !follows_plan, stream);
   }
 
   /// Tiles that a chunk is cut into; the sum over a step is what prefill() takes.
   std::int64_t num_tiles(int layer, std::int64_t num_tokens) const {
     return at(layer).prefill.num_tiles(num_tokens, at(layer).shape.group_size);
+  }
+  /// Whether prefill() can take a step of so many rows.
+  bool can_convert(std::int64_t num_rows) const {
+    return std::same_as<Row, Io> || num_rows <= layout_.converted.max_rows;
   }
   /// Rows of a step.
   struct RowRange {
@@ -280,7 +286,7 @@ class LayerLaunches {
       args.out = bits(out);
       return cuda::prefill(args, place.prefill, tiles, limits_.num_sms, stream);
     } else {
-      if (num_rows > layout_.converted.max_rows) return cudaErrorInvalidValue;
+      if (!can_convert(num_rows)) return cudaErrorInvalidValue;
       const int dim = place.shape.k_dim;
       const int qo_heads = place.shape.num_qo_heads();
       const int kv_heads = place.shape.num_kv_heads;

@@ -129,7 +129,7 @@ class TableAttention {
   /// Cuts the step's work: row s of q and out is the newest token of sequence s, whose length
   /// counts it.
   /// @param lengths  [num_sequences] on the device
-  cudaError_t plan(const std::int32_t* lengths, int num_sequences, cudaStream_t stream) const {
+  cudaError_t plan(const std::int32_t* lengths, int num_sequences, cudaStream_t stream) {
     if (num_sequences < 0 || num_sequences > tables_.max_sequences) return cudaErrorInvalidValue;
     std::byte* base = state_.data();
     const auto num_classes = static_cast<int>(classes_.size());
@@ -142,6 +142,7 @@ class TableAttention {
             reinterpret_cast<const WindowClass*>(base + layout_.total_bytes), num_classes, lengths,
             num_sequences, tables_.sequence_stride, tables_.head_stride);
     if (const cudaError_t e = cudaGetLastError(); e != cudaSuccess) return e;
+    is_fresh_ = true;
     return launches_.plan(step({}), stream);
   }
 
@@ -150,8 +151,10 @@ class TableAttention {
   /// @param out  [sequences, num_qo_heads, dim], likewise; may not overlap q
   /// @pre plan() was called since the lengths changed.
   cudaError_t decode(int layer, const PageTableView& pages, TensorView<const Io> q,
-                     TensorView<Io> out, cudaStream_t stream) const {
-    return launches_.decode(step(pages), layer, q, out, stream);
+                     TensorView<Io> out, cudaStream_t stream) {
+    const bool follows_plan = is_fresh_;
+    is_fresh_ = false;
+    return launches_.decode(step(pages), layer, q, out, stream, follows_plan);
   }
 
  private:
@@ -221,6 +224,7 @@ class TableAttention {
   LayerLaunches<Row, Dims, Io> launches_;
   StepLayout layout_;
   DeviceMemory state_;
+  bool is_fresh_ = false;  // no layer was decoded since plan()
 };
 
 }  // namespace headwise::inline v0::cuda
