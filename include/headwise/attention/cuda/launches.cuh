@@ -37,12 +37,19 @@ struct DeviceLayer {
 struct LaunchLayout {
   /// Of one kind of layer.
   struct Lists {
-    std::size_t items, item_begin, pieces, places, warps;  ///< offsets, see DecodeWork
+    std::size_t items = 0;       ///< offset, see DecodeWork
+    std::size_t item_begin = 0;  ///< offset
+    std::size_t pieces = 0;      ///< offset
+    std::size_t places = 0;      ///< offset
+    std::size_t warps = 0;       ///< offset
   };
   /// Tensors of a step's chunks, as rows are stored: of the widest layer.
   struct Converted {
-    std::size_t q = 0, k = 0, v = 0, out = 0;  ///< offsets
-    std::int64_t max_rows = 0;                 ///< tokens that there is room for
+    std::size_t q = 0;          ///< offset
+    std::size_t k = 0;          ///< offset
+    std::size_t v = 0;          ///< offset
+    std::size_t out = 0;        ///< offset
+    std::int64_t max_rows = 0;  ///< tokens that there is room for
   };
 
   std::vector<LayerKind> kinds;    ///< different ones
@@ -89,7 +96,7 @@ struct LaunchLayout {
       most_items = std::max(most_items, kind_items);
       const auto items = static_cast<std::size_t>(kind_items);
       const auto pieces = static_cast<std::size_t>(DecodeWork::most_pieces(kind_items, kind.grid));
-      Lists lists{};
+      Lists lists;
       lists.items = layout.section(items * sizeof(Piece));
       lists.item_begin = layout.section((items + 1) * sizeof(std::int32_t));
       lists.pieces = layout.section(pieces * sizeof(Piece));
