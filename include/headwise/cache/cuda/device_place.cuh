@@ -214,7 +214,8 @@ class DevicePlace {
   }
   /// Page ids of one copy: 256 KiB of them, and always those of one whole head.
   static std::size_t most_ids(const CacheGeometry& geometry) {
-    const std::vector<std::int64_t>& per_head = geometry.tables(true).levels.back().per_head;
+    const PageTables::Shape tables = geometry.tables(true);
+    const std::vector<std::int64_t>& per_head = tables.levels.back().per_head;
     const std::int64_t longest = *std::max_element(per_head.begin(), per_head.end());
     return std::max<std::size_t>(std::size_t{1} << 16, static_cast<std::size_t>(longest));
   }
