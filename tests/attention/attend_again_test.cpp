@@ -182,7 +182,7 @@ TEST(AttendStale, AStepThatIsNotTheOpenOneIsRefusedAndNothingIsWritten) {
   Step step;
   const auto begin = [&] {
     const SequenceChunk chunk[] = {{a, 20}};
-    ASSERT_EQ(model.cache.begin(step, chunk, Phase::kPrompt), StepStatus::kOk);
+    ASSERT_EQ(model.cache.begin(step, chunk), StepStatus::kOk);
     ASSERT_EQ(plan_work(model.cache, step, 1), StepStatus::kOk);
   };
   const auto expect_refused = [&](const char* what) {

@@ -187,7 +187,7 @@ TEST(Attend, FoldingIdenticalRowsLosesNothing) {
   }
   std::vector<float> out(q.size());
   const auto run = [&](std::int64_t first, std::int64_t count) {
-    ASSERT_EQ(cache.begin(step, {{id, count}}, Phase::kPrompt), StepStatus::kOk);
+    ASSERT_EQ(cache.begin(step, {{id, count}}), StepStatus::kOk);
     ASSERT_EQ(attend(cache, step, 0, TensorView<const float>::nhd(q.data() + first * 128, 4, 32),
                      TensorView<const float>::nhd(k.data() + first * 64, 2, 32),
                      TensorView<const float>::nhd(v.data() + first * 64, 2, 32),

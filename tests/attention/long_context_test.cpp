@@ -36,13 +36,13 @@ double decode_error(std::int64_t past, int group_size) {
   const auto kv = [](const std::vector<float>& x, std::int64_t token) {
     return TensorView<const float>{x.data() + token * kDim, kDim, kDim};
   };
-  EXPECT_EQ(cache.begin(step, {{id, past}}, Phase::kPrompt), StepStatus::kOk);
-  cache.append<simd::BestIsa>(step.entries()[0], 0, 0, kv(k, 0), kv(v, 0));
+  EXPECT_EQ(cache.begin(step, {{id, past}}), StepStatus::kOk);
+  cache.append<simd::BestIsa>(step, step.entries()[0], 0, 0, kv(k, 0), kv(v, 0));
   step.note_head_done(0);
   EXPECT_EQ(cache.commit(step), StepStatus::kOk);
 
   std::vector<float> out(q.size());
-  EXPECT_EQ(cache.begin(step, {{id, 1}}, Phase::kDecode), StepStatus::kOk);
+  EXPECT_EQ(cache.begin(step, {{id, 1}}), StepStatus::kOk);
   EXPECT_EQ(attend(cache, step, 0, TensorView<const float>::nhd(q.data(), group_size, kDim),
                    kv(k, past), kv(v, past), TensorView<float>::nhd(out.data(), group_size, kDim)),
             StepStatus::kOk);

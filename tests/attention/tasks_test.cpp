@@ -40,11 +40,11 @@ class DecodeStep : public ::testing::Test {
 
   /// Appends rows without attending them: this is about what comes after.
   void store(std::initializer_list<SequenceChunk> chunks) {
-    ASSERT_EQ(cache_->begin(step_, chunks, Phase::kPrompt), StepStatus::kOk);
+    ASSERT_EQ(cache_->begin(step_, chunks), StepStatus::kOk);
     for (const StepEntry& entry : step_.entries()) {
       for (int head = 0; head < kHeads; ++head) {
         const TensorView<const float> rows{k().row(entry.first_row, head), kHeads * kDim, kDim};
-        cache_->append<simd::BestIsa>(entry, 0, head, rows, rows);
+        cache_->append<simd::BestIsa>(step_, entry, 0, head, rows, rows);
         step_.note_head_done(0);
       }
     }
@@ -74,7 +74,7 @@ class DecodeStep : public ::testing::Test {
 };
 
 TEST_F(DecodeStep, CutsLongHeadsAndLeavesShortOnesWhole) {
-  ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}, {ids_[1], 1}}, Phase::kDecode), StepStatus::kOk);
+  ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}, {ids_[1], 1}}), StepStatus::kOk);
   ASSERT_EQ(plan_work(*cache_, step_, 1), StepStatus::kOk);
   std::vector<float> out(2 * 2 * kHeads * kDim);
   // 5000 rows twice in 3 parts, 3003 in 2, 63 in 1; the short sequence's four
@@ -87,7 +87,7 @@ TEST_F(DecodeStep, AnyOrderAndAnyThreadGivesTheSameBits) {
   std::vector<float> expected;
   std::mt19937 random(3);
   for (int round = 0; round < 20; ++round) {
-    ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}, {ids_[1], 1}}, Phase::kDecode), StepStatus::kOk);
+    ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}, {ids_[1], 1}}), StepStatus::kOk);
     ASSERT_EQ(plan_work(*cache_, step_, 3), StepStatus::kOk);
     std::vector<float> out(size, -1.0F);
     const Tasks cut = tasks(out);
@@ -106,16 +106,16 @@ TEST_F(DecodeStep, ASequencesBitsDoNotDependOnItsBatch) {
   const std::size_t row = 2 * kHeads * kDim;
   std::vector<float> alone(row);
   std::vector<float> batched(2 * row);
-  ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}}, Phase::kDecode), StepStatus::kOk);
+  ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}}), StepStatus::kOk);
   ASSERT_EQ(attend(*cache_, step_, 0, q(), k(), k(), rows(alone)), StepStatus::kOk);
   ASSERT_EQ(cache_->drop(step_), StepStatus::kOk);
-  ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}, {ids_[1], 1}}, Phase::kDecode), StepStatus::kOk);
+  ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}, {ids_[1], 1}}), StepStatus::kOk);
   ASSERT_EQ(attend(*cache_, step_, 0, q(), k(), k(), rows(batched)), StepStatus::kOk);
   EXPECT_TRUE(std::equal(alone.begin(), alone.end(), batched.begin()));
 }
 
 TEST_F(DecodeStep, CommitWaitsForEveryTask) {
-  ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}}, Phase::kDecode), StepStatus::kOk);
+  ASSERT_EQ(cache_->begin(step_, {{ids_[0], 1}}), StepStatus::kOk);
   ASSERT_EQ(plan_work(*cache_, step_, 1), StepStatus::kOk);
   std::vector<float> out(2 * kHeads * kDim);
   const Tasks cut = tasks(out);

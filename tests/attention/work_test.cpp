@@ -108,7 +108,7 @@ TEST(CacheGeometry, MostRowsSeenIsABoundAtEveryLength) {
     for (int c = 0; c < 5; ++c) {
       std::int64_t most = 0;
       for (std::int64_t length = 0; length <= context; ++length) {
-        most = std::max(most, cache.rows_seen(c, StepEntry{{}, {length, length, length + 1}, 0}));
+        most = std::max(most, cache.rows_seen(c, StepEntry{SequenceId{0, 0}, {length, length, length + 1}}));
       }
       EXPECT_LE(most, cache.geometry().most_rows_seen(c)) << "class " << c;
       EXPECT_GE(most + 32, cache.geometry().most_rows_seen(c)) << "class " << c;
@@ -153,7 +153,7 @@ TEST(StepWork, NamesEveryPartOfEveryHeadOnce) {
     std::vector<SequenceChunk> chunks;
     for (int i = 0; i < kSequences; ++i)
       chunks.push_back({cache.add_sequence().value(), 1 + below(random, 7000)});
-    ASSERT_EQ(cache.begin(step, chunks, Phase::kPrompt), StepStatus::kOk);
+    ASSERT_EQ(cache.begin(step, chunks), StepStatus::kOk);
     for (int l = 0; l < shape.num_layers(); ++l) {
       step.note_heads_done(l, kSequences * shape.layer(l).num_kv_heads);
     }
@@ -161,7 +161,7 @@ TEST(StepWork, NamesEveryPartOfEveryHeadOnce) {
     for (SequenceChunk& chunk : chunks) {
       chunk.num_tokens = below(random, 3) == 0 ? 1 : below(random, 800);
     }
-    ASSERT_EQ(cache.begin(step, chunks, Phase::kPrompt), StepStatus::kOk);
+    ASSERT_EQ(cache.begin(step, chunks), StepStatus::kOk);
     ASSERT_EQ(plan_work(cache, step, 3), StepStatus::kOk);
     EXPECT_EQ(step.planned_threads(), 3U);
 
@@ -224,7 +224,7 @@ TEST(StepWork, NamesEveryPartOfEveryHeadOnce) {
 TEST(StepWork, ArrivalsOfAnAttemptThatWasCutShortDoNotCount) {
   test::Model model = test::small_model(PrefillMode::kWindowed);
   const SequenceId id = model.add();
-  ASSERT_EQ(model.cache.begin(model.step, {{id, 600}}, Phase::kPrompt), StepStatus::kOk);
+  ASSERT_EQ(model.cache.begin(model.step, {{id, 600}}), StepStatus::kOk);
   ASSERT_EQ(plan_work(model.cache, model.step, 1), StepStatus::kOk);
   const StepWork& work = StepWork::in(model.step.scratch());
   EXPECT_FALSE(work.arrives_last(0, 1, 3));

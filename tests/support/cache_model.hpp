@@ -148,12 +148,12 @@ template <class Rows>
 std::vector<SeenCopy> seen_by_next(const KvCache<Rows>& cache, SequenceId id, Phase phase,
                                    std::int64_t num_tokens = 1) {
   const std::int64_t length = cache.length(id);
-  const StepEntry entry{id, {length, cache.high_water(id), length + num_tokens}, 0};
+  const StepEntry entry{id, {length, cache.high_water(id), length + num_tokens}, 0, phase};
   std::vector<SeenCopy> copies;
   const auto& layers = cache.geometry().layers();
   for (std::size_t l = 0; l < layers.size(); ++l) {
     for (int h = 0; h < layers[l].shape.num_kv_heads; ++h) {
-      copies.push_back(copy_of(cache.seen(entry, phase, static_cast<int>(l), h)));
+      copies.push_back(copy_of(cache.seen(entry, static_cast<int>(l), h)));
     }
   }
   return copies;
@@ -197,10 +197,10 @@ class ModelledCache {
   StepStatus begin(std::vector<std::pair<SequenceId, std::vector<Token>>> chunks, Phase phase) {
     std::vector<SequenceChunk> counts;
     for (const auto& [id, tokens] : chunks) {
-      counts.push_back({id, static_cast<std::int64_t>(tokens.size())});
+      counts.push_back({id, static_cast<std::int64_t>(tokens.size()), phase});
     }
     open_ = std::move(chunks);
-    return cache.begin(step, counts, phase);
+    return cache.begin(step, counts);
   }
 
   /// Stores the open step's rows of one layer, as attention does after it has read what is seen.
@@ -221,7 +221,7 @@ class ModelledCache {
           fill_row(tokens[i], pos, layer, h, Side::kV, std::span(v).subspan(i * vd, vd));
         }
         cache.template append<simd::BestIsa>(
-            entry, layer, h, TensorView<const float>::nhd(k.data(), 1, shape.k_dim),
+            step, entry, layer, h, TensorView<const float>::nhd(k.data(), 1, shape.k_dim),
             TensorView<const float>::nhd(v.data(), 1, shape.v_dim));
         step.note_head_done(layer);
       }

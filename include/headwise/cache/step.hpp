@@ -4,6 +4,7 @@
 #pragma once
 
 #include <atomic>
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -21,7 +22,7 @@ namespace headwise::inline v0 {
 struct SequenceId {
   std::int32_t index = -1;       ///< place among the cache's sequences; -1: nobody
   std::uint32_t generation = 0;  ///< how many had the place before
-  friend constexpr bool operator==(SequenceId, SequenceId) = default;
+  friend constexpr auto operator<=>(SequenceId, SequenceId) = default;
 };
 
 /// New tokens of one sequence in a step.
