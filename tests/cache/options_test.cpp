@@ -14,6 +14,7 @@ TEST(CacheOptions, DefaultsAreThePublishedPageAndNothingOptional) {
   EXPECT_EQ(options.max_bytes, 0U);
   EXPECT_EQ(options.max_sequences, 1);
   EXPECT_EQ(options.max_context, 0);  // there is no sensible default: CacheGeometry refuses it
+  EXPECT_EQ(options.max_chunk, 0);    // as long as the context
   EXPECT_EQ(options.max_rollback, 0);
   EXPECT_EQ(options.prefill, PrefillMode::kWindowed);
   EXPECT_TRUE(options.page_memory.empty());

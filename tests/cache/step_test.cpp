@@ -14,6 +14,7 @@ TEST(Step, StartsWithoutRows) {
   const Step step;
   EXPECT_TRUE(step.entries().empty());
   EXPECT_EQ(step.num_rows(), 0);
+  EXPECT_EQ(step.num_overflows(), 0);
 }
 
 TEST(Step, IsNeitherCopiedNorMoved) {
@@ -24,21 +25,34 @@ TEST(Step, IsNeitherCopiedNorMoved) {
 
 TEST(Step, EveryStatusHasWordsOfItsOwn) {
   std::set<std::string> words;
-  for (const StepStatus status :
-       {StepStatus::kOk, StepStatus::kOutOfPages, StepStatus::kContextTooLong,
-        StepStatus::kInvalidChunk, StepStatus::kStale, StepStatus::kIncomplete,
-        StepStatus::kTooFarBack}) {
-    EXPECT_STRNE(to_string(status), "unknown");
-    words.insert(to_string(status));
+  int statuses = 0;
+  for (int value = 0; value < 256; ++value) {
+    const std::string text = to_string(static_cast<StepStatus>(value));
+    if (text == "unknown") break;  // the values lie in a row
+    words.insert(text);
+    ++statuses;
   }
-  EXPECT_EQ(words.size(), 7U);
+  EXPECT_GT(statuses, static_cast<int>(StepStatus::kDeviceError));
+  EXPECT_EQ(words.size(), static_cast<std::size_t>(statuses));
+}
+
+TEST(Step, CountsOverflowsFromAnyHead) {
+  const Step step;
+  step.note_overflows(3);
+  step.note_overflows(0);
+  step.note_overflows(4);
+  EXPECT_EQ(step.num_overflows(), 7);
 }
 
 TEST(Step, EntryCountsItsTokens) {
   const StepEntry entry{SequenceId{2}, {10, 12, 17}, 5};
   EXPECT_EQ(entry.num_tokens(), 7);
-  EXPECT_EQ(entry.lengths.next_high_water(), 17);
-  EXPECT_EQ((StepLengths{10, 30, 17}.next_high_water()), 30);
+  EXPECT_EQ(entry.phase, Phase::kPrompt);
+}
+
+TEST(SequenceId, NamesNobodyUnlessACacheGaveIt) {
+  EXPECT_EQ(SequenceId{}.index, -1);
+  EXPECT_NE((SequenceId{3, 1}), (SequenceId{3, 2}));  // who had the place before is another one
 }
 
 }  // namespace

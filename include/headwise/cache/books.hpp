@@ -304,11 +304,15 @@ class Books {
   }
 
   /// Bytes that the pool lacks for a step of these chunks, whole slabs; 0: it would begin, if
-  /// nothing but pages is in its way. Pages of an open step count as taken.
+  /// nothing but pages is in its way. Pages of an open step count as taken, a chunk that passes
+  /// max_context as one that ends there.
   std::size_t missing_bytes(std::span<const SequenceChunk> chunks) {
     std::fill(demand_.begin(), demand_.end(), 0);
-    for (const SequenceChunk& chunk : chunks) {
-      if (is_live(chunk.sequence) && chunk.num_tokens >= 0) add_demand(chunk);
+    for (SequenceChunk chunk : chunks) {
+      if (!is_live(chunk.sequence) || chunk.num_tokens < 0) continue;
+      const std::int64_t room = geometry_.options().max_context - state(chunk.sequence).length;
+      chunk.num_tokens = std::min(chunk.num_tokens, room);
+      add_demand(chunk);
     }
     return pool_.missing_bytes(demand_);
   }

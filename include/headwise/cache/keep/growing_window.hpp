@@ -73,9 +73,11 @@ struct GrowingWindowRule {
   constexpr std::int64_t frozen(State, std::int64_t high_water) const {
     return std::max<std::int64_t>(0, high_water - max_rollback) / page_tokens;
   }
-  /// Behind the sinks lie the buffer, what rollback may reach, the chunk, and two ragged ends.
+  /// Behind the sinks lie the buffer (that of the chunk's start), what rollback may reach, the
+  /// chunk, and two ragged ends.
   constexpr std::int64_t peak_entries(std::int64_t max_chunk) const {
-    const std::int64_t tokens = budget.recent(max_context) + max_rollback + max_chunk;
+    const std::int64_t start = std::max<std::int64_t>(0, max_context - max_chunk);
+    const std::int64_t tokens = budget.recent(start) + max_rollback + max_chunk;
     return std::min(pages_of(max_context), sink_pages() + pages_of(tokens) + 2);
   }
 

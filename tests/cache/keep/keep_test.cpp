@@ -1,0 +1,423 @@
+// SPDX-License-Identifier: MIT
+// Promises that every kind of budget makes, whatever it keeps.
+#include "headwise/cache/keep/keep.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <map>
+#include <random>
+#include <set>
+#include <type_traits>
+#include <variant>
+#include <vector>
+
+#include "support/sight.hpp"
+
+namespace headwise {
+namespace {
+
+using Entries = std::set<std::int64_t>;
+constexpr std::int64_t kPage = 16;
+
+struct RuleCase {
+  HeadBudget budget;
+  KeepLimits limits;
+};
+
+KeepLimits limits_of(std::int64_t rollback, PrefillMode prefill) {
+  return {.page_tokens = kPage,
+          .max_context = 400,
+          .max_rollback = rollback,
+          .max_chunk = 400,
+          .prefill = prefill};
+}
+
+/// Rules of every kind with small windows, so that all boundaries come early.
+std::vector<RuleCase> rule_cases() {
+  std::vector<RuleCase> cases;
+  for (const std::int64_t rollback : {0, 1, 7, 16, 40}) {
+    for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
+      const KeepLimits limits = limits_of(rollback, prefill);
+      cases.push_back({KeepEverything{}, limits});
+      for (const KeepWindow keep :
+           {KeepWindow{{0, 1}}, KeepWindow{{4, 12}}, KeepWindow{{16, 16}}, KeepWindow{{17, 30}},
+            KeepWindow{{4, 12}, 29}, KeepWindow{{4, 29}, 12}, KeepWindow{Window::everything()}}) {
+        cases.push_back({keep, limits});
+      }
+      if (prefill == PrefillMode::kWindowed) continue;
+      for (const std::int64_t sink : {0, 4, 16, 20}) {
+        cases.push_back({KeepGrowingWindow{sink, 40, 3}, limits});
+      }
+    }
+  }
+  return cases;
+}
+
+/// `check(rule, case)` for each of them.
+template <class Check>
+void for_each_rule(Check&& check) {
+  for (const RuleCase& rule_case : rule_cases()) {
+    std::visit([&](const auto& rule) { check(rule, rule_case); },
+               make_rule(rule_case.budget, rule_case.limits));
+    if (::testing::Test::HasFatalFailure()) return;
+  }
+}
+
+/// Every state that a sequence may be in.
+template <class State>
+std::vector<State> all_states() {
+  if constexpr (std::is_empty_v<State>) {
+    return {State{}};
+  } else {
+    return {State{0}, State{1}};
+  }
+}
+
+Entries entries(const std::array<EntryRange, 2>& ranges) {
+  Entries out;
+  for (const EntryRange& range : ranges) {
+    for (std::int64_t i = range.first; i < range.last; ++i) {
+      EXPECT_TRUE(out.insert(i).second) << "held twice: " << i;
+    }
+  }
+  return out;
+}
+Entries entries(const EntryRange& range) { return entries(std::array<EntryRange, 2>{range, {}}); }
+
+TEST(KeepRules, ChangesLeadFromWhatIsHeldToWhatIsHeld) {
+  for_each_rule([]<class Rule>(const Rule& rule, const RuleCase& rule_case) {
+    for (std::int64_t length = 0; length <= 120; length += 3) {
+      for (std::int64_t ahead = 0; ahead <= rule_case.limits.max_rollback; ahead += 5) {
+        for (const std::int64_t tokens : {0, 1, 2, 15, 16, 17, 60, 200}) {
+          for (const auto state : all_states<typename Rule::State>()) {
+            const StepLengths step{length, length + ahead, length + tokens};
+            const auto changes = rule.changes(state, step);
+            Entries held = entries(rule.held(state, step.length, step.high_water));
+            for (const std::int64_t i : entries(changes.take)) {
+              ASSERT_TRUE(held.insert(i).second) << "taken though held: " << i;
+            }
+            for (const std::int64_t i : entries(changes.release)) {
+              ASSERT_EQ(held.erase(i), 1U) << "released though not held: " << i;
+            }
+            ASSERT_EQ(held, entries(rule.held(changes.next, step.next, step.next_high_water())))
+                << length << " of " << step.high_water << " to " << step.next;
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST(KeepRules, RollbackGivesBackExactlyWhatIsNoLongerHeld) {
+  for_each_rule([]<class Rule>(const Rule& rule, const RuleCase& rule_case) {
+    for (std::int64_t high_water = 0; high_water <= 120; high_water += 2) {
+      const std::int64_t lowest =
+          std::max<std::int64_t>(0, high_water - rule_case.limits.max_rollback);
+      for (std::int64_t from = lowest; from <= high_water; from += 3) {
+        for (std::int64_t to = lowest; to <= from; to += 3) {
+          for (const auto state : all_states<typename Rule::State>()) {
+            Entries held = entries(rule.held(state, from, high_water));
+            for (const std::int64_t i : entries(rule.rolled_back(state, from, to))) {
+              ASSERT_EQ(held.erase(i), 1U);
+            }
+            ASSERT_EQ(held, entries(rule.held(state, to, high_water)));
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST(KeepRules, HoldThePageOfEveryRowThatAnyPermittedLengthMaySee) {
+  for_each_rule([]<class Rule>(const Rule& rule, const RuleCase& rule_case) {
+    for (std::int64_t high_water = 0; high_water <= 220; ++high_water) {
+      const std::int64_t lowest =
+          std::max<std::int64_t>(0, high_water - rule_case.limits.max_rollback);
+      for (std::int64_t length = lowest; length <= high_water; ++length) {
+        for (const auto state : all_states<typename Rule::State>()) {
+          const Entries held = entries(rule.held(state, length, high_water));
+          const std::int64_t first_entry = rule.slots(state).first_entry;
+          for (const Phase phase : {Phase::kPrompt, Phase::kDecode}) {
+            for (const KvRun& run : rule.runs(state, length, phase).runs) {
+              if (run.count <= 0) continue;
+              for (std::int64_t i = run.first_slot.value / kPage;
+                   i <= (run.first_slot.value + run.count - 1) / kPage; ++i) {
+                ASSERT_TRUE(held.contains(first_entry + i))
+                    << "length " << length << " of " << high_water;
+              }
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST(KeepRules, RunsAreOldestFirstAndEndAtTheLength) {
+  for_each_rule([]<class Rule>(const Rule& rule, const RuleCase&) {
+    for (std::int64_t length = 0; length <= 200; ++length) {
+      for (const Phase phase : {Phase::kPrompt, Phase::kDecode}) {
+        const StoredRuns stored = rule.runs({}, length, phase);
+        std::int64_t next = 0;
+        for (const KvRun& run : stored.runs) {
+          if (run.count == 0) continue;
+          ASSERT_GE(run.first_pos.value, next);
+          next = run.first_pos.value + run.count;
+        }
+        ASSERT_LE(next, length);
+        ASSERT_LE(stored.num_rows() + rule.folded({}, length).count, length);
+      }
+    }
+  });
+}
+
+TEST(KeepRules, TablesNeverShrinkAsTheyHoldMoreTokens) {
+  for_each_rule([]<class Rule>(const Rule& rule, const RuleCase& rule_case) {
+    std::int64_t last = 0;
+    for (std::int64_t pages = 1; pages <= ceil_div(rule_case.limits.max_context, kPage); ++pages) {
+      ASSERT_GE(rule.table_entries(pages), last);
+      last = rule.table_entries(pages);
+    }
+  });
+}
+
+TEST(KeepRules, NoStepHoldsMoreThanThePeakOfItsChunk) {
+  for_each_rule([]<class Rule>(const Rule& rule, const RuleCase& rule_case) {
+    std::set<std::int64_t> chunks{1, 2, kPage, 100, 399, 400};
+    if constexpr (std::is_same_v<Rule, WindowRule>) {
+      // Where a second ring begins to be needed.
+      const std::int64_t slack =
+          rule.turn() - rule_case.limits.max_rollback - rule.most_recent() + 1;
+      for (const std::int64_t n : {slack - 1, slack, slack + 1}) {
+        if (n >= 1 && n <= 400) chunks.insert(n);
+      }
+    }
+    for (const std::int64_t max_chunk : chunks) {
+      std::int64_t most = 0;
+      for (std::int64_t high_water = 0; high_water <= 400; ++high_water) {
+        const std::int64_t lowest =
+            std::max<std::int64_t>(0, high_water - rule_case.limits.max_rollback);
+        for (std::int64_t length = lowest; length <= high_water; ++length) {
+          const auto held = rule.held({}, length, high_water);
+          const std::int64_t n = std::min(max_chunk, 400 - length);  // a longer step takes no less
+          most =
+              std::max(most, held[0].count() + held[1].count() +
+                                 rule.changes({}, {length, high_water, length + n}).take.count());
+        }
+      }
+      ASSERT_LE(most, rule.peak_entries(max_chunk)) << "chunks of " << max_chunk;
+      // And it is no wild guess: two ragged ends of a window that grows at most.
+      const std::int64_t slack = std::is_same_v<Rule, GrowingWindowRule> ? 2 : 0;
+      ASSERT_GE(most + slack, rule.peak_entries(max_chunk)) << "chunks of " << max_chunk;
+    }
+  });
+}
+
+TEST(KeepRules, ALongerStepTakesNoFewerPages) {
+  for_each_rule([]<class Rule>(const Rule& rule, const RuleCase& rule_case) {
+    for (std::int64_t high_water = 0; high_water <= 150; high_water += 3) {
+      const std::int64_t lowest =
+          std::max<std::int64_t>(0, high_water - rule_case.limits.max_rollback);
+      for (std::int64_t length = lowest; length <= high_water; length += 2) {
+        std::int64_t last = 0;
+        for (std::int64_t next = length; next <= 400; ++next) {
+          const std::int64_t taken = rule.changes({}, {length, high_water, next}).take.count();
+          ASSERT_GE(taken, last);
+          last = taken;
+        }
+      }
+    }
+  });
+}
+
+// One head of a cache, whose rows are their positions ---------------------------------------------
+
+/// What a rule says is done, done to pages of positions: step by step, with drops, rollbacks and
+/// pages that a fork shares.
+template <class Rule>
+class OneHead {
+ public:
+  OneHead(const Rule& rule, const RuleCase& rule_case) : rule_(rule), case_(rule_case) {}
+
+  std::int64_t length() const { return length_; }
+  std::int64_t high_water() const { return high_water_; }
+  std::int64_t lowest() const {
+    return std::max<std::int64_t>(0, high_water_ - case_.limits.max_rollback);
+  }
+
+  void step(std::int64_t tokens, bool commit) {
+    const StepLengths lengths{length_, high_water_, length_ + tokens};
+    const auto changes = rule_.changes(state_, lengths);
+    // A block of tables for so many tokens has every entry.
+    const std::int64_t table =
+        rule_.table_entries(ceil_div(std::max<std::int64_t>(1, lengths.next_high_water()), kPage));
+    for (const std::int64_t i : entries(changes.take)) {
+      ASSERT_LT(i, table);
+      ASSERT_FALSE(pages_.contains(i));
+      pages_[i].fill(kUnwritten);
+    }
+    append(lengths);
+    // The step's other queries, and whoever comes after a drop, still see what they saw.
+    check_sight();
+    if (::testing::Test::HasFatalFailure()) return;
+    if (!commit) {
+      for (const std::int64_t i : entries(changes.take)) pages_.erase(i);
+    } else {
+      for (const std::int64_t i : entries(changes.release)) give_back(i);
+      state_ = changes.next;
+      length_ = lengths.next;
+      high_water_ = lengths.next_high_water();
+    }
+    check();
+  }
+
+  void roll_back(std::int64_t to) {
+    for (const std::int64_t i : entries(rule_.rolled_back(state_, length_, to))) give_back(i);
+    length_ = to;
+    check();
+  }
+
+  /// As if another sequence held the pages that a fork shares from here on.
+  void fork() {
+    for (const std::int64_t i : entries(rule_.held(state_, length_, high_water_))) {
+      if (i < rule_.frozen(state_, high_water_)) shared_.insert(i);
+    }
+  }
+  bool has_shared() const { return !shared_.empty(); }
+
+ private:
+  static constexpr std::int64_t kUnwritten = -1;
+
+  void give_back(std::int64_t entry) {
+    ASSERT_EQ(pages_.erase(entry), 1U);
+    shared_.erase(entry);
+  }
+
+  std::array<std::int64_t, kPage>& page_to_write(std::int64_t entry) {
+    EXPECT_TRUE(pages_.contains(entry)) << "writes entry " << entry << " without a page";
+    EXPECT_FALSE(shared_.contains(entry)) << "writes a shared page";
+    return pages_[entry];
+  }
+
+  void append(const StepLengths& lengths) {
+    const SlotMap from = rule_.slots(state_);
+    const SlotMap to = rule_.append_slots(state_, lengths);
+    if (from.first_entry != to.first_entry) {
+      const EntryRange held = rule_.held(state_, lengths.length, lengths.high_water)[0];
+      for (std::int64_t i = 0; i < held.count(); ++i) {
+        page_to_write(to.first_entry + i) = pages_.at(held.first + i);
+      }
+    }
+    for (std::int64_t pos = lengths.length; pos < lengths.next; ++pos) {
+      if (!to.keeps(Pos{pos}, lengths.next)) continue;
+      const std::int64_t slot = to.slot(Pos{pos}).value;
+      page_to_write(to.first_entry + slot / kPage)[static_cast<std::size_t>(slot % kPage)] = pos;
+    }
+  }
+
+  void check() {
+    Entries held;
+    for (const auto& [entry, page] : pages_) held.insert(entry);
+    ASSERT_EQ(held, entries(rule_.held(state_, length_, high_water_)));
+    check_sight();
+  }
+
+  void check_sight() {
+    for (const Phase phase : {Phase::kPrompt, Phase::kDecode}) {
+      std::vector<std::int64_t> expected;
+      for (std::int64_t key = 0; key < length_; ++key) {
+        if (test::sight(case_.budget, case_.limits.prefill, kPage, phase, length_, length_, key) ==
+            test::Sight::kAsRow) {
+          expected.push_back(key);
+        }
+      }
+      std::vector<std::int64_t> seen;
+      const std::int64_t first_entry = rule_.slots(state_).first_entry;
+      for (const KvRun& run : rule_.runs(state_, length_, phase).runs) {
+        for (std::int64_t i = 0; i < run.count; ++i) {
+          const std::int64_t slot = run.first_slot.value + i;
+          const auto page = pages_.find(first_entry + slot / kPage);
+          ASSERT_NE(page, pages_.end());
+          seen.push_back(page->second[static_cast<std::size_t>(slot % kPage)]);
+          ASSERT_EQ(seen.back(), run.first_pos.value + i);
+        }
+      }
+      ASSERT_EQ(seen, expected);
+    }
+  }
+
+  Rule rule_;
+  RuleCase case_;
+  typename Rule::State state_{};
+  std::int64_t length_ = 0;
+  std::int64_t high_water_ = 0;
+  std::map<std::int64_t, std::array<std::int64_t, kPage>> pages_;
+  Entries shared_;
+};
+
+TEST(KeepRules, ShowWhatTheBudgetSaysAndWriteNoSharedPageOnARandomWalk) {
+  std::mt19937 random(29);
+  const auto below = [&](std::int64_t n) {
+    return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(n));
+  };
+  for_each_rule([&]<class Rule>(const Rule& rule, const RuleCase& rule_case) {
+    OneHead<Rule> head(rule, rule_case);
+    bool has_shared = false;
+    for (int op = 0; op < 150; ++op) {
+      if (op % 20 == 10) head.fork();
+      has_shared |= head.has_shared();
+      if (below(3) == 0) {
+        const std::int64_t lowest = std::max<std::int64_t>(1, head.lowest());  // 0 is a clear
+        if (head.length() > lowest) {
+          head.roll_back(below(2) == 0 ? lowest : lowest + below(head.length() - lowest));
+        }
+      } else {
+        const std::int64_t tokens = below(3) == 0 ? below(70) : below(4);
+        // One token less than the context, so that there is a next query.
+        head.step(std::min(tokens, 399 - head.length()), below(4) != 0);
+      }
+      ASSERT_FALSE(::testing::Test::HasFailure()) << "budget " << rule_case.budget.index()
+                                                  << ", rollback " << rule_case.limits.max_rollback;
+    }
+    EXPECT_EQ(has_shared, (!std::is_same_v<Rule, WindowRule>));
+  });
+}
+
+// The list of kinds ------------------------------------------------------------------------------
+
+TEST(KeepRules, EachBudgetHasTheRuleThatNamesIt) {
+  const KeepLimits limits = limits_of(0, PrefillMode::kChunkCausal);
+  EXPECT_TRUE(std::holds_alternative<EverythingRule>(make_rule(KeepEverything{}, limits)));
+  EXPECT_TRUE(std::holds_alternative<WindowRule>(make_rule(KeepWindow{{4, 8}}, limits)));
+  EXPECT_TRUE(
+      std::holds_alternative<GrowingWindowRule>(make_rule(KeepGrowingWindow{4, 8, 2}, limits)));
+  static_assert(std::variant_size_v<AnyKeepRule> == std::variant_size_v<HeadBudget>);
+}
+
+TEST(KeepRules, AStateIsVisitedBesideItsRule) {
+  const KeepLimits limits = limits_of(0, PrefillMode::kChunkCausal);
+  for (const HeadBudget& budget : {HeadBudget{KeepEverything{}}, HeadBudget{KeepWindow{{4, 8}}},
+                                   HeadBudget{KeepGrowingWindow{4, 8, 2}}}) {
+    const AnyKeepRule rule = make_rule(budget, limits);
+    const AnyKeepState state = empty_state(rule);
+    EXPECT_EQ(rule.index(), state.index());
+    const bool is_same = visit_rule(
+        rule, state, [&]<class Rule>(const Rule& kind, const typename Rule::State& kept) {
+          return kind == std::get<Rule>(rule) && kept == typename Rule::State{};
+        });
+    EXPECT_TRUE(is_same);
+  }
+}
+
+TEST(KeepRules, StatesOfUnlikeRulesAreUnlike) {
+  // Two kinds may both have a bank; a state must still say whose it is.
+  static_assert(!std::is_same_v<WindowRule::State, GrowingWindowRule::State>);
+  static_assert(std::is_trivially_copyable_v<AnyKeepState>);
+  static_assert(sizeof(AnyKeepState) <= 8);  // one for each class of every sequence
+}
+
+}  // namespace
+}  // namespace headwise
