@@ -64,8 +64,7 @@ struct Layers {
     return !row.dense && head >= (row.num_kv_heads + 1) / 2;
   }
   std::size_t page_bytes() const {
-    const CacheGeometry geometry(shape, plan, options, &PlainRows<f16>::page_bytes);
-    return static_cast<std::size_t>(geometry.num_pages()) * geometry.page_bytes();
+    return CacheGeometry(shape, plan, options, &PlainRows<f16>::page_bytes).pool_bytes();
   }
 
   double bytes;  ///< of K and V that a layer's step reads
@@ -81,7 +80,6 @@ class Decoder {
   /// @param pages  Layers::page_bytes() or more
   Decoder(const Row& row, std::byte* pages) : row_(row), layers_(row) {
     layers_.options.page_memory = {pages, layers_.page_bytes()};
-    layers_.options.page_memory_place = PageMemory::kDevice;
     cache_ = std::make_unique<cuda::DeviceCache<f16>>(layers_.shape, layers_.plan, layers_.options);
     attention_ = std::make_unique<cuda::DeviceAttention<f16, Dims>>(*cache_);
     const std::size_t elements =
@@ -98,20 +96,22 @@ class Decoder {
   cudaStream_t stream() const { return stream_; }
 
   double microseconds_a_layer() {
-    cuda::require(attention_->plan(stream_), "plan");
+    cuda::require(plan(), "plan");
     const auto q = TensorView<const f16>::nhd(reinterpret_cast<const f16*>(q_.data()),
                                               row_.num_qo_heads, kDim);
     const auto out =
         TensorView<f16>::nhd(reinterpret_cast<f16*>(out_.data()), row_.num_qo_heads, kDim);
     return microseconds(stream_, 4.0 + layers_.bytes / 4.4e6, [&](int i) {
-      return attention_->decode(i % layers_.count, q, out, stream_);
+      return attention_->launches().decode(cache_->place().step(), i % layers_.count, q, out,
+                                           stream_);
     });
   }
   double microseconds_to_plan() {
-    return microseconds(stream_, 10.0, [&](int) { return attention_->plan(stream_); });
+    return microseconds(stream_, 10.0, [&](int) { return plan(); });
   }
 
  private:
+  cudaError_t plan() { return attention_->launches().plan(cache_->place().step(), stream_); }
   /// To one token short of the row's length, then an open step of one token a sequence.
   void grow() {
     std::vector<SequenceChunk> chunks;
@@ -123,13 +123,12 @@ class Decoder {
       advance(chunks);
       done += n;
     }
-    for (SequenceChunk& c : chunks) c.num_tokens = 1;
-    if (cache_->begin(step_, chunks, Phase::kDecode, stream_) != StepStatus::kOk) std::abort();
-    cuda::require(cache_->error(), "begin");
+    for (SequenceChunk& c : chunks) c = {c.sequence, 1, Phase::kDecode};
+    if (cache_->begin(step_, chunks, stream_) != StepStatus::kOk) std::abort();
   }
   void advance(const std::vector<SequenceChunk>& chunks) {
-    if (cache_->begin(step_, chunks, Phase::kPrompt, stream_) != StepStatus::kOk ||
-        cache_->commit_replayed(step_) != StepStatus::kOk) {
+    if (cache_->begin(step_, chunks, stream_) != StepStatus::kOk ||
+        cuda::commit_replayed<f16>(*cache_, step_) != StepStatus::kOk) {
       std::abort();
     }
   }

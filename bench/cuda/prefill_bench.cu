@@ -3,8 +3,9 @@
 //
 //   prefill_bench <out.json>
 //
-// "streaming" attends the four streaming heads alone (64+256), as an engine with a dense kernel of
-// its own would; TFLOP/s count the arithmetic that the window rule asks for, and no more.
+// "streaming_half" is a layer of the four streaming heads alone (64+256), "dense_half" one of four
+// that keep everything, "all" one of both; TFLOP/s count the arithmetic that the window rule asks
+// for, and no more.
 #include <algorithm>
 #include <cstdio>
 #include <memory>
@@ -17,7 +18,6 @@ namespace headwise::bench {
 namespace {
 
 constexpr int kDim = 128;
-constexpr int kKvHeads = 8;
 constexpr int kGroup = 4;
 using Dims = cuda::HeadDims<kDim>;
 
@@ -39,38 +39,44 @@ double operations(std::int64_t n, const Window& window) {
 
 class Prompt {
  public:
-  explicit Prompt(std::int64_t n) : n_(n) {
-    const ModelShape shape = ModelShape::uniform(1, kKvHeads * kGroup, kKvHeads, kDim);
+  /// @param dense, streaming  KV heads of either kind
+  Prompt(std::int64_t n, int dense, int streaming) : n_(n), kv_heads_(dense + streaming) {
+    const ModelShape shape = ModelShape::uniform(1, kv_heads_ * kGroup, kv_heads_, kDim);
     HeadPlan plan(shape);
-    for (int h = kKvHeads / 2; h < kKvHeads; ++h) plan.set(0, h, KeepWindow{kWindow});
+    for (int h = dense; h < kv_heads_; ++h) plan.set(0, h, KeepWindow{kWindow});
     cache_ = std::make_unique<cuda::DeviceCache<bf16>>(shape, plan, CacheOptions{.max_context = n});
     attention_ = std::make_unique<cuda::DeviceAttention<bf16, Dims>>(*cache_);
     const std::size_t row = static_cast<std::size_t>(n) * kDim * 2;
     for (cuda::DeviceMemory* memory : {&q_, &out_}) {
-      *memory = cuda::DeviceMemory(row * kKvHeads * kGroup);
+      *memory = cuda::DeviceMemory(row * static_cast<std::size_t>(kv_heads_ * kGroup));
     }
-    for (cuda::DeviceMemory* memory : {&k_, &v_}) *memory = cuda::DeviceMemory(row * kKvHeads);
+    for (cuda::DeviceMemory* memory : {&k_, &v_}) {
+      *memory = cuda::DeviceMemory(row * static_cast<std::size_t>(kv_heads_));
+    }
     unsigned seed = 0;
     for (cuda::DeviceMemory* memory : {&q_, &k_, &v_}) {
       fill<true>(memory->data(), memory->num_bytes(), ++seed);
     }
     cuda::require(cudaStreamCreate(&stream_), "stream");
     const SequenceId id = *cache_->add_sequence();
-    if (cache_->begin(step_, {{id, n}}, Phase::kPrompt, stream_) != StepStatus::kOk) std::abort();
+    if (cache_->begin(step_, {{id, n}}, stream_) != StepStatus::kOk) std::abort();
   }
   ~Prompt() { cudaStreamDestroy(stream_); }
 
-  double microseconds_for(cuda::HeadsWanted wanted, double guess) {
+  double microseconds_to_attend(double guess) {
+    const auto& launches = attention_->launches();
     return microseconds(stream_, guess, [&](int) {
-      return attention_->prefill(step_, 0, view<const bf16>(q_, kKvHeads * kGroup),
-                                 view<const bf16>(k_, kKvHeads), view<const bf16>(v_, kKvHeads),
-                                 view<bf16>(out_, kKvHeads * kGroup), wanted, stream_);
+      return launches.prefill(cache_->place().step(), 0, launches.num_tiles(0, n_), n_, {},
+                              view<const bf16>(q_, kv_heads_ * kGroup),
+                              view<const bf16>(k_, kv_heads_), view<const bf16>(v_, kv_heads_),
+                              view<bf16>(out_, kv_heads_ * kGroup), stream_);
     });
   }
   double microseconds_to_append() {
     return microseconds(stream_, 50.0, [&](int) {
-      return attention_->append(step_, 0, view<const bf16>(k_, kKvHeads),
-                                view<const bf16>(v_, kKvHeads), stream_);
+      return attention_->launches().append(
+          cache_->place().step(), 0, view<const bf16>(k_, kv_heads_),
+          view<const bf16>(v_, kv_heads_), cache_->place().most_rows_stored(), 1, stream_);
     });
   }
 
@@ -83,6 +89,7 @@ class Prompt {
   }
 
   std::int64_t n_;
+  int kv_heads_;
   std::unique_ptr<cuda::DeviceCache<bf16>> cache_;
   std::unique_ptr<cuda::DeviceAttention<bf16, Dims>> attention_;
   cuda::DeviceMemory q_, k_, v_, out_;
@@ -96,7 +103,6 @@ int run(const char* path) {
   std::fprintf(json, "[");
   const char* comma = "\n";
   for (const std::int64_t n : {8192, 32768, 65536}) {
-    Prompt prompt(n);
     const auto row = [&](const char* what, double us, double flop) {
       std::printf("prefill/32_8/bf16/n=%lld/%s  %.1f us  %.0f TFLOP/s\n", static_cast<long long>(n),
                   what, us, flop / us * 1e-6);
@@ -108,10 +114,10 @@ int run(const char* path) {
     };
     const double streaming = 16 * operations(n, Prompt::kWindow);
     const double retrieval = 16 * operations(n, Window::everything());
-    row("streaming_half_64+256", prompt.microseconds_for(cuda::HeadsWanted::kStreaming, 500.0),
-        streaming);
-    row("dense_half", prompt.microseconds_for(cuda::HeadsWanted::kRetrieval, 20000.0), retrieval);
-    row("all", prompt.microseconds_for(cuda::HeadsWanted::kAll, 20000.0), streaming + retrieval);
+    row("streaming_half_64+256", Prompt(n, 0, 4).microseconds_to_attend(500.0), streaming);
+    row("dense_half", Prompt(n, 4, 0).microseconds_to_attend(20000.0), retrieval);
+    Prompt prompt(n, 4, 4);
+    row("all", prompt.microseconds_to_attend(20000.0), streaming + retrieval);
     row("append", prompt.microseconds_to_append(), 0.0);
   }
   std::fprintf(json, "\n]\n");

@@ -104,14 +104,9 @@ std::size_t CudaCache<Row>::held_bytes(headwise::SequenceId sequence) const {
 
 template <class Row>
 headwise::StepStatus CudaCache<Row>::begin(headwise::Step& step,
-                                           std::span<const headwise::SequenceChunk> chunks,
-                                           headwise::Phase phase) {
-  const headwise::StepStatus status = device_->cache.begin(step, chunks, phase, nullptr);
-  if (status == headwise::StepStatus::kOk) {
-    require(device_->cache.error(), "begin");
-    require(device_->attention.plan(nullptr), "plan");
-  }
-  return status;
+                                           std::span<const headwise::SequenceChunk> chunks) {
+  const headwise::StepStatus status = device_->cache.begin(step, chunks, nullptr);
+  return status == headwise::StepStatus::kOk ? device_->attention.plan(nullptr) : status;
 }
 template <class Row>
 headwise::StepStatus CudaCache<Row>::commit(headwise::Step& step) {
@@ -130,8 +125,10 @@ void CudaCache<Row>::attend(headwise::Step& step, int layer, TensorView<const fl
   const auto device_k = device_->k.upload(k, rows, shape.num_kv_heads, shape.k_dim);
   const auto device_v = device_->v.upload(v, rows, shape.num_kv_heads, shape.v_dim);
   const auto device_out = device_->out.reserve(rows, qo_heads, shape.v_dim);
-  require(device_->attention.attend(step, layer, device_q, device_k, device_v, device_out, nullptr),
-          "attend");
+  if (device_->attention.attend(step, layer, device_q, device_k, device_v, device_out, nullptr) !=
+      headwise::StepStatus::kOk) {
+    headwise::fail<headwise::CudaError>("attend: ", cudaGetErrorString(device_->attention.error()));
+  }
   device_->out.download(out, rows, qo_heads, shape.v_dim);
 }
 

@@ -216,8 +216,8 @@ TEST(Attend, AllocatesNothingOnceScratchIsReserved) {
   std::vector<float> q(400 * 6 * 32, 0.25F);
   std::vector<float> out(400 * 6 * 32);
   bool all_ok = true;
-  const auto run = [&](std::initializer_list<SequenceChunk> chunks, Phase phase) {
-    all_ok &= model.cache.begin(model.step, chunks, phase) == StepStatus::kOk;
+  const auto run = [&](std::initializer_list<SequenceChunk> chunks) {
+    all_ok &= model.cache.begin(model.step, chunks) == StepStatus::kOk;
     for (int l = 0; l < 2; ++l) {
       const int heads = l == 0 ? 3 : 2;
       const auto kv = TensorView<const float>::nhd(q.data(), heads, 32);
@@ -228,10 +228,10 @@ TEST(Attend, AllocatesNothingOnceScratchIsReserved) {
     all_ok &= model.cache.commit(model.step) == StepStatus::kOk;
   };
   EXPECT_EQ(test::allocations_in([&] {
-              run({{a, 200}, {b, 100}}, Phase::kPrompt);
-              for (int i = 0; i < 40; ++i) run({{b, 1}, {a, 1}}, Phase::kDecode);
-              run({{b, 60}}, Phase::kPrompt);
-              run({{a, 4}, {b, 7}}, Phase::kDecode);
+              run({{a, 200}, {b, 100}});
+              for (int i = 0; i < 40; ++i) run({{b, 1}, {a, 1}});
+              run({{b, 60}});
+              run({{a, 4, Phase::kDecode}, {b, 7}});
             }),
             0U);
   EXPECT_TRUE(all_ok);

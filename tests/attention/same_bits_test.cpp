@@ -171,7 +171,7 @@ TEST(SameBits, AStepDroppedInMidLayerAndDoneAgainGivesTheSameBits) {
       ASSERT_EQ(disturbed.begin(other, Phase::kPrompt), StepStatus::kOk);
       (void)disturbed.attend_layer(0, other);
       auto in = disturbed.inputs_of(1, other);
-      EXPECT_THROW((void)disturbed.attend_into(disturbed.step, 1, in, test::StopsAfter{3}),
+      EXPECT_THROW((void)disturbed.attend_into(disturbed.step, 1, in, test::StopsAfter{1}),
                    test::Stopped);
       ASSERT_EQ(disturbed.cache.drop(disturbed.step), StepStatus::kOk);
       ASSERT_TRUE(disturbed.matches());

@@ -45,8 +45,7 @@ TEST(SingleSequence, IsTheCacheInTwoLines) {
               StepStatus::kOk);
     ASSERT_EQ(face.commit(), StepStatus::kOk);
 
-    const Phase phase = length == 0 || tokens > 1 ? Phase::kPrompt : Phase::kDecode;
-    ASSERT_EQ(cache.begin(step, {{id, tokens}}, phase), StepStatus::kOk);
+    ASSERT_EQ(cache.begin(step, {{id, tokens}}), StepStatus::kOk);
     ASSERT_EQ(
         attend(cache, step, 0, in, in, in, TensorView<float>::nhd(expected.data(), kHeads, kDim)),
         StepStatus::kOk);

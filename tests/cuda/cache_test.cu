@@ -11,9 +11,8 @@
 namespace headwise::test {
 namespace {
 
-using Dims = cuda::HeadDims<64, 128>;
 template <class Row>
-using Model = DeviceModel<Row, Dims>;
+using Model = DeviceModel<Row>;
 
 TEST(CudaCache, RefusesWhatTheDeviceCannotHold) {
   const ModelShape shape = ModelShape::uniform(1, 2, 2, 64);
@@ -29,18 +28,18 @@ TEST(CudaCache, RefusesWhatTheDeviceCannotHold) {
 }
 
 TEST(CudaCache, DecodesAtEveryBoundaryLength) {
-  HEADWISE_NEEDS_DEVICE();
   Model<f16> model({.group_size = 4, .max_context = 300, .max_rollback = 3});
+  HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
   for (int i = 0; i < 300; ++i) model.step({{id, 1}}, Phase::kDecode);
 }
 
 TEST(CudaCache, GivesTheSameForEveryChunkingOfAPrompt) {
-  HEADWISE_NEEDS_DEVICE();
   for (const PrefillMode mode : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
     for (const std::int64_t chunk : {2, 63, 64, 65, 100, 128, 200, 517}) {
       SCOPED_TRACE(chunk);
       Model<bf16> model({.group_size = 2, .max_rollback = 5, .prefill = mode});
+      HEADWISE_NEEDS_DEVICE();
       const SequenceId id = model.add();
       for (int i = 0; i < 4; ++i) model.step({{id, chunk}}, Phase::kPrompt, 12);
       model.step({{id, 1}}, Phase::kPrompt);
@@ -52,8 +51,8 @@ TEST(CudaCache, GivesTheSameForEveryChunkingOfAPrompt) {
 }
 
 TEST(CudaCache, RollsBackAcrossAWrap) {
-  HEADWISE_NEEDS_DEVICE();
   Model<f16> model({.max_context = 2000, .max_rollback = 9});
+  HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
   std::mt19937 random(3);
   std::int64_t length = 0;
@@ -72,13 +71,13 @@ TEST(CudaCache, RollsBackAcrossAWrap) {
 }
 
 TEST(CudaCache, ServesARaggedBatch) {
-  HEADWISE_NEEDS_DEVICE();
   Model<f16> model({.dim = 128,
                     .group_size = 4,
                     .num_kv_heads = 4,
                     .num_layers = 2,
                     .window = {64, 256},
                     .max_sequences = 8});
+  HEADWISE_NEEDS_DEVICE();
   std::vector<SequenceId> ids;
   std::vector<SequenceChunk> prompts;
   for (const std::int64_t n : {1, 2, 63, 64, 65, 321, 1500, 3000}) {
@@ -110,7 +109,6 @@ void prompt_and_decode(Model<RowT>& model, int count, LengthOf length_of) {
 }
 
 TEST(CudaCache, KeepsManySmallHeadsApart) {
-  HEADWISE_NEEDS_DEVICE();
   // More items than warps of the grid, most of them a few tiles.
   Model<f16> model({.dim = 64,
                     .num_kv_heads = 32,
@@ -118,23 +116,25 @@ TEST(CudaCache, KeepsManySmallHeadsApart) {
                     .first_streams = true,
                     .max_context = 256,
                     .max_sequences = 96});
+  HEADWISE_NEEDS_DEVICE();
+  ASSERT_GT(model.attention().launches().layout().cut_items, 0) << "they do not fit";
   prompt_and_decode(model, 96, [](int i) { return 1 + i * 37 % 200; });
 }
 
 TEST(CudaCache, CutsMoreItemsThanSharedMemoryLists) {
-  HEADWISE_NEEDS_DEVICE();
-  // 200 sequences x 32 heads could be 6400 items: see DeviceAttention's allocation.
+  // 200 sequences x 32 heads could be 6400 items: see LaunchLayout.
   Model<f16> model({.dim = 32,
                     .num_kv_heads = 32,
                     .window = {16, 64},
                     .first_streams = true,
                     .max_context = 256,
                     .max_sequences = 200});
+  HEADWISE_NEEDS_DEVICE();
+  ASSERT_EQ(model.attention().launches().layout().cut_items, 0) << "they fit";
   prompt_and_decode(model, 40, [](int i) { return 1 + i * 41 % 210; });
 }
 
 TEST(CudaCache, KeepsManyLongHeadsApart) {
-  HEADWISE_NEEDS_DEVICE();
   // Several heads a block of the grid, each longer than what one warp does: all but a block's last
   // one are merged while the next is under way.
   Model<bf16> model({.dim = 128,
@@ -142,21 +142,20 @@ TEST(CudaCache, KeepsManyLongHeadsApart) {
                      .window = {16, 128},
                      .max_context = 512,
                      .max_sequences = 90});
+  HEADWISE_NEEDS_DEVICE();
   prompt_and_decode(model, 90, [](int i) { return 190 + i * 53 % 300; });
 }
 
 TEST(CudaCache, RecyclesPagesAndSequences) {
-  HEADWISE_NEEDS_DEVICE();
   Model<bf16> model({.max_context = 700, .max_sequences = 3});
+  HEADWISE_NEEDS_DEVICE();
   std::mt19937 random(5);
   std::vector<SequenceId> live;
   for (int i = 0; i < 30; ++i) {
     if (live.size() == 3) {
-      model.release(live[random() % 3]);
-      live.clear();
-      for (int id = 0; id < 3; ++id) {
-        if (model.cache().length(SequenceId{id}) > 0) live.push_back(SequenceId{id});
-      }
+      const auto gone = live.begin() + static_cast<std::ptrdiff_t>(random() % 3);
+      model.release(*gone);
+      live.erase(gone);
     }
     live.push_back(model.add());
     model.step({{live.back(), 1 + static_cast<std::int64_t>(random() % 300)}}, Phase::kPrompt, 2);
@@ -167,26 +166,24 @@ TEST(CudaCache, RecyclesPagesAndSequences) {
 }
 
 TEST(CudaCache, LeavesNoTraceOfADroppedStep) {
-  HEADWISE_NEEDS_DEVICE();
   Model<f16> model({.max_context = 1000, .max_rollback = 4});
+  HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
   model.step({{id, 300}}, Phase::kPrompt, 2);
   for (const std::int64_t n : {1, 50, 300}) {
     model.begin({{id, n}}, Phase::kPrompt);
-    ASSERT_EQ(model.attention().plan(model.stream()), cudaSuccess);
-    ASSERT_EQ(model.attention().attend(model.open_step(), 0, model.q(0), model.k(0), model.v(0),
-                                       model.out(0), model.stream()),
-              cudaSuccess);
+    ASSERT_EQ(model.attention().plan(model.stream()), StepStatus::kOk);
+    ASSERT_EQ(model.attend(0), StepStatus::kOk);
     ASSERT_EQ(model.cache().drop(model.open_step()), StepStatus::kOk);
     model.step({{id, 1}}, Phase::kDecode);
   }
 }
 
 TEST(CudaCache, GivesTheSameBitsForTheSameBatch) {
-  HEADWISE_NEEDS_DEVICE();
   std::vector<std::vector<std::uint16_t>> outs;
   for (int run = 0; run < 2; ++run) {
     Model<f16> model({.dim = 128, .group_size = 4, .num_kv_heads = 4, .max_context = 3000});
+    HEADWISE_NEEDS_DEVICE();
     const SequenceId id = model.add();
     model.step({{id, 2500}}, Phase::kPrompt, 1);
     model.step({{id, 1}}, Phase::kDecode);
@@ -196,23 +193,6 @@ TEST(CudaCache, GivesTheSameBitsForTheSameBatch) {
         cudaSuccess);
   }
   EXPECT_EQ(outs[0], outs[1]);
-}
-
-TEST(CudaCache, PrefillsOnlyTheHeadsThatAreWanted) {
-  HEADWISE_NEEDS_DEVICE();
-  Model<bf16> model({.dim = 128, .group_size = 4, .num_kv_heads = 2, .window = {64, 256}});
-  const SequenceId id = model.add();
-  model.begin({{id, 700}}, Phase::kPrompt);
-  ASSERT_EQ(model.attention().prefill(model.open_step(), 0, model.q(0), model.k(0), model.v(0),
-                                      model.out(0), cuda::HeadsWanted::kStreaming, model.stream()),
-            cudaSuccess);
-  ASSERT_EQ(cudaStreamSynchronize(model.stream()), cudaSuccess);
-  model.check({{id, 700}}, Phase::kPrompt, 10, 1, 2);
-  std::vector<std::uint16_t> row(8 * 128);
-  ASSERT_EQ(cudaMemcpy(row.data(), model.out(0).data, row.size() * 2, cudaMemcpyDeviceToHost),
-            cudaSuccess);
-  EXPECT_TRUE(
-      std::all_of(row.begin(), row.begin() + 4 * 128, [](std::uint16_t x) { return x == 0xFFFF; }));
 }
 
 }  // namespace

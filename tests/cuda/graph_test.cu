@@ -12,14 +12,14 @@ namespace headwise::test {
 namespace {
 
 TEST(CudaGraph, StaysRightWhileSequencesGrowComeAndGo) {
+  DeviceModel<f16> model({.group_size = 4,
+                          .num_kv_heads = 3,
+                          .num_layers = 3,
+                          .max_context = 2500,
+                          .max_sequences = 6,
+                          .max_rollback = 2,
+                          .most_rows = 400});
   HEADWISE_NEEDS_DEVICE();
-  DeviceModel<f16, cuda::HeadDims<64>> model({.group_size = 4,
-                                              .num_kv_heads = 3,
-                                              .num_layers = 3,
-                                              .max_context = 2500,
-                                              .max_sequences = 6,
-                                              .max_rollback = 2,
-                                              .most_rows = 400});
   std::vector<SequenceId> live{model.add()};
   cudaGraphExec_t graph = nullptr;
   std::mt19937 random(7);

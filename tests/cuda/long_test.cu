@@ -13,7 +13,6 @@ namespace headwise::test {
 namespace {
 
 constexpr int kDim = 128;
-using Dims = cuda::HeadDims<kDim>;
 
 /// Rows that repeat after a prime number of tokens: cheap to make, and no page looks like another.
 struct Rows {
@@ -45,7 +44,7 @@ struct Rows {
 /// checks its output.
 void check_long(cuda::DeviceCache<f16>& cache, std::int64_t length) {
   constexpr int kHeads = 2;
-  const cuda::DeviceAttention<f16, Dims> attention(cache);
+  cuda::DeviceAttention<f16> attention(cache);
   const Rows k(length + 1, kHeads * kDim, 1);
   const Rows v(length + 1, kHeads * kDim, 2);
   const Rows q(1, 2 * kHeads * kDim, 3);
@@ -59,11 +58,14 @@ void check_long(cuda::DeviceCache<f16>& cache, std::int64_t length) {
   };
   const SequenceId id = *cache.add_sequence();
   Step step;
-  ASSERT_EQ(cache.begin(step, {{id, length}}, Phase::kPrompt, nullptr), StepStatus::kOk);
-  ASSERT_EQ(attention.append(step, 0, rows(device_k, 0), rows(device_v, 0), nullptr), cudaSuccess);
-  ASSERT_EQ(cache.commit(step), StepStatus::kOk);
-  ASSERT_EQ(cache.begin(step, {{id, 1}}, Phase::kDecode, nullptr), StepStatus::kOk);
-  ASSERT_EQ(attention.plan(nullptr), cudaSuccess);
+  ASSERT_EQ(cache.begin(step, {{id, length}}, nullptr), StepStatus::kOk);
+  ASSERT_EQ(
+      attention.launches().append(cache.place().step(), 0, rows(device_k, 0), rows(device_v, 0),
+                                  cache.place().most_rows_stored(), 1, nullptr),
+      cudaSuccess);
+  ASSERT_EQ(cuda::commit_replayed<f16>(cache, step), StepStatus::kOk);
+  ASSERT_EQ(cache.begin(step, {{id, 1, Phase::kDecode}}, nullptr), StepStatus::kOk);
+  ASSERT_EQ(attention.plan(nullptr), StepStatus::kOk);
   ASSERT_EQ(attention.attend(
                 step, 0,
                 TensorView<const f16>::nhd(reinterpret_cast<const f16*>(device_q.data()),
@@ -71,7 +73,7 @@ void check_long(cuda::DeviceCache<f16>& cache, std::int64_t length) {
                 rows(device_k, length), rows(device_v, length),
                 TensorView<f16>::nhd(reinterpret_cast<f16*>(device_out.data()), 2 * kHeads, kDim),
                 nullptr),
-            cudaSuccess);
+            StepStatus::kOk);
   std::vector<f16> out(2 * kHeads * kDim);
   ASSERT_EQ(
       cudaMemcpy(out.data(), device_out.data(), out.size() * sizeof(f16), cudaMemcpyDeviceToHost),
@@ -126,9 +128,8 @@ TEST(CudaLong, AddressesMoreThan2To31Elements) {
                                 .max_context = kFiller});
   Step step;
   const SequenceId filler = *cache.add_sequence();  // its rows are never read
-  ASSERT_EQ(cache.begin(step, {{filler, kFiller - 6400}}, Phase::kPrompt, nullptr),
-            StepStatus::kOk);
-  ASSERT_EQ(cache.commit_replayed(step), StepStatus::kOk);
+  ASSERT_EQ(cache.begin(step, {{filler, kFiller - 6400}}, nullptr), StepStatus::kOk);
+  ASSERT_EQ(cuda::commit_replayed<f16>(cache, step), StepStatus::kOk);
   check_long(cache, 5000);
 }
 

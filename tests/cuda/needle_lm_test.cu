@@ -24,15 +24,15 @@ TEST(CudaNeedleLm, GivesWhatTheCpuGives) {
   KvCache<f16> cpu(shape, plan, options);
   needle_lm::CudaCache<f16> device(shape, plan, options);
   const SequenceId id = *cpu.add_sequence();
-  ASSERT_EQ(device.add_sequence(), id);
+  const SequenceId device_id = *device.add_sequence();
   Step cpu_step;
   Step device_step;
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   for (const std::int64_t n : {300, 1, 1, 37, 1}) {
-    const SequenceChunk chunk{id, n};
-    ASSERT_EQ(cpu.begin(cpu_step, {chunk}, Phase::kPrompt), StepStatus::kOk);
-    ASSERT_EQ(device.begin(device_step, {&chunk, 1}, Phase::kPrompt), StepStatus::kOk);
+    const SequenceChunk chunk{device_id, n};
+    ASSERT_EQ(cpu.begin(cpu_step, {{id, n}}), StepStatus::kOk);
+    ASSERT_EQ(device.begin(device_step, {&chunk, 1}), StepStatus::kOk);
     for (int l = 0; l < 2; ++l) {
       std::vector<float> q(static_cast<std::size_t>(n * 8 * kDim));
       std::vector<float> k(q.size() / 2), v(q.size() / 2), a(q.size()), b(q.size());
@@ -42,8 +42,8 @@ TEST(CudaNeedleLm, GivesWhatTheCpuGives) {
       const auto view = [](const std::vector<float>& x, int heads) {
         return TensorView<const float>::nhd(x.data(), heads, kDim);
       };
-      attend(cpu, cpu_step, l, view(q, 8), view(k, 4), view(v, 4),
-             TensorView<float>::nhd(a.data(), 8, kDim));
+      (void)attend(cpu, cpu_step, l, view(q, 8), view(k, 4), view(v, 4),
+                   TensorView<float>::nhd(a.data(), 8, kDim));
       device.attend(device_step, l, view(q, 8), view(k, 4), view(v, 4),
                     TensorView<float>::nhd(b.data(), 8, kDim));
       double error = 0.0;
@@ -56,7 +56,7 @@ TEST(CudaNeedleLm, GivesWhatTheCpuGives) {
     }
     ASSERT_EQ(cpu.commit(cpu_step), StepStatus::kOk);
     ASSERT_EQ(device.commit(device_step), StepStatus::kOk);
-    EXPECT_EQ(cpu.held_bytes(id), device.held_bytes(id));
+    EXPECT_EQ(cpu.held_bytes(id), device.held_bytes(device_id));
   }
 }
 

@@ -27,14 +27,10 @@ class SingleSequence {
   SingleSequence(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
       : cache_(shape, plan, checked(options)), id_(*cache_.add_sequence()) {}
 
-  /// Opens a step of `num_tokens`: a prompt chunk where the sequence is empty or more than one
-  /// token comes, else a decode step.
-  StepStatus begin(std::int64_t num_tokens) {
-    return begin(num_tokens, length() == 0 || num_tokens > 1 ? Phase::kPrompt : Phase::kDecode);
-  }
-  /// Opens a step of `num_tokens` in the phase given; see KvCache::begin().
-  StepStatus begin(std::int64_t num_tokens, Phase phase) {
-    return cache_.begin(step_, {{id_, num_tokens}}, phase);
+  /// Opens a step of `num_tokens`; kDecode for several tokens of speculation. See
+  /// KvCache::begin().
+  StepStatus begin(std::int64_t num_tokens, Phase phase = Phase::kPrompt) {
+    return cache_.begin(step_, {{id_, num_tokens, phase}});
   }
 
   /// attend() of attention/attend.hpp for this sequence's rows.
@@ -46,6 +42,8 @@ class SingleSequence {
 
   /// See KvCache::commit().
   StepStatus commit() { return cache_.commit(step_); }
+  /// See KvCache::clear().
+  StepStatus clear() { return cache_.clear(id_); }
   /// See KvCache::rollback().
   StepStatus rollback(std::int64_t new_length) { return cache_.rollback(id_, new_length); }
 

@@ -18,6 +18,7 @@
 #include "headwise/cache/keep/keep.hpp"
 #include "headwise/cache/place.hpp"
 #include "headwise/cache/rows/format.hpp"
+#include "headwise/cache/rows/int8_rows.hpp"
 #include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/cache/step.hpp"

@@ -23,6 +23,7 @@ struct SequenceId {
   std::int32_t index = -1;       ///< place among the cache's sequences; -1: nobody
   std::uint32_t generation = 0;  ///< how many had the place before
   friend constexpr auto operator<=>(SequenceId, SequenceId) = default;
+  friend constexpr bool operator==(SequenceId, SequenceId) = default;  // nvcc 13 does not derive it
 };
 
 /// New tokens of one sequence in a step.

@@ -12,6 +12,7 @@ namespace headwise::inline v0 {
 struct Pos {
   std::int64_t value = 0;  ///< tokens from the sequence's first one
   friend constexpr auto operator<=>(Pos, Pos) = default;
+  friend constexpr bool operator==(Pos, Pos) = default;  // nvcc 13 does not derive it
   /// The position `tokens` later; earlier for a negative number.
   friend constexpr Pos operator+(Pos pos, std::int64_t tokens) { return {pos.value + tokens}; }
   /// Tokens from `b` to `a`.
@@ -23,6 +24,7 @@ struct Pos {
 struct Slot {
   std::int64_t value = 0;  ///< rows from the head's first one
   friend constexpr auto operator<=>(Slot, Slot) = default;
+  friend constexpr bool operator==(Slot, Slot) = default;  // nvcc 13 does not derive it
   /// The slot `rows` later.
   friend constexpr Slot operator+(Slot slot, std::int64_t rows) { return {slot.value + rows}; }
 };

@@ -46,6 +46,7 @@ struct Window {
   }
 
   friend constexpr auto operator<=>(Window, Window) = default;
+  friend constexpr bool operator==(Window, Window) = default;  // nvcc 13 does not derive it
 };
 
 }  // namespace headwise::inline v0

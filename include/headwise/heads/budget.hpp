@@ -17,6 +17,7 @@ namespace headwise::inline v0 {
 /// A retrieval head: every token. RLKV's "reasoning heads" are retrieval heads here.
 struct KeepEverything {
   friend constexpr auto operator<=>(KeepEverything, KeepEverything) = default;
+  friend constexpr bool operator==(KeepEverything, KeepEverything) = default;  // nvcc 13 does not derive it
 };
 
 /// A streaming head: the window rule of core/window.hpp.
@@ -32,6 +33,7 @@ struct KeepWindow {
     return prompt_recent == 0 ? window : Window{window.sink, prompt_recent};
   }
   friend constexpr auto operator<=>(KeepWindow, KeepWindow) = default;
+  friend constexpr bool operator==(KeepWindow, KeepWindow) = default;  // nvcc 13 does not derive it
 };
 
 /// RazorAttention's non-retrieval head (arXiv:2407.15891, Algorithm 1): `sink` first tokens, a
@@ -52,6 +54,7 @@ struct KeepGrowingWindow {
   }
 
   friend constexpr auto operator<=>(KeepGrowingWindow, KeepGrowingWindow) = default;
+  friend constexpr bool operator==(KeepGrowingWindow, KeepGrowingWindow) = default;  // nvcc 13 does not derive it
 };
 
 /// What one KV head may keep; default: everything.

@@ -19,6 +19,7 @@ struct HeadId {
   int layer = 0;    ///< from 0
   int kv_head = 0;  ///< from 0 in its layer
   friend constexpr auto operator<=>(HeadId, HeadId) = default;
+  friend constexpr bool operator==(HeadId, HeadId) = default;  // nvcc 13 does not derive it
 };
 
 /// What every KV head keeps; layers may differ in their number of heads. Integers in, integers

@@ -86,6 +86,7 @@ inline HeadPlan select_at_least(const HeadScores& scores, double threshold,
 struct SelectOptions {
   double sparsity = 0.0;  ///< share of KV heads that stream, in [0, 1]
   Window window{};        ///< what a streaming head keeps; must be given, no score file says it
+  std::int64_t prompt_recent = 0;               ///< KeepWindow::prompt_recent of a streaming head
   CountRule count_rule = CountRule::kQuantile;  ///< see num_streaming()
   std::optional<std::uint64_t> jitter_seed{};   ///< see streaming_order()
 };
@@ -102,8 +103,8 @@ inline HeadPlan select(const HeadScores& scores, const SelectOptions& options) {
   if (!options.window.bounded()) {
     fail<ConfigError>("select needs a window: the scores do not say what a streaming head keeps");
   }
-  return select_top(scores, scores.num_heads() - streaming, KeepWindow{options.window},
-                    options.jitter_seed);
+  return select_top(scores, scores.num_heads() - streaming,
+                    KeepWindow{options.window, options.prompt_recent}, options.jitter_seed);
 }
 /// KV heads are stored, so KV heads are selected: reduce_max() or reduce_mean() comes first.
 HeadPlan select(const HeadTable<HeadAxis::kQuery>& scores, const SelectOptions& options) = delete;

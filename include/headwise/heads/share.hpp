@@ -3,6 +3,7 @@
 /// What a plan keeps of a context, in tokens: the memory formulas of the papers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <variant>
 
@@ -16,7 +17,8 @@ struct NumKept {
   std::int64_t n;
   constexpr std::int64_t operator()(KeepEverything) const { return n; }
   constexpr std::int64_t operator()(const KeepWindow& keep) const {
-    const Window window = keep.window;  // sink + recent may overflow: recent can be unbounded
+    Window window = keep.window;  // sink + recent may overflow: recent can be unbounded
+    window.recent = std::max(window.recent, keep.prompt_window().recent);  // the ring's
     return n - window.sink <= window.recent ? n : window.sink + window.recent;
   }
   constexpr std::int64_t operator()(const KeepGrowingWindow& keep) const {

@@ -3,6 +3,7 @@
 /// RLKV: gates trained by reinforcement learning say which heads a chain of thought needs.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "headwise/core/window.hpp"
@@ -49,11 +50,13 @@ struct Policy {
   /// Share of KV heads that stream; near lossless up to 0.4, in the paper's tables.
   double sparsity = 0.4;
   Window window = kDeployWindow;  ///< what a streaming head keeps
+  /// Of prompt chunks where it differs; kPromptWindow.recent: as the released server counts.
+  std::int64_t prompt_recent = 0;
 
   /// The lowest gates stream; see select().
   /// @throws ConfigError for a sparsity outside [0, 1].
   HeadPlan plan(const HeadScores& gates) const {
-    return select(gates, {.sparsity = sparsity, .window = window});
+    return select(gates, {.sparsity = sparsity, .window = window, .prompt_recent = prompt_recent});
   }
 };
 static_assert(HeadPolicy<Policy, HeadScores>);

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <random>
+#include <span>
 #include <vector>
 
 #include "headwise/attention/reference.hpp"
@@ -68,6 +70,77 @@ TYPED_TEST(CpuDecode, HoldsItsErrorOverALongHead) {
   const auto problem = head.problem();
   decode_in_splits<Isa>(problem, {0, 4096, 8192});
   EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5);
+}
+
+/// [token][kv_head][dim] arrays, K and V apart, the head in question being the second of three.
+template <class E>
+struct OwnArrays {
+  static constexpr int kHeads = 3, kDim = 48;
+  std::vector<E> k, v;
+  explicit OwnArrays(std::int64_t tokens)
+      : k(static_cast<std::size_t>(tokens) * kHeads * kDim), v(k.size()) {
+    std::mt19937 random(4);
+    std::normal_distribution<float> normal;
+    for (E& x : k) x = from_float<E>(normal(random));
+    for (E& x : v) x = from_float<E>(normal(random));
+  }
+};
+
+template <class Types>
+class OverRows : public ::testing::Test {};
+TYPED_TEST_SUITE(OverRows, PlainKernels, KernelNames);
+
+TYPED_TEST(OverRows, BothKernelsReadAnEnginesOwnArraysLikeTheOracle) {
+  using Format = typename TypeParam::Format;
+  using E = typename Format::Element;
+  using Arrays = OwnArrays<E>;
+  for (const std::int64_t tokens : {0, 1, 63, 64, 65, 300}) {
+    const Arrays arrays(tokens);
+    for (const std::int64_t queries : {1, 30}) {
+      for (const Window window : {Window::everything(), Window{4, 50}}) {
+        PagedHead<Format> head({.name = "",
+                                .k_dim = Arrays::kDim,
+                                .v_dim = Arrays::kDim,
+                                .group_size = 3,
+                                .past = tokens,
+                                .queries = queries,
+                                .window = window});
+        auto problem = head.problem();
+        problem.past = KvView<Format>::over_rows(
+            arrays.k.data() + Arrays::kDim, arrays.v.data() + Arrays::kDim,
+            Arrays::kHeads * Arrays::kDim, Arrays::kHeads * Arrays::kDim, tokens, Arrays::kDim,
+            Arrays::kDim);
+        // The oracle over the arrays themselves: no view, no pages.
+        std::vector<double> truth;
+        for (std::int64_t i = 0; i < queries; ++i) {
+          for (int g = 0; g < 3; ++g) {
+            ReferenceRow row(problem.q.row(i, g), static_cast<double>(problem.scale));
+            std::vector<float> k(Arrays::kDim), v(Arrays::kDim);
+            for (std::int64_t j = 0; j <= tokens + i; ++j) {
+              if (!window.sees(Pos{tokens + i}, Pos{j})) continue;
+              for (std::int64_t d = 0; d < Arrays::kDim; ++d) {
+                const auto at =
+                    static_cast<std::size_t>((j * Arrays::kHeads + 1) * Arrays::kDim + d);
+                k[static_cast<std::size_t>(d)] =
+                    j < tokens ? to_float(arrays.k[at])
+                               : to_float(from_float<E>(problem.own_k.row(j - tokens, 0)[d]));
+                v[static_cast<std::size_t>(d)] =
+                    j < tokens ? to_float(arrays.v[at])
+                               : to_float(from_float<E>(problem.own_v.row(j - tokens, 0)[d]));
+              }
+              row.add(std::span<const float>(k), std::span<const float>(v));
+            }
+            const std::vector<double> out = row.output(Arrays::kDim);
+            truth.insert(truth.end(), out.begin(), out.end());
+          }
+        }
+        decode_in_splits<typename TypeParam::Isa>(problem);
+        ASSERT_LE(relative_error(head.out(), truth), 1e-5) << tokens << ' ' << queries;
+        prefill_in_tiles<typename TypeParam::Isa>(problem, 17);
+        ASSERT_LE(relative_error(head.out(), truth), 1e-5) << tokens << ' ' << queries;
+      }
+    }
+  }
 }
 
 // The toy of RazorAttention's specification: one dimension, scale 1, q = 1; here dimension 0 of 16.

@@ -249,8 +249,9 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
 /// NaN: query by query, and only what it sees.
 /// @param output  as for all rows at once
 template <class Isa, bool kFetch, class Element>
-void multiply_visible(const QueryRows& rows, const TileBlock<Element>& block,
-                      const SeeingQueries& queries, TileProduct<Element> output) noexcept {
+HEADWISE_NEVER_INLINE void multiply_visible(const QueryRows& rows, const TileBlock<Element>& block,
+                                            const SeeingQueries& queries,
+                                            TileProduct<Element> output) noexcept {
   output.num_rows = rows.group_size;
   output.fetch = {};
   for (int i = queries.first; i < queries.last; ++i) {

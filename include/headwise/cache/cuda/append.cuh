@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "headwise/cache/cuda/device.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 #include "headwise/core/tensor_view.hpp"
 
@@ -30,32 +31,28 @@ struct RowMove {
 __device__ inline RowMove row_move(const ClassState& state, std::int64_t length,
                                    std::int64_t num_tokens, std::int64_t row) {
   const std::int64_t next = length + num_tokens;
-  if (state.ring_rows == 0) {
-    return {row, 0, static_cast<std::int32_t>(length + row), row < num_tokens};
-  }
-  const std::int64_t turn = state.ring_rows - state.ring_sink;
+  const SlotMap map = append_map(state);
   if (state.append_entry == state.read_entry) {
-    const std::int64_t pos = length + row;
-    const bool is_sink = pos < state.ring_sink;
-    const std::int64_t slot = is_sink ? pos : state.ring_sink + (pos - state.ring_sink) % turn;
-    return {row, 0, static_cast<std::int32_t>(slot),
-            row < num_tokens && (is_sink || pos >= next - turn)};
+    const Pos pos{length + row};
+    return {row, 0, static_cast<std::int32_t>(map.slot(pos).value),
+            row < num_tokens && map.keeps(pos, next)};
   }
-  if (row >= state.ring_rows || row >= next) return {};
+  if (row >= map.sink + map.turn || row >= next) return {};
   std::int64_t pos = row;  // the newest position that lies in slot `row`
-  if (row >= state.ring_sink) pos += (next - 1 - row) / turn * turn;
+  if (row >= map.sink) pos += (next - 1 - row) / map.turn * map.turn;
   return {pos >= length ? pos - length : -1, static_cast<std::int32_t>(row),
           static_cast<std::int32_t>(row), true};
 }
 
 /// One warp a row and head: `row_chunks` 16-byte chunks of K, then of V.
 /// Traffic: every row is read once and written once.
-/// @param k,v  [rows, num_kv_heads, dim] two-byte elements; rows of 16-byte chunks.
-template <class = void>  // inline does not hold for kernels
+/// @param k,v  [rows, num_kv_heads, dim]; rows of 16-byte chunks.
+/// @param overflows  counts elements that were finite in k or v and are infinite as stored.
+template <DeviceRow Row, DeviceIo Io>
 __global__ void __launch_bounds__(256)
     append_kernel(const __grid_constant__ DeviceStep step, const __grid_constant__ LayerHeads heads,
-                  TensorView<const std::uint16_t> k, TensorView<const std::uint16_t> v, int dim,
-                  std::int64_t most_rows) {
+                  TensorView<const Bits<Io>> k, TensorView<const Bits<Io>> v, int dim,
+                  std::int64_t most_rows, unsigned long long* overflows) {
   wait_for_previous();
   release_next();
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -72,30 +69,44 @@ __global__ void __launch_bounds__(256)
     const RowMove move = row_move(state, entry.length, entry.num_tokens, row);
     if (!move.needed || entry.num_tokens == 0) continue;
 
-    const std::int32_t* table = step.page_table + entry.table_base + heads.table_offset[h];
+    const std::int32_t* table = table_of(step, state, heads.idx_in_class[h]);
     const auto rows_of = [&](int first_entry, int slot) {
       std::byte* page =
           step.pages +
-          static_cast<std::size_t>(table[first_entry + slot / kPageTokens]) * step.page_bytes;
+          static_cast<std::size_t>(table[first_entry + slot / kPageTokens]) * step.page_stride;
       return reinterpret_cast<std::uint16_t*>(page) + slot % kPageTokens * dim;
     };
     std::uint16_t* to_k = rows_of(state.append_entry, move.slot);
     std::uint16_t* to_v = to_k + kPageTokens * dim;
-    const std::uint16_t* from_k = nullptr;
-    const std::uint16_t* from_v = nullptr;
-    if (move.token >= 0) {
-      from_k = row_at(k, entry.first_row + move.token, heads.kv_head[h]);
-      from_v = row_at(v, entry.first_row + move.token, heads.kv_head[h]);
-    } else {
-      from_k = rows_of(state.read_entry, move.from_slot);
-      from_v = from_k + kPageTokens * dim;
-    }
     const int chunks = dim / 8;
-    for (int c = lane; c < 2 * chunks; c += 32) {
-      const bool is_k = c < chunks;
-      const int at = (is_k ? c : c - chunks) * 8;
-      *reinterpret_cast<uint4*>((is_k ? to_k : to_v) + at) =
-          *reinterpret_cast<const uint4*>((is_k ? from_k : from_v) + at);
+    const auto copy_to = [&](auto copy, const auto* from_k, const auto* from_v) {
+      int lost = 0;
+      for (int c = lane; c < 2 * chunks; c += 32) {
+        const bool is_k = c < chunks;
+        const int at = (is_k ? c : c - chunks) * 8;
+        lost += copy((is_k ? to_k : to_v) + at, (is_k ? from_k : from_v) + at);
+      }
+      return lost;
+    };
+    const auto as_stored = [](auto* to, const auto* from) {
+      return copy_eight<Row, Row>(to, from);
+    };
+    const std::uint16_t* stored_k =
+        move.token >= 0 ? nullptr : rows_of(state.read_entry, move.from_slot);
+    if constexpr (std::same_as<Row, Io>) {
+      const std::uint16_t* stored_v = stored_k + kPageTokens * dim;
+      const bool is_new = move.token >= 0;
+      const std::int64_t token = entry.first_row + move.token;
+      copy_to(as_stored, is_new ? row_at(k, token, heads.kv_head[h]) : stored_k,
+              is_new ? row_at(v, token, heads.kv_head[h]) : stored_v);
+    } else if (move.token < 0) {
+      copy_to(as_stored, stored_k, stored_k + kPageTokens * dim);
+    } else {
+      const std::int64_t token = entry.first_row + move.token;
+      const int lost =
+          copy_to([](auto* to, const auto* from) { return copy_eight<Row, Io>(to, from); },
+                  row_at(k, token, heads.kv_head[h]), row_at(v, token, heads.kv_head[h]));
+      if (lost > 0) atomicAdd(overflows, static_cast<unsigned long long>(lost));
     }
   }
 }
@@ -103,18 +114,19 @@ __global__ void __launch_bounds__(256)
 /// Scatters the step's rows of one layer.
 /// @param most_rows  the most rows that one head of one sequence stores; 1 for decode.
 /// @param max_entries  the most sequences that a replay of this launch may meet.
-/// @pre k and v are 16-byte aligned, their strides multiples of 8 elements.
-inline cudaError_t append(const DeviceStep& step, const LayerHeads& heads,
-                          TensorView<const std::uint16_t> k, TensorView<const std::uint16_t> v,
-                          int dim, std::int64_t most_rows, std::int64_t max_entries,
-                          bool chains_launches, cudaStream_t stream) {
+/// @pre k and v are 16-byte aligned, their strides multiples of 16 bytes.
+template <DeviceRow Row, DeviceIo Io>
+cudaError_t append(const DeviceStep& step, const LayerHeads& heads, TensorView<const Bits<Io>> k,
+                   TensorView<const Bits<Io>> v, int dim, std::int64_t most_rows,
+                   std::int64_t max_entries, unsigned long long* overflows, bool chains_launches,
+                   cudaStream_t stream) {
   constexpr std::int64_t kWarps = 8;
   constexpr std::int64_t kMaxBlocks = 4096;  // a few rows a warp on the longest prompts
   const std::int64_t moves = max_entries * most_rows * heads.num_heads;
   if (moves == 0) return cudaSuccess;
   const auto blocks = static_cast<unsigned>(std::min((moves + kWarps - 1) / kWarps, kMaxBlocks));
-  return launch_chained(append_kernel<>, dim3(blocks), dim3(kWarps * 32), 0, stream,
-                        chains_launches, step, heads, k, v, dim, most_rows);
+  return launch_chained(append_kernel<Row, Io>, dim3(blocks), dim3(kWarps * 32), 0, stream,
+                        chains_launches, step, heads, k, v, dim, most_rows, overflows);
 }
 
 }  // namespace headwise::inline v0::cuda

@@ -3,3 +3,4 @@
 
 #include "headwise/cache/page_pool.hpp"
 #include "neighbour.hpp"
+#include <cuda_runtime.h>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file decode_state.cuh
+/// @file state.cuh
 /// The computing half of a decode warp: online softmax over tiles, and its result in parts.
 #pragma once
 
@@ -7,9 +7,10 @@
 
 #include <cstdint>
 
-#include "headwise/attention/cuda/decode_tile.cuh"
-#include "headwise/attention/cuda/decode_work.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/decode/tile.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 
@@ -26,20 +27,20 @@ __device__ constexpr int partial_row(int query) {
 /// Attention of up to 8 queries over the tiles of one piece, transposed: scores are [keys,
 /// queries], the output [dims, queries], so that 16 keys or dims fill a tensor core's rows and the
 /// few queries of a group its 8 columns. Lane 4g + t has queries 2t and 2t + 1.
-template <class Row, int kDim>
+/// @tparam Io  of q and out. What q holds is rounded to Row, once; f32 outputs are not rounded.
+template <DeviceRow Row, DeviceIo Io, int kDim>
 class DecodeState {
  public:
   /// Reads the queries that the next start() takes.
   /// @param q  the first query row of a piece; `count` of them, `stride` elements apart.
-  __device__ void fetch(const std::uint16_t* q, std::int64_t stride, int count) {
+  __device__ void fetch(const Bits<Io>* q, std::int64_t stride, int count) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int query = lane / 4;
-    const std::uint16_t* row = q + query * stride + lane % 4 * 2;
+    const Bits<Io>* row = q + query * stride + lane % 4 * 2;
 #pragma unroll
     for (int b = 0; b < kDim / 16; ++b) {
-      next_q_[b][0] = query < count ? *reinterpret_cast<const std::uint32_t*>(row + b * 16) : 0U;
-      next_q_[b][1] =
-          query < count ? *reinterpret_cast<const std::uint32_t*>(row + b * 16 + 8) : 0U;
+      next_q_[b][0] = query < count ? load_pair<Row, Io>(row + b * 16) : 0U;
+      next_q_[b][1] = query < count ? load_pair<Row, Io>(row + b * 16 + 8) : 0U;
     }
   }
 
@@ -55,7 +56,7 @@ class DecodeState {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out_[b][i] = 0.0F;
     }
-    max_[0] = max_[1] = kMasked;
+    max_[0] = max_[1] = kLowest;
     sum_[0] = sum_[1] = 0.0F;
   }
 
@@ -77,8 +78,8 @@ class DecodeState {
     for (int i = 0; i < 4; ++i) score[i] = (even[i] + odd[i]) * scale_log2;
     if (low > 0 || high < kTileRows) {
       const int g = lane / 4;
-      if (g < low || g >= high) score[0] = score[1] = kMasked;
-      if (g + 8 < low || g + 8 >= high) score[2] = score[3] = kMasked;
+      if (g < low || g >= high) score[0] = score[1] = kHidden;
+      if (g + 8 < low || g + 8 >= high) score[2] = score[3] = kHidden;
     }
 
     float top[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
@@ -91,12 +92,14 @@ class DecodeState {
     top[1] = fmaxf(top[1], max_[1]);
     if (__any_sync(kWholeWarp, top[0] > max_[0] || top[1] > max_[1])) rescale(top);
 
-    const float p[4] = {exp2_fast(score[0] - max_[0]), exp2_fast(score[1] - max_[1]),
-                        exp2_fast(score[2] - max_[0]), exp2_fast(score[3] - max_[1])};
+    float p[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      p[i] = exp2_fast(score[i] - max_[i % 2] - TensorCore<Row>::kHeadroom);
     sum_[0] += p[0] + p[2];
     sum_[1] += p[1] + p[3];
-    const std::uint32_t p0 = transposed(TensorCore<Row>::pack(p[0], p[1]));
-    const std::uint32_t p1 = transposed(TensorCore<Row>::pack(p[2], p[3]));
+    const std::uint32_t p0 = transposed(Pair<Row>::pack(p[0], p[1]));
+    const std::uint32_t p1 = transposed(Pair<Row>::pack(p[2], p[3]));
     const std::uint32_t v_at = k + Layout::at(kTileRows + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int b = 0; b < kDim / 16; ++b) {
@@ -116,7 +119,7 @@ class DecodeState {
   }
 
   /// The finished output of `count` queries, `stride` elements apart.
-  __device__ void store(std::uint16_t* out, std::int64_t stride, int count) const {
+  __device__ void store(Bits<Io>* out, std::int64_t stride, int count) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const float inverse[2] = {sum_[0] > 0.0F ? 1.0F / sum_[0] : 0.0F,
                               sum_[1] > 0.0F ? 1.0F / sum_[1] : 0.0F};
@@ -124,11 +127,22 @@ class DecodeState {
     for (int b = 0; b < kDim / 16; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const std::uint32_t pair = transposed(TensorCore<Row>::pack(
-            out_[b][2 * half] * inverse[0], out_[b][2 * half + 1] * inverse[1]));
-        if (lane / 4 < count) {
-          *reinterpret_cast<std::uint32_t*>(out + lane / 4 * stride + b * 16 + half * 8 +
-                                            lane % 4 * 2) = pair;
+        const float low = out_[b][2 * half] * inverse[0];
+        const float high = out_[b][2 * half + 1] * inverse[1];
+        Bits<Io>* to = out + lane / 4 * stride + b * 16 + half * 8 + lane % 4 * 2;
+        if constexpr (std::same_as<Io, f32>) {
+          // Upper and lower halves of a float are two matrices of two-byte elements.
+          const std::uint32_t bits[2] = {__float_as_uint(low), __float_as_uint(high)};
+          const std::uint32_t upper = transposed(__byte_perm(bits[0], bits[1], 0x7632));
+          const std::uint32_t lower = transposed(__byte_perm(bits[0], bits[1], 0x5410));
+          if (lane / 4 < count) {
+            *reinterpret_cast<float2*>(to) =
+                make_float2(__uint_as_float(__byte_perm(lower, upper, 0x5410)),
+                            __uint_as_float(__byte_perm(lower, upper, 0x7632)));
+          }
+        } else {
+          const std::uint32_t pair = transposed(Pair<Io>::pack(low, high));
+          if (lane / 4 < count) *reinterpret_cast<std::uint32_t*>(to) = pair;
         }
       }
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file prefill_tile.cuh
+/// @file tile.cuh
 /// What one piece of prefill work is: some tokens of a chunk, the keys they see, where those lie.
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 #include "headwise/core/tensor_view.hpp"
@@ -95,7 +95,8 @@ struct PrefillTile {
   EntryState entry;
   ClassState state;
   KeyList keys;
-  std::int32_t head = 0;  ///< in the launch's LayerHeads
+  std::int64_t table = 0;  ///< page-table index of the head's slot 0
+  std::int32_t head = 0;   ///< in the launch's LayerHeads
   std::int32_t first_token = 0;
   std::int32_t num_tokens = 0;  ///< 0: there is no such tile
 
@@ -140,6 +141,8 @@ __device__ inline void describe(const PrefillArgs& args, const ChunkTile& chunk,
   if (chunk.entry < 0) return;
   tile.entry = args.step.entries[chunk.entry];
   tile.state = args.step.classes[chunk.entry * args.step.num_classes + args.heads.class_idx[head]];
+  tile.table = tile.state.table + tile.state.read_entry +
+               static_cast<std::int64_t>(args.heads.idx_in_class[head]) * tile.state.head_stride;
   tile.head = head;
   tile.first_token = chunk.index * tile_tokens;
   tile.num_tokens = min(tile_tokens, static_cast<int>(tile.entry.num_tokens) - tile.first_token);
@@ -178,11 +181,9 @@ __device__ KeyRows find_key(const PrefillArgs& args, const PrefillTile& tile, in
   const int slot = pos < s.first_count          ? pos
                    : from_older < s.older_count ? s.older_slot + from_older
                                                 : s.newer_slot + (from_older - s.older_count);
-  const std::int32_t page =
-      args.step.page_table[tile.entry.table_base + args.heads.table_offset[tile.head] +
-                           s.read_entry + slot / kPageTokens];
+  const std::int32_t page = args.step.page_table[tile.table + slot / kPageTokens];
   const auto* rows = reinterpret_cast<const std::uint16_t*>(
-      args.step.pages + static_cast<std::size_t>(page) * args.step.page_bytes);
+      args.step.pages + static_cast<std::size_t>(page) * args.step.page_stride);
   rows += slot % kPageTokens * kDim;
   return {rows, rows + kPageTokens * kDim};
 }

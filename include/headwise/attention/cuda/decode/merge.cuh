@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file decode_merge.cuh
+/// @file merge.cuh
 /// Puts together what several warps, or several blocks, have of one item.
 #pragma once
 
@@ -8,13 +8,14 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/barrier.cuh"
-#include "headwise/attention/cuda/decode_args.cuh"
-#include "headwise/attention/cuda/decode_state.cuh"
-#include "headwise/attention/cuda/decode_tile.cuh"
-#include "headwise/attention/cuda/decode_work.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/decode/args.cuh"
+#include "headwise/attention/cuda/decode/state.cuh"
+#include "headwise/attention/cuda/decode/tile.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
+#include "headwise/attention/cuda/ptx/barrier.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 
@@ -78,11 +79,11 @@ class MergeMemory {
 
 /// A softmax over some of an item's keys, as one thread merges it: 4 columns of one query.
 struct MergedColumns {
-  float top = kMasked;
+  float top = kLowest;
   float sum = 0.0F;
   float4 out = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
 
-  /// Adds partial results; a state of (kMasked, 0) with zeros is none.
+  /// Adds partial results; a state of (kLowest, 0) with zeros is none.
   template <int kCount>
   __device__ void add(const float2 (&state)[kCount], const float4 (&x)[kCount]) {
     const float old_top = top;
@@ -102,12 +103,16 @@ struct MergedColumns {
     }
   }
 
-  template <class Row>
-  __device__ void store(std::uint16_t* to) const {
+  template <DeviceIo Io>
+  __device__ void store(Bits<Io>* to) const {
     const float inverse = sum > 0.0F ? 1.0F / sum : 0.0F;
-    *reinterpret_cast<uint2*>(to) =
-        make_uint2(TensorCore<Row>::pack(out.x * inverse, out.y * inverse),
-                   TensorCore<Row>::pack(out.z * inverse, out.w * inverse));
+    if constexpr (std::same_as<Io, f32>) {
+      *reinterpret_cast<float4*>(to) =
+          make_float4(out.x * inverse, out.y * inverse, out.z * inverse, out.w * inverse);
+    } else {
+      *reinterpret_cast<uint2*>(to) = make_uint2(Pair<Io>::pack(out.x * inverse, out.y * inverse),
+                                                 Pair<Io>::pack(out.z * inverse, out.w * inverse));
+    }
   }
 };
 
@@ -134,7 +139,7 @@ class MergeTeam {
 /// Merges what all workers have of a piece: into the output, or into block_partials where other
 /// blocks share the item.
 /// @param partials  those of worker 0; the next one's `stride` floats on.
-template <class Row, int kDim>
+template <DeviceIo Io, int kDim>
 __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const Piece& piece,
                             const float* partials, int stride) {
   constexpr int kVectors = kDim / 4;
@@ -151,7 +156,7 @@ __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const
     float4 x[kMost];
 #pragma unroll
     for (int p = 0; p < kMost; ++p) {
-      state[p] = make_float2(kMasked, 0.0F);
+      state[p] = make_float2(kLowest, 0.0F);
       x[p] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
       if (p < num_workers()) {
         const float* part = partials + p * stride;
@@ -162,7 +167,7 @@ __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const
     MergedColumns merged;
     merged.add(state, x);
     if (piece.num_blocks == 1) {
-      merged.store<Row>(row_at(args.out, rows.row, rows.first_head + query) + column);
+      merged.store<Io>(output_at<Io>(args, rows.row, rows.first_head + query) + column);
     } else {
       if (column == 0) {
         *reinterpret_cast<float2*>(to + 2 * query) = make_float2(merged.top, merged.sum);
@@ -176,7 +181,7 @@ __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const
 /// is in its block's second place, all others in their block's first. Each half of the team adds up
 /// every second of them.
 /// @param columns, states  shared memory: [num_threads / 2] each
-template <class Row, int kDim>
+template <DeviceIo Io, int kDim>
 __device__ void merge_blocks(const DecodeArgs& args, const MergeTeam& team, const Piece& piece,
                              float4* columns, float2* states) {
   constexpr int kVectors = kDim / 4;
@@ -204,7 +209,7 @@ __device__ void merge_blocks(const DecodeArgs& args, const MergeTeam& team, cons
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const int p = first + 2 * b;
-        state[b] = make_float2(kMasked, 0.0F);
+        state[b] = make_float2(kLowest, 0.0F);
         x[b] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
         if (p < count) {
           const float* from = partials + (p == 0 ? 1 : 2 * p) * partial_floats(kDim);
@@ -223,7 +228,7 @@ __device__ void merge_blocks(const DecodeArgs& args, const MergeTeam& team, cons
       const float2 state[1] = {states[thread]};
       const float4 x[1] = {columns[thread]};
       merged.add(state, x);
-      merged.store<Row>(row_at(args.out, rows.row, rows.first_head + query) + column);
+      merged.store<Io>(output_at<Io>(args, rows.row, rows.first_head + query) + column);
     }
     team.meet();
   }
@@ -245,7 +250,7 @@ __device__ inline bool arrives_last(unsigned* arrived, unsigned num_blocks) {
 /// Merges the block's wide pieces, and finishes those items whose other blocks were earlier.
 /// @param last  the workers' call: the last wide piece. Null for the merging warps, which take all
 ///   others, each when every worker has handed it over.
-template <class Row, int kDim>
+template <DeviceIo Io, int kDim>
 __device__ void merge_pieces(const DecodeArgs& args, const WarpWork& work, const Piece* last,
                              const PartialMemory<kDim>& partials, MergeMemory& memory) {
   const bool is_last = last != nullptr;
@@ -260,10 +265,10 @@ __device__ void merge_pieces(const DecodeArgs& args, const WarpWork& work, const
     } else {
       memory.wait_for_parts(index);
     }
-    merge_parts<Row, kDim>(args, team, piece,
-                           is_last ? partials.last_of_warp(0) : partials.of_warp(0),
-                           is_last ? TileLayout<kDim>::kRingBytes / static_cast<int>(sizeof(float))
-                                   : partial_floats(kDim));
+    merge_parts<Io, kDim>(args, team, piece,
+                          is_last ? partials.last_of_warp(0) : partials.of_warp(0),
+                          is_last ? TileLayout<kDim>::kRingBytes / static_cast<int>(sizeof(float))
+                                  : partial_floats(kDim));
     if (!is_last) memory.give_room();
     if (piece.num_blocks == 1) continue;
     bool& finishes = memory.finishes[is_last ? 1 : 0];
@@ -279,7 +284,7 @@ __device__ void merge_pieces(const DecodeArgs& args, const WarpWork& work, const
           is_last ? reinterpret_cast<float4*>(partials.last_of_warp(0)) : memory.exchange.columns;
       auto* states = is_last ? reinterpret_cast<float2*>(columns + team.num_threads / 2)
                              : memory.exchange.states;
-      merge_blocks<Row, kDim>(args, team, piece, columns, states);
+      merge_blocks<Io, kDim>(args, team, piece, columns, states);
     }
   }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file prefill_warpgroup.cuh
+/// @file warpgroup.cuh
 /// The prefill kernel of warpgroup products (wgmma): head widths 64 and 128, code for sm_90a.
 ///
 /// A block stays on its multiprocessor and draws tiles until there are none. One warpgroup copies:
@@ -14,11 +14,12 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/barrier.cuh"
-#include "headwise/attention/cuda/prefill_softmax.cuh"
-#include "headwise/attention/cuda/prefill_tile.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
-#include "headwise/attention/cuda/warpgroup.cuh"
+#include "headwise/attention/cuda/prefill/softmax.cuh"
+#include "headwise/attention/cuda/prefill/tile.cuh"
+#include "headwise/attention/cuda/ptx/barrier.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/attention/cuda/ptx/warpgroup.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 
@@ -57,9 +58,10 @@ __device__ __forceinline__ std::uint32_t swizzled_chunk(int row, int chunk) {
 /// What the copying warps and the multiplying ones hand each other. Slots hold kGroupKeys swizzled
 /// rows, of keys and of values in turn.
 struct KeyRing {
-  std::uint64_t full[kGroupSlots];   ///< each copying thread's copies, and thread 0 itself
-  std::uint64_t empty[kGroupSlots];  ///< arrivals of the multiplying warps
-  std::uint64_t written[2];          ///< the same: outputs have left the queries' place
+  std::uint64_t full[kGroupSlots];      ///< each copying thread's copies, and thread 0 itself
+  std::uint64_t empty[kGroupSlots];     ///< arrivals of the multiplying warps
+  std::uint64_t written[2];             ///< the same: outputs have left the queries' place
+  std::uint32_t again[2][kGroupWarps];  ///< rows of a written tile that have become no numbers
 };
 
 /// A place in the ring.
@@ -132,7 +134,7 @@ class GroupRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* pair = &score[2 * k + i / 2][i % 2 * 2];
-        weight_[k][i] = TensorCore<Row>::pack(pair[0], pair[1]);
+        weight_[k][i] = Pair<Row>::pack(pair[0], pair[1]);
       }
     }
   }
@@ -156,21 +158,25 @@ class GroupRows {
 
   /// Divides by the sums of weights and writes the warp's rows, swizzled.
   /// @param first_row  the warp's, of kGroupRows at `rows`.
-  __device__ __forceinline__ void store(const RowSoftmax& softmax, std::uint32_t rows,
-                                        int first_row) const {
+  /// @return the rows that have become no numbers, see named_rows().
+  __device__ __forceinline__ unsigned store(const RowSoftmax<Row>& softmax, std::uint32_t rows,
+                                            int first_row) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
+    std::uint32_t zeros[2] = {};
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
       std::uint32_t m[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* pair = &out_[2 * k + i / 2][i % 2 * 2];
-        m[i] = TensorCore<Row>::pack(pair[0] * inverse[i % 2], pair[1] * inverse[i % 2]);
+        m[i] = Pair<Row>::pack(pair[0] * inverse[i % 2], pair[1] * inverse[i % 2]);
+        TensorCore<Row>::note(m[i], zeros[i % 2]);
       }
       store_matrices(m,
                      rows + swizzled_chunk<kGroupRows>(first_row + lane % 16, 2 * k + lane / 16));
     }
+    return named_rows(!are_zeros(zeros[0]), !are_zeros(zeros[1]));
   }
 
  private:
@@ -218,8 +224,8 @@ __device__ __forceinline__ void copy_share(const std::uint16_t* row_of_lane, std
   }
 }
 
-/// What the copying warpgroup does.
-template <int kDim>
+/// What the copying warpgroup does: it copies tiles, and attends again what the others could not.
+template <class Row, int kDim>
 __device__ __forceinline__ void copy_tiles(const PrefillArgs& args, unsigned num_tiles,
                                            KeyRing& ring, PrefillTile (&tiles)[kGroupTiles],
                                            std::uint32_t slots, std::uint32_t queries) {
@@ -241,9 +247,20 @@ __device__ __forceinline__ void copy_tiles(const PrefillArgs& args, unsigned num
     if (thread == 0) arrive(shared_address(&ring.full[next.slot]));
     next.advance(1);
   };
-  if (warp == 0) draw_tile(args, num_tiles, tiles[0]);
-  for (unsigned t = 0;; ++t) {
+  // Waits until tile t - 2 is written, and finishes it; of tiles before the first nothing is left.
+  const auto finish_before = [&](unsigned t) {
     wait_for(shared_address(&ring.written[t % 2]), (t / 2 + 1) % 2);
+#pragma unroll 1
+    for (int w = warp; w < kGroupWarps; w += 4) {
+      if (const unsigned rows = ring.again[t % 2][w]; rows != 0) {
+        attend_exactly<Row, kDim>(args, tiles[(t - 2) % kGroupTiles], group, w * 16, rows);
+      }
+    }
+  };
+  if (warp == 0) draw_tile(args, num_tiles, tiles[0]);
+  unsigned t = 0;
+  for (;; ++t) {
+    finish_before(t);
     meet_warpgroup(1);  // the first warp has described the tile
     const PrefillTile& tile = tiles[t % kGroupTiles];
     if (tile.num_tokens == 0) break;
@@ -263,6 +280,7 @@ __device__ __forceinline__ void copy_tiles(const PrefillArgs& args, unsigned num
   }
   acquire();
   hand_over();  // keys of a tile without tokens: the end
+  finish_before(t + 1);
 }
 
 /// What a multiplying warp does: one pipeline through the key blocks of all its tiles. While block
@@ -289,7 +307,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
   const auto address_of = [&](const RingSlot& at) { return slots + at.slot * kSlotBytes; };
   const auto queries_of = [&](unsigned t) { return queries + t % 2 * kQueryBytes; };
   GroupRows<Row, kDim> rows;
-  RowSoftmax softmax;
+  RowSoftmax<Row> softmax;
   SeenByAll seen_by_all;
   int count = 0;  // of the tile's keys
   const auto begin = [&](const PrefillTile& tile) {
@@ -302,10 +320,10 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
     rows.multiply_keys(queries_of(t) + warpgroup * (64 * 128), address_of(keys), score);
   };
   // Outputs leave in 16-byte pieces, by way of the place of the tile's queries.
-  const auto write = [&](unsigned t, const RowSoftmax& done) {
+  const auto write = [&](unsigned t, const RowSoftmax<Row>& done) {
     const std::uint32_t place = queries_of(t);
     meet_warpgroup(2 + warpgroup);  // none of its products reads queries any more
-    rows.store(done, place, first_row);
+    const unsigned again = rows.store(done, place, first_row);
     __syncwarp();
     write_outputs<kDim, 16>(
         args, tiles[t % kGroupTiles], group, first_row, [&](int row, int chunk) {
@@ -313,7 +331,10 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
                                              swizzled_chunk<kGroupRows>(first_row + row, chunk));
         });
     __syncwarp();
-    if (lane == 0) arrive(shared_address(&ring.written[t % 2]));
+    if (lane == 0) {
+      ring.again[t % 2][first_row / 16] = again;
+      arrive(shared_address(&ring.written[t % 2]));
+    }
   };
 
   unsigned t = 0;
@@ -336,7 +357,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
   rows.clear();
   int first = 0;  // of the block's keys in the tile's list
   while (true) {
-    const RowSoftmax done = softmax;
+    const RowSoftmax<Row> done = softmax;
     first += kGroupKeys;
     const bool is_last = first >= count;
     wait_full(keys);
@@ -401,12 +422,15 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
       for (std::uint64_t& barrier : ring.written) {
         begin_barrier(shared_address(&barrier), kGroupWarps);
       }
+      for (auto& tile : ring.again) {
+        for (std::uint32_t& rows : tile) rows = 0;
+      }
     }
     __syncthreads();
     // Of 65536 registers: 2 x 128 threads with 216, 128 with 72.
     if (threadIdx.x >= kGroupThreads - kWarpgroupThreads) {
       give_up_registers<72>();
-      copy_tiles<kDim>(args, num_tiles, ring, tiles, slots, queries);
+      copy_tiles<Row, kDim>(args, num_tiles, ring, tiles, slots, queries);
     } else {
       take_registers<216>();
       multiply_tiles<Row, kDim>(args, ring, tiles, slots, queries);

@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 
 namespace headwise::inline v0::cuda {
 

@@ -2,9 +2,8 @@
 /// @file decode.cuh
 /// Decode: one new token of many sequences over heads of unequal length, in one launch.
 ///
-/// decode_work.cuh has cut the step into shares. A warp copies its share's tiles (decode_ring.cuh,
-/// decode_tile.cuh) and adds them up (decode_state.cuh); other warps put parts together
-/// (decode_merge.cuh).
+/// work.cuh has cut the step into shares. A warp copies its share's tiles (ring.cuh, tile.cuh) and
+/// adds them up (state.cuh); other warps put parts together (merge.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,16 +12,16 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/decode_args.cuh"
-#include "headwise/attention/cuda/decode_merge.cuh"
-#include "headwise/attention/cuda/decode_ring.cuh"
-#include "headwise/attention/cuda/decode_state.cuh"
-#include "headwise/attention/cuda/decode_tile.cuh"
-#include "headwise/attention/cuda/decode_work.cuh"
+#include "headwise/attention/cuda/decode/args.cuh"
+#include "headwise/attention/cuda/decode/merge.cuh"
+#include "headwise/attention/cuda/decode/ring.cuh"
+#include "headwise/attention/cuda/decode/state.cuh"
+#include "headwise/attention/cuda/decode/tile.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
 #include "headwise/attention/cuda/head_dims.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
-#include "headwise/cache/cuda/device_cache.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda {
 namespace detail {
@@ -34,7 +33,7 @@ namespace detail {
 /// Traffic: each K and V row that is seen once for every 8 query heads of its group, 4 bytes of
 /// page table for 16 rows, partial results of at most two pieces a block. Aims at the time that
 /// reading the rows takes.
-template <class Row, int kDim>
+template <DeviceRow Row, DeviceIo Io, int kDim>
 __global__ void __launch_bounds__((decode_max_workers(kDim) + kMergeWarps) * 32, 1)
     decode_kernel(const __grid_constant__ DecodeArgs args) {
   extern __shared__ __align__(1024) std::byte ring_memory[];
@@ -48,7 +47,7 @@ __global__ void __launch_bounds__((decode_max_workers(kDim) + kMergeWarps) * 32,
   __syncthreads();
   if (warp >= num_workers()) {
     release_next();  // the workers wait before the block ends, see decode()
-    merge_pieces<Row, kDim>(args, args.work.warps[first_warp], nullptr, partials, merge_memory);
+    merge_pieces<Io, kDim>(args, args.work.warps[first_warp], nullptr, partials, merge_memory);
     return;
   }
 
@@ -56,7 +55,7 @@ __global__ void __launch_bounds__((decode_max_workers(kDim) + kMergeWarps) * 32,
   lists.load(args.work, first_warp + warp);
   const WarpWork& work = lists.work;
   TileRing<kDim> ring(args, lists, ring_memory + warp * TileLayout<kDim>::kRingBytes);
-  DecodeState<Row, kDim> state;
+  DecodeState<Row, Io, kDim> state;
   int piece = -1;  // whose tiles are in use; before the first tile there is none
   bool starts = true;
 #pragma unroll 1
@@ -71,7 +70,7 @@ __global__ void __launch_bounds__((decode_max_workers(kDim) + kMergeWarps) * 32,
       }
       const bool has_next = piece + 1 < work.num_pieces();
       const PieceRows rows = has_next ? rows_of(args, lists.piece(piece + 1)) : PieceRows{};
-      const std::uint16_t* q = row_at(args.q, rows.row, rows.first_head);
+      const Bits<Io>* q = query_at<Io>(args, rows.row, rows.first_head);
       if (i < 0) {
         ring.start_after_append();
         release_next();
@@ -88,7 +87,7 @@ __global__ void __launch_bounds__((decode_max_workers(kDim) + kMergeWarps) * 32,
     const int wide = piece - work.num_narrow;
     if (wide < 0) {
       const PieceRows rows = rows_of(args, lists.piece(piece));
-      state.store(row_at(args.out, rows.row, rows.first_head), args.out.stride_h, rows.count);
+      state.store(output_at<Io>(args, rows.row, rows.first_head), args.out.stride_h, rows.count);
       if (is_last) return;
     } else if (!is_last) {
       merge_memory.wait_for_room(wide);
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__((decode_max_workers(kDim) + kMergeWarps) * 32,
       break;
     }
   }
-  merge_pieces<Row, kDim>(args, work, &lists.piece(piece), partials, merge_memory);
+  merge_pieces<Io, kDim>(args, work, &lists.piece(piece), partials, merge_memory);
 }
 
 }  // namespace detail
@@ -117,10 +116,10 @@ struct DecodeKernel {
   std::size_t smem_bytes = 0;  ///< of a block
 };
 
-/// Finds the kernel for `dim` and lets it use its shared memory; once, at set-up.
+/// Says how a head width is decoded on a device: everything but the kernel.
 /// @return cudaErrorInvalidValue where `dim` is not one of Dims.
-template <DeviceRow Row, class Dims = AllHeadDims>
-cudaError_t prepare_decode(int dim, const DeviceLimits& limits, DecodeKernel& kernel) {
+template <class Dims = AllHeadDims>
+cudaError_t shape_decode(int dim, const DeviceLimits& limits, DecodeKernel& kernel) {
   return with_head_dim(Dims{}, dim, [&](auto d) {
     constexpr int kDim = decltype(d)::value;
     constexpr int kWarpBytes = detail::PartialMemory<kDim>::kWarpBytes;
@@ -130,9 +129,21 @@ cudaError_t prepare_decode(int dim, const DeviceLimits& limits, DecodeKernel& ke
         static_cast<int>(sizeof(detail::MergeMemory)) + 1024;
     const int workers = std::min(detail::decode_max_workers(kDim),
                                  (limits.smem_per_block - kStaticBytes) / kWarpBytes);
-    kernel = {detail::decode_kernel<Row, kDim>,
+    kernel = {nullptr,
               {std::min(limits.num_sms, detail::kCutThreads), workers},
               static_cast<std::size_t>(workers * kWarpBytes)};
+    return cudaSuccess;
+  });
+}
+
+/// Finds the kernel for `dim` and lets it use its shared memory; once, at set-up.
+/// @return cudaErrorInvalidValue where `dim` is not one of Dims.
+template <DeviceRow Row, class Dims = AllHeadDims, DeviceIo Io = Row>
+cudaError_t prepare_decode(int dim, const DeviceLimits& limits, DecodeKernel& kernel) {
+  return with_head_dim(Dims{}, dim, [&](auto d) {
+    constexpr int kDim = decltype(d)::value;
+    if (const cudaError_t e = shape_decode<Dims>(dim, limits, kernel); e != cudaSuccess) return e;
+    kernel.function = detail::decode_kernel<Row, Io, kDim>;
     return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 static_cast<int>(kernel.smem_bytes));
   });
@@ -145,7 +156,7 @@ cudaError_t prepare_decode(int dim, const DeviceLimits& limits, DecodeKernel& ke
 /// runs. Where that one launches its own successors early (programmatic dependent launch), it does
 /// so after it has waited for its predecessors, as append does. A decode launch may release its
 /// successors before it has waited, but never ends before: who waits for it has waited for all.
-/// @pre q and out are 16-byte aligned, their strides multiples of 8 elements; args.work was cut for
+/// @pre q and out are 16-byte aligned, their strides multiples of 16 bytes; args.work was cut for
 ///   `kernel.grid` since the step began.
 inline cudaError_t decode(const DecodeArgs& args, const DecodeKernel& kernel, bool chains_launches,
                           cudaStream_t stream) {

@@ -10,10 +10,11 @@
 #include <cstdint>
 
 #include "headwise/attention/cuda/head_dims.cuh"
-#include "headwise/attention/cuda/prefill_mma.cuh"
-#include "headwise/attention/cuda/prefill_tile.cuh"
-#include "headwise/attention/cuda/prefill_warpgroup.cuh"
-#include "headwise/cache/cuda/device_cache.cuh"
+#include "headwise/attention/cuda/prefill/mma.cuh"
+#include "headwise/attention/cuda/prefill/tile.cuh"
+#include "headwise/attention/cuda/prefill/warpgroup.cuh"
+#include "headwise/cache/cuda/device.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda {
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
-/// @file decode_tile.cuh
+/// @file tile.cuh
 /// A tile of 16 K and V rows in shared memory.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/decode_work.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file decode_ring.cuh
+/// @file ring.cuh
 /// The copying half of a decode warp: which tiles it reads, and their way to shared memory.
 #pragma once
 
@@ -8,10 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/decode_args.cuh"
-#include "headwise/attention/cuda/decode_tile.cuh"
-#include "headwise/attention/cuda/decode_work.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/decode/args.cuh"
+#include "headwise/attention/cuda/decode/tile.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 
@@ -184,7 +184,8 @@ class TileWalk {
   }
 
   __device__ void open(const Piece& piece) {
-    table_ = args_.step.page_table + piece.table + args_.table_offset;
+    table_ = args_.step.page_table + piece.table +
+             static_cast<std::int64_t>(args_.idx_in_class[piece.kv_head]) * piece.head_stride;
     for (int r = 0; r < 2; ++r) {
       slot_begin_[r] = piece.slot_begin[r];
       slot_end_[r] = piece.slot_end[r];
@@ -263,7 +264,7 @@ class TileRing {
       if (tile.is_new()) start_after_append();
       const auto* k_rows =
           reinterpret_cast<const std::uint16_t*>(args_.step.pages + static_cast<std::size_t>(page) *
-                                                                        args_.step.page_bytes) +
+                                                                        args_.step.page_stride) +
           tile.row_in_page() * kDim;
       const std::uint32_t to =
           memory_ + static_cast<std::uint32_t>(stage * TileLayout<kDim>::kBytes);

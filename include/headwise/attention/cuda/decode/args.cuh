@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file decode_args.cuh
+/// @file args.cuh
 /// What every part of the decode kernel is told: the step, the work, the scratch, q and out.
 #pragma once
 
@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-#include "headwise/attention/cuda/decode_work.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
-#include "headwise/core/tensor_view.hpp"
 
 namespace headwise::inline v0::cuda {
 
@@ -21,14 +21,15 @@ struct DecodeScratch {
 
 /// One layer's decode as a kernel's parameters.
 struct DecodeArgs {
-  DeviceStep step;                    ///< the open step and the pages
-  DecodeWork work;                    ///< which warp does which part
-  DecodeScratch scratch;              ///< between the blocks
-  TensorView<const std::uint16_t> q;  ///< [rows, num_qo_heads, dim]
-  TensorView<std::uint16_t> out;      ///< [rows, num_qo_heads, dim]
-  std::int64_t table_offset = 0;      ///< of the layer's first entry in a sequence's share
-  std::int32_t group_size = 1;        ///< query heads per KV head
-  float scale_log2 = 1.0F;            ///< softmax scale x log2(e)
+  DeviceStep step;              ///< the open step and the pages
+  DecodeWork work;              ///< which warp does which part
+  DecodeScratch scratch;        ///< between the blocks
+  RowsAt<const void*> q;        ///< [rows, num_qo_heads, dim] of the kernel's Io
+  RowsAt<void*> out;            ///< [rows, num_qo_heads, dim] of the kernel's Io
+  std::int32_t group_size = 1;  ///< query heads per KV head
+  float scale_log2 = 1.0F;      ///< softmax scale x log2(e)
+  /// [num_kv_heads] which table of its class's each KV head has.
+  std::int32_t idx_in_class[kMaxHeads] = {};
 };
 
 namespace detail {
@@ -44,6 +45,18 @@ inline constexpr int kMergeWarps = 4;
 
 /// A decode block's warps that stream rows; the merging ones come after them.
 __device__ inline int num_workers() { return static_cast<int>(blockDim.x / 32) - kMergeWarps; }
+
+/// A query's row.
+template <DeviceIo Io>
+__device__ __forceinline__ const Bits<Io>* query_at(const DecodeArgs& args, std::int64_t row,
+                                                    int head) {
+  return static_cast<const Bits<Io>*>(args.q.data) + row * args.q.stride_n + head * args.q.stride_h;
+}
+/// An output's row.
+template <DeviceIo Io>
+__device__ __forceinline__ Bits<Io>* output_at(const DecodeArgs& args, std::int64_t row, int head) {
+  return static_cast<Bits<Io>*>(args.out.data) + row * args.out.stride_n + head * args.out.stride_h;
+}
 
 /// Where a piece's queries and output are.
 struct PieceRows {

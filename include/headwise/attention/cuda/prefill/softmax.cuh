@@ -1,19 +1,26 @@
 // SPDX-License-Identifier: MIT
-/// @file prefill_softmax.cuh
+/// @file softmax.cuh
 /// Softmax of 16 query rows in a warp's registers, block of keys by block of keys.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 
-#include "headwise/attention/cuda/prefill_tile.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/prefill/exact.cuh"
+#include "headwise/attention/cuda/prefill/tile.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 
+/// In place of a result that must not be used.
+inline constexpr float kNoNumber = std::numeric_limits<float>::quiet_NaN();
+
 /// What a lane keeps of its two rows: lane 4g + t has rows g and g + 8 of the warp's 16, and of
 /// each 8 keys those at 2t and 2t + 1. Scores are [keys / 8][row g: 2 keys, row g + 8: 2 keys].
+template <class Row>
 class RowSoftmax {
  public:
   /// @param row  of the tile, the lane's first one.
@@ -21,7 +28,7 @@ class RowSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       seen_[r] = SeenKeys(tile.keys, tile.state, tile.pos_of(row + 8 * r, group));
-      max_[r] = kMasked;
+      max_[r] = kLowest;
       sum_[r] = 0.0F;
     }
   }
@@ -40,14 +47,14 @@ class RowSoftmax {
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if ((seen >> (2 * n + i) & 1) == 0) score[n][2 * r + i] = kMasked;
+          if ((seen >> (2 * n + i) & 1) == 0) score[n][2 * r + i] = kHidden;
         }
       }
     }
   }
 
-  /// Scores become weights, in units of exp2, against the greatest score so far or one that is at
-  /// most kSlack below.
+  /// Scores become weights, in units of exp2 less the headroom, against the greatest score so far
+  /// or one that is at most kSlack below.
   /// @param factor  what the two rows' earlier results must be multiplied by, if anything.
   /// @return whether they must: the warp's rows agree on it.
   template <int kBlocks>
@@ -76,8 +83,8 @@ class RowSoftmax {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      // A row that has seen nothing yet must not take masked keys for its maximum: weight 0.
-      const float offset = max_[r] <= kMasked ? 0.0F : max_[r] * scale_log2;
+      // A row that has seen nothing yet has no maximum to subtract: hidden keys have weight 0.
+      const float offset = max_[r] == kLowest ? kHeadroom : fmaf(max_[r], scale_log2, kHeadroom);
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
@@ -91,35 +98,47 @@ class RowSoftmax {
     return rises;
   }
 
-  /// What a row's results must be multiplied by in the end.
+  /// What a row's results must be multiplied by in the end; NaN where they are not to be used: the
+  /// key with the greatest score has a weight of at least 2^-kHeadroom, so a smaller sum has lost
+  /// it.
   /// @param r  0: row g, 1: row g + 8.
   __device__ __forceinline__ float inverse_sum(int r) const {
     float sum = sum_[r];
     sum += __shfl_xor_sync(kWholeWarp, sum, 1);
     sum += __shfl_xor_sync(kWholeWarp, sum, 2);
-    return sum > 0.0F ? 1.0F / sum : 0.0F;
+    constexpr float kLeast =
+        1.0F / static_cast<float>(std::uint64_t{2} << static_cast<int>(kHeadroom));
+    constexpr float kMost = 1e18F;
+    return sum >= kLeast && sum <= kMost ? 1.0F / sum : kNoNumber;
   }
 
   /// Divides by the sums of weights and writes the 16 rows to padded shared memory.
-  template <class Row, int kDim>
-  __device__ __forceinline__ void store(const float (&out)[kDim / 8][4],
-                                        std::uint16_t* rows) const {
+  /// @return the rows that have become no numbers, see named_rows().
+  template <int kDim>
+  __device__ __forceinline__ unsigned store(const float (&out)[kDim / 8][4],
+                                            std::uint16_t* rows) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
+    std::uint32_t zeros[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float inverse = inverse_sum(r);
       std::uint16_t* row = rows + (lane / 4 + r * 8) * kPaddedDim<kDim> + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
-        *reinterpret_cast<std::uint32_t*>(row + n * 8) =
-            TensorCore<Row>::pack(out[n][2 * r] * inverse, out[n][2 * r + 1] * inverse);
+        const std::uint32_t pair =
+            Pair<Row>::pack(out[n][2 * r] * inverse, out[n][2 * r + 1] * inverse);
+        TensorCore<Row>::note(pair, zeros[r]);
+        *reinterpret_cast<std::uint32_t*>(row + n * 8) = pair;
       }
     }
+    return named_rows(!are_zeros(zeros[0]), !are_zeros(zeros[1]));
   }
 
  private:
-  /// Powers of two that weights may exceed 1 by before results are rescaled: 2^8 is far from the
-  /// end of f16 and of the sums, and after a row's first keys scores seldom rise by that much.
+  static constexpr float kHeadroom = TensorCore<Row>::kHeadroom;
+  /// Powers of two that weights may exceed 2^-kHeadroom by before results are rescaled: 2^8 is far
+  /// from the end of f16 and of the sums, and after a row's first keys scores seldom rise by that
+  /// much.
   static constexpr float kSlack = 8.0F;
 
   /// Of the keys 8n + i, i < 2, those below `key`: bit 2n + i each.

@@ -6,10 +6,8 @@
 /// 4g + t holds rows g and g + 8, columns 2t and 2t + 1 (and 8 more) of its operands.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+#include <limits>
 
 #include "headwise/core/dtype.hpp"
 
@@ -19,8 +17,11 @@ namespace headwise::inline v0::cuda {
 inline constexpr unsigned kWholeWarp = 0xFFFFFFFFU;
 /// log2(e): softmax is computed with powers of two.
 inline constexpr float kLog2E = 1.4426950408889634F;
-/// Below every score, yet finite: exp2 of it is 0, and a difference of two is not NaN.
-inline constexpr float kMasked = -1e30F;
+/// The score of a key that a query does not see: its weight is 0, whatever the query sees.
+inline constexpr float kHidden = -std::numeric_limits<float>::infinity();
+/// The greatest score of no keys. Finite: kHidden less this is kHidden, and this less itself is 0,
+/// so no weight is ever computed from infinity less infinity. No finite score lies below it.
+inline constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 /// A shared-memory address as instructions take it.
 __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
@@ -102,7 +103,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-/// Products and conversions of one element type, accumulated in f32.
+/// Products of one element type, accumulated in f32.
 template <class Row>
 struct TensorCore;
 
@@ -110,6 +111,9 @@ struct TensorCore;
 template <>
 struct TensorCore<f16> {
   static constexpr char kName[] = "f16";  ///< in instructions
+  /// Powers of two that weights stay below 1, so that 2^31 rows' weighted sum is no overflow: none,
+  /// the greatest element is 65504.
+  static constexpr float kHeadroom = 0.0F;
   /// c += a b: a [16][16], b [16][8], c [16][8], each lane with its fragments.
   static __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)[4],
                                                   std::uint32_t b0, std::uint32_t b1) {
@@ -119,10 +123,9 @@ struct TensorCore<f16> {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-  /// Two floats as two elements, to nearest even, `low` in the lower half.
-  static __device__ __forceinline__ std::uint32_t pack(float low, float high) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const std::uint32_t*>(&pair);
+  /// Adds 0 times two elements: `zeros` stays two zeros while all of them are finite.
+  static __device__ __forceinline__ void note(std::uint32_t pair, std::uint32_t& zeros) {
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(zeros) : "r"(pair), "r"(0));
   }
 };
 
@@ -130,6 +133,9 @@ struct TensorCore<f16> {
 template <>
 struct TensorCore<bf16> {
   static constexpr char kName[] = "bf16";  ///< in instructions
+  /// Powers of two that weights stay below 1, so that 2^31 rows' weighted sum is no overflow:
+  /// elements reach as far as the sums. Below 2^-93 a row's values lose bits for it.
+  static constexpr float kHeadroom = 32.0F;
   /// c += a b: a [16][16], b [16][8], c [16][8], each lane with its fragments.
   static __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)[4],
                                                   std::uint32_t b0, std::uint32_t b1) {
@@ -139,12 +145,14 @@ struct TensorCore<bf16> {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-  /// Two floats as two elements, to nearest even, `low` in the lower half.
-  static __device__ __forceinline__ std::uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const std::uint32_t*>(&pair);
+  /// Adds 0 times two elements: `zeros` stays two zeros while all of them are finite.
+  static __device__ __forceinline__ void note(std::uint32_t pair, std::uint32_t& zeros) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(zeros) : "r"(pair), "r"(0));
   }
 };
+
+/// Whether what TensorCore::note() gave is still zeros, of either sign.
+__device__ __forceinline__ bool are_zeros(std::uint32_t pair) { return (pair & 0x7FFF7FFFU) == 0; }
 
 /// A tile's rows in shared memory: 8 elements of padding make a row an odd number of 16-byte
 /// chunks, so that the eight rows of a matrix load lie in different banks, whatever the width.

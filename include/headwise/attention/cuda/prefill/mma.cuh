@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file prefill_mma.cuh
+/// @file mma.cuh
 /// The prefill kernel of mma.sync: every head width, compute capability 8.0 and up.
 #pragma once
 
@@ -8,9 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "headwise/attention/cuda/prefill_softmax.cuh"
-#include "headwise/attention/cuda/prefill_tile.cuh"
-#include "headwise/attention/cuda/tensor_core.cuh"
+#include "headwise/attention/cuda/prefill/softmax.cuh"
+#include "headwise/attention/cuda/prefill/tile.cuh"
+#include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda::detail {
 
@@ -67,11 +68,15 @@ class MmaRows {
   }
 
   /// Writes the rows' outputs over the warp's query rows in shared memory.
-  __device__ void store(std::uint16_t* rows) const {
+  /// @return bit r: row r of the warp has become no number.
+  __device__ unsigned store(std::uint16_t* rows) const {
+    unsigned again = 0;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
-      softmax_[m].template store<Row, kDim>(out_[m], rows + m * 16 * kPaddedDim<kDim>);
+      again |= softmax_[m].template store<kDim>(out_[m], rows + m * 16 * kPaddedDim<kDim>)
+               << (16 * m);
     }
+    return again;
   }
 
  private:
@@ -111,7 +116,7 @@ class MmaRows {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* pair = &weight[m][2 * k + i / 2][i % 2 * 2];
-          rows[m][i] = TensorCore<Row>::pack(pair[0], pair[1]);
+          rows[m][i] = Pair<Row>::pack(pair[0], pair[1]);
         }
       }
 #pragma unroll
@@ -127,7 +132,7 @@ class MmaRows {
     }
   }
 
-  RowSoftmax softmax_[kTiles];
+  RowSoftmax<Row> softmax_[kTiles];
   float out_[kTiles][kDim / 8][4];
 };
 
@@ -212,11 +217,13 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kDim <= 128 ? 2 : 1)
   // Through shared memory, so that rows leave in 16-byte pieces.
   std::uint16_t* own_rows = q_rows + warp_row * kPaddedDim<kDim>;
   __syncwarp();
-  rows.store(own_rows);
+  const unsigned again = rows.store(own_rows);
   __syncwarp();
   write_outputs<kDim, kRowsPerWarp>(args, tile, group, warp_row, [&](int row, int chunk) {
     return reinterpret_cast<const uint4*>(own_rows + row * kPaddedDim<kDim> + chunk * 8);
   });
+  __syncwarp();
+  attend_exactly<Row, kDim>(args, tile, group, warp_row, again);
 }
 
 }  // namespace headwise::inline v0::cuda::detail

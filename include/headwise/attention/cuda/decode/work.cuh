@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file decode_work.cuh
+/// @file work.cuh
 /// Cuts one decode step into equal shares of unequal heads, on the device: a share a block, and in
 /// it a share a warp.
 ///
@@ -33,10 +33,11 @@ inline constexpr int kItemOverhead = 1;
 
 /// What one block has of one item.
 struct alignas(16) Piece {
-  std::int64_t table = 0;       ///< page-table index of slot 0, the layer's first entry not counted
-  std::int32_t query_row = 0;   ///< of q and out
-  std::int16_t kv_head = 0;     ///< in the layer
-  std::int16_t query_tile = 0;  ///< which 8 query heads of the group
+  std::int64_t table = 0;           ///< page-table index of slot 0 of the class's first head
+  std::int32_t head_stride = 0;     ///< page-table entries from one head of the class to the next
+  std::int32_t query_row = 0;       ///< of q and out
+  std::int16_t kv_head = 0;         ///< in the layer
+  std::int16_t query_tile = 0;      ///< which 8 query heads of the group
   std::int32_t slot_begin[2] = {};  ///< the rows seen: two runs of slots
   std::int32_t slot_end[2] = {};    ///< one after the last of each
   std::int32_t new_slot = 0;        ///< of the step's own row
@@ -72,12 +73,11 @@ struct DecodeGrid {
 
 /// One kind of layer: layers whose heads keep alike, one by one, share one list of work.
 struct LayerKind {
-  std::int32_t num_heads = 0;                 ///< KV heads
-  std::int32_t query_tiles = 1;               ///< ceil(group_size / 8)
-  DecodeGrid grid;                            ///< of its launches
-  std::int16_t class_idx[kMaxHeads] = {};     ///< [num_heads] in CacheGeometry::classes()
-  std::int16_t kv_head[kMaxHeads] = {};       ///< [num_heads] in the layer
-  std::int32_t table_offset[kMaxHeads] = {};  ///< from the layer's first entry
+  std::int32_t num_heads = 0;              ///< KV heads
+  std::int32_t query_tiles = 1;            ///< ceil(group_size / 8)
+  DecodeGrid grid;                         ///< of its launches
+  std::int16_t class_idx[kMaxHeads] = {};  ///< [num_heads] in DeviceStep::classes
+  std::int16_t kv_head[kMaxHeads] = {};    ///< [num_heads] in the layer
 };
 
 /// A kind's work list, at addresses that never move.
@@ -138,7 +138,8 @@ __device__ inline Piece whole_item(const DeviceStep& step, const LayerKind& kind
   Piece piece;
   if (entry.num_tokens != 1) return piece;
   const ClassState state = step.classes[e * step.num_classes + kind.class_idx[head]];
-  piece.table = entry.table_base + state.append_entry + kind.table_offset[head];
+  piece.table = state.table + state.append_entry;
+  piece.head_stride = state.head_stride;
   piece.query_row = static_cast<std::int32_t>(entry.first_row);
   piece.kv_head = kind.kv_head[head];
   piece.query_tile = static_cast<std::int16_t>(i % kind.query_tiles);
@@ -147,10 +148,7 @@ __device__ inline Piece whole_item(const DeviceStep& step, const LayerKind& kind
     piece.slot_end[r] = state.slot_end[r];
     piece.num_tiles += tiles_of(state.slot_begin[r], state.slot_end[r]);
   }
-  const std::int64_t turn = state.ring_rows - state.ring_sink;
-  const bool in_ring = state.ring_rows > 0 && entry.length >= state.ring_sink;
-  piece.new_slot = static_cast<std::int32_t>(
-      in_ring ? state.ring_sink + (entry.length - state.ring_sink) % turn : entry.length);
+  piece.new_slot = static_cast<std::int32_t>(append_map(state).slot(Pos{entry.length}).value);
   return piece;
 }
 

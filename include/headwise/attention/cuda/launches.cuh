@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: MIT
+/// @file launches.cuh
+/// LayerLaunches: the kernels of some layers over an open step, whoever described it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <vector>
+
+#include "headwise/attention/cuda/decode/decode.cuh"
+#include "headwise/attention/cuda/decode/work.cuh"
+#include "headwise/attention/cuda/head_dims.cuh"
+#include "headwise/attention/cuda/prefill/prefill.cuh"
+#include "headwise/cache/cuda/append.cuh"
+#include "headwise/cache/cuda/device.cuh"
+#include "headwise/cache/cuda/elements.cuh"
+#include "headwise/cache/cuda/step_state.cuh"
+#include "headwise/core/check.hpp"
+#include "headwise/core/shape.hpp"
+#include "headwise/core/tensor_view.hpp"
+
+namespace headwise::inline v0::cuda {
+
+/// A layer as attention needs to know it.
+struct DeviceLayer {
+  LayerShape shape;  ///< as the model has it
+  LayerHeads heads;  ///< its KV heads, those that keep most first
+};
+
+/// Where launches keep what they share, in one allocation: from layers, sequences and a device's
+/// limits alone, so that it can be planned before there is a device.
+struct LaunchLayout {
+  /// Of one kind of layer.
+  struct Lists {
+    std::size_t items = 0;       ///< offset, see DecodeWork
+    std::size_t item_begin = 0;  ///< offset
+    std::size_t pieces = 0;      ///< offset
+    std::size_t places = 0;      ///< offset
+    std::size_t warps = 0;       ///< offset
+  };
+  /// Tensors of a step's chunks, as rows are stored: of the widest layer.
+  struct Converted {
+    std::size_t q = 0;          ///< offset
+    std::size_t k = 0;          ///< offset
+    std::size_t v = 0;          ///< offset
+    std::size_t out = 0;        ///< offset
+    std::int64_t max_rows = 0;  ///< tokens that there is room for
+  };
+
+  std::vector<LayerKind> kinds;    ///< different ones
+  std::vector<int> kind_of_layer;  ///< [layers]
+  std::vector<Lists> lists;        ///< [kinds]
+  std::size_t block_partials = 0;  ///< offset
+  std::size_t arrived = 0;         ///< offset
+  std::size_t next_tile = 0;       ///< offset
+  std::size_t overflows = 0;       ///< offset
+  std::size_t device_kinds = 0;    ///< offset
+  std::size_t device_work = 0;     ///< offset
+  Converted converted;             ///< where q, k, v and out are of another type
+  std::size_t total_bytes = 0;     ///< of the allocation
+  int cut_items = 0;               ///< whose places fit the cut's shared memory; 0: none
+  std::size_t cut_bytes = 0;       ///< of shared memory that the cut takes
+
+  /// @param max_converted_rows  tokens of a step with chunks, where they must be converted
+  /// @throws ConfigError for a head width that is not one of Dims, or a group of more than 64.
+  template <class Dims>
+  static LaunchLayout of(std::span<const DeviceLayer> layers, int max_sequences,
+                         const DeviceLimits& limits, std::int64_t max_converted_rows) {
+    LaunchLayout layout;
+    int widest = 0;
+    std::size_t q_elements = 0;
+    std::size_t kv_elements = 0;
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      const LayerShape& shape = layers[l].shape;
+      layout.add_layer<Dims>(layers[l], static_cast<int>(l), limits);
+      widest = std::max(widest, shape.k_dim);
+      q_elements = std::max(q_elements, static_cast<std::size_t>(shape.num_qo_heads()) *
+                                            static_cast<std::size_t>(shape.k_dim));
+      kv_elements = std::max(kv_elements, static_cast<std::size_t>(shape.num_kv_heads) *
+                                              static_cast<std::size_t>(shape.k_dim));
+    }
+    const auto blocks = static_cast<std::size_t>(limits.num_sms);
+    layout.block_partials = layout.section(
+        2 * blocks * static_cast<std::size_t>(detail::partial_floats(widest)) * sizeof(float));
+    layout.arrived = layout.section(blocks * sizeof(unsigned));
+    layout.next_tile = layout.section(sizeof(unsigned));
+    layout.overflows = layout.section(sizeof(unsigned long long));
+    int most_items = 0;
+    for (const LayerKind& kind : layout.kinds) {
+      const int kind_items = max_sequences * kind.num_heads * kind.query_tiles;
+      most_items = std::max(most_items, kind_items);
+      const auto items = static_cast<std::size_t>(kind_items);
+      const auto pieces = static_cast<std::size_t>(DecodeWork::most_pieces(kind_items, kind.grid));
+      Lists lists;
+      lists.items = layout.section(items * sizeof(Piece));
+      lists.item_begin = layout.section((items + 1) * sizeof(std::int32_t));
+      lists.pieces = layout.section(pieces * sizeof(Piece));
+      lists.places = layout.section(pieces * sizeof(std::int32_t));
+      lists.warps =
+          layout.section(static_cast<std::size_t>(kind.grid.num_workers()) * sizeof(WarpWork));
+      layout.lists.push_back(lists);
+    }
+    layout.cut_items = layout.fits(most_items) ? most_items : 0;
+    if (layout.cut_items == 0) (void)layout.fits(0);
+    layout.device_kinds = layout.section(layout.kinds.size() * sizeof(LayerKind));
+    layout.device_work = layout.section(layout.kinds.size() * sizeof(DecodeWork));
+    const auto rows = static_cast<std::size_t>(max_converted_rows);
+    layout.converted.max_rows = max_converted_rows;
+    for (std::size_t* offset : {&layout.converted.q, &layout.converted.out}) {
+      *offset = layout.section(rows * q_elements * sizeof(std::uint16_t));
+    }
+    for (std::size_t* offset : {&layout.converted.k, &layout.converted.v}) {
+      *offset = layout.section(rows * kv_elements * sizeof(std::uint16_t));
+    }
+    return layout;
+  }
+
+ private:
+  std::size_t section(std::size_t size) {
+    const std::size_t begin = total_bytes;
+    total_bytes += (size + 255) / 256 * 256;
+    return begin;
+  }
+  bool fits(int items) {
+    cut_bytes = 0;
+    for (const LayerKind& kind : kinds) {
+      cut_bytes = std::max(cut_bytes, cut_decode_bytes(kind.grid, items));
+    }
+    // What every block may have without asking; the rest is for the kernel's own.
+    return cut_bytes <= 48 * 1024 - 1024;
+  }
+  template <class Dims>
+  void add_layer(const DeviceLayer& layer, int l, const DeviceLimits& limits) {
+    DecodeKernel decode;
+    if (shape_decode<Dims>(layer.shape.k_dim, limits, decode) != cudaSuccess) {
+      fail<ConfigError>("layer ", l, ": no device kernel for head width ", layer.shape.k_dim);
+    }
+    if (layer.shape.group_size > 64) {
+      fail<ConfigError>("layer ", l, ": at most 64 query heads a KV head on a device, got ",
+                        layer.shape.group_size);
+    }
+    LayerKind kind;
+    kind.num_heads = layer.heads.num_heads;
+    kind.query_tiles = (layer.shape.group_size + kItemQueries - 1) / kItemQueries;
+    kind.grid = decode.grid;
+    std::copy_n(layer.heads.class_idx, kind.num_heads, kind.class_idx);
+    std::copy_n(layer.heads.kv_head, kind.num_heads, kind.kv_head);
+    const auto same = [&](const LayerKind& other) {
+      return std::memcmp(&kind, &other, sizeof kind) == 0;
+    };
+    const auto found = std::find_if(kinds.begin(), kinds.end(), same);
+    kind_of_layer.push_back(static_cast<int>(found - kinds.begin()));
+    if (found == kinds.end()) kinds.push_back(kind);
+  }
+};
+
+/// Append, decode and prefill of some layers. All memory is taken at construction; every call is a
+/// launch or two, and may be captured in a graph.
+///
+/// @tparam Row  what pages are made of.
+/// @tparam Dims  head widths to compile kernels for.
+/// @tparam Io  what q, k, v and out are made of. Keys, values and queries are rounded to Row, once;
+///   decode writes what it has summed in f32. Prefill's outputs are rounded to Row first, and its
+///   tensors pass through memory for `max_converted_rows` tokens where Io is not Row.
+template <DeviceRow Row, class Dims = AllHeadDims, DeviceIo Io = Row>
+class LayerLaunches {
+ public:
+  /// @param max_sequences  of any step.
+  /// @param max_converted_rows  see above; 0 where Io is Row, or chunks never come.
+  /// @throws ConfigError as LaunchLayout::of().
+  /// @throws CudaError when memory cannot be allocated.
+  LayerLaunches(std::span<const DeviceLayer> layers, int max_sequences,
+                std::int64_t max_converted_rows = 0)
+      : limits_(DeviceLimits::current()),
+        layout_(LaunchLayout::of<Dims>(layers, max_sequences, limits_,
+                                       std::same_as<Row, Io> ? 0 : max_converted_rows)),
+        memory_(layout_.total_bytes) {
+    std::byte* base = memory_.data();
+    std::vector<DecodeWork> work;
+    for (const LaunchLayout::Lists& l : layout_.lists) {
+      work.push_back({reinterpret_cast<Piece*>(base + l.items),
+                      reinterpret_cast<std::int32_t*>(base + l.item_begin),
+                      reinterpret_cast<Piece*>(base + l.pieces),
+                      reinterpret_cast<std::int32_t*>(base + l.places),
+                      reinterpret_cast<WarpWork*>(base + l.warps)});
+    }
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      Layer layer{layers[l].shape, layers[l].heads, {}, {}, {}};
+      const int dim = layer.shape.k_dim;
+      require(prepare_decode<Row, Dims, Io>(dim, limits_, layer.decode), "decode kernel");
+      require(prepare_prefill<Row, Dims>(dim, layer.prefill), "prefill kernel");
+      layer.work = work[static_cast<std::size_t>(layout_.kind_of_layer[l])];
+      layers_.push_back(layer);
+    }
+    require(cudaMemset(base, 0, layout_.total_bytes), "cudaMemset");
+    require(cudaMemcpy(base + layout_.device_kinds, layout_.kinds.data(),
+                       layout_.kinds.size() * sizeof(LayerKind), cudaMemcpyHostToDevice),
+            "cudaMemcpy");
+    require(cudaMemcpy(base + layout_.device_work, work.data(), work.size() * sizeof(DecodeWork),
+                       cudaMemcpyHostToDevice),
+            "cudaMemcpy");
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+
+  /// Where everything lies.
+  const LaunchLayout& layout() const { return layout_; }
+  /// Layers there are.
+  int num_layers() const { return static_cast<int>(layers_.size()); }
+  /// As the model has it.
+  const LayerShape& shape(int layer) const { return at(layer).shape; }
+
+  /// Cuts the step's decode work into equal shares. One small launch; needed before decode.
+  cudaError_t plan(const DeviceStep& step, cudaStream_t stream) const {
+    return launch_chained(cut_decode_kernel<>, dim3(static_cast<unsigned>(layout_.kinds.size())),
+                          dim3(detail::kCutThreads), layout_.cut_bytes, stream,
+                          limits_.chains_launches, step, at<const LayerKind>(layout_.device_kinds),
+                          at<const DecodeWork>(layout_.device_work), layout_.cut_items);
+  }
+
+  /// Stores the step's K and V of one layer in their pages.
+  /// @param most_rows  the most rows that one head of one sequence stores; 1 for decode.
+  /// @param max_entries  the most sequences that a replay of this launch may meet.
+  cudaError_t append(const DeviceStep& step, int layer, TensorView<const Io> k,
+                     TensorView<const Io> v, std::int64_t most_rows, std::int64_t max_entries,
+                     cudaStream_t stream) const {
+    const Layer& place = at(layer);
+    return cuda::append<Row, Io>(step, place.heads, bits(k), bits(v), place.shape.k_dim, most_rows,
+                                 max_entries, at<unsigned long long>(layout_.overflows),
+                                 limits_.chains_launches, stream);
+  }
+
+  /// Attends sequences of one new token whose rows are stored, all heads in one launch.
+  /// @pre the step's work was cut by plan().
+  /// @param follows_plan  whether nothing but plan() comes before: the launch reads work before it
+  ///   waits for the stream's last kernel, which must have waited for plan().
+  cudaError_t decode(const DeviceStep& step, int layer, TensorView<const Io> q, TensorView<Io> out,
+                     cudaStream_t stream, bool follows_plan = false) const {
+    const Layer& place = at(layer);
+    DecodeArgs args{step,
+                    place.work,
+                    {at<float>(layout_.block_partials), at<unsigned>(layout_.arrived)},
+                    rows_at(q),
+                    rows_at(out),
+                    place.shape.group_size,
+                    place.shape.scale() * kLog2E,
+                    {}};
+    for (int i = 0; i < place.heads.num_heads; ++i) {
+      args.idx_in_class[place.heads.kv_head[i]] = place.heads.idx_in_class[i];
+    }
+    return cuda::decode(args, place.decode, limits_.chains_launches && !follows_plan, stream);
+  }
+
+  /// Tiles that a chunk is cut into; the sum over a step is what prefill() takes.
+  std::int64_t num_tiles(int layer, std::int64_t num_tokens) const {
+    return at(layer).prefill.num_tiles(num_tokens, at(layer).shape.group_size);
+  }
+  /// Whether prefill() can take a step of so many rows.
+  bool can_convert(std::int64_t num_rows) const {
+    return std::same_as<Row, Io> || num_rows <= layout_.converted.max_rows;
+  }
+  /// Rows of a step.
+  struct RowRange {
+    std::int64_t first = 0;  ///< the first row
+    std::int64_t count = 0;  ///< rows
+  };
+  /// Attends chunks of more than one token, before or after append.
+  /// @param num_rows  of the step, all sequences.
+  /// @param chunks  the rows of chunks, which alone are written to `out`.
+  /// @return cudaErrorInvalidValue for more rows than can be converted.
+  cudaError_t prefill(const DeviceStep& step, int layer, std::int64_t tiles, std::int64_t num_rows,
+                      std::span<const RowRange> chunks, TensorView<const Io> q,
+                      TensorView<const Io> k, TensorView<const Io> v, TensorView<Io> out,
+                      cudaStream_t stream) const {
+    const Layer& place = at(layer);
+    PrefillArgs args{step,
+                     place.heads,
+                     {},
+                     {},
+                     {},
+                     {},
+                     at<unsigned>(layout_.next_tile),
+                     place.shape.group_size,
+                     place.shape.scale() * kLog2E};
+    if constexpr (std::same_as<Row, Io>) {
+      args.q = bits(q);
+      args.k = bits(k);
+      args.v = bits(v);
+      args.out = bits(out);
+      return cuda::prefill(args, place.prefill, tiles, limits_.num_sms, stream);
+    } else {
+      if (!can_convert(num_rows)) return cudaErrorInvalidValue;
+      const int dim = place.shape.k_dim;
+      const int qo_heads = place.shape.num_qo_heads();
+      const int kv_heads = place.shape.num_kv_heads;
+      const auto dense = [&](std::size_t offset, int heads) {
+        return TensorView<std::uint16_t>::nhd(at<std::uint16_t>(offset), heads, dim);
+      };
+      const auto convert = [&](TensorView<const Io> from, std::size_t offset, int heads,
+                               TensorView<const std::uint16_t>& to) {
+        const TensorView<std::uint16_t> place_of_it = dense(offset, heads);
+        to = place_of_it;
+        return convert_rows<Row, Io>({place_of_it.data, place_of_it.stride_n, place_of_it.stride_h},
+                                     rows_at(from), num_rows, heads, dim, stream);
+      };
+      cudaError_t e = convert(q, layout_.converted.q, qo_heads, args.q);
+      if (e == cudaSuccess) e = convert(k, layout_.converted.k, kv_heads, args.k);
+      if (e == cudaSuccess) e = convert(v, layout_.converted.v, kv_heads, args.v);
+      args.out = dense(layout_.converted.out, qo_heads);
+      if (e == cudaSuccess) e = cuda::prefill(args, place.prefill, tiles, limits_.num_sms, stream);
+      for (const RowRange& rows : chunks) {
+        if (e != cudaSuccess) break;
+        e = convert_rows<Io, Row>(
+            {out.data + rows.first * out.stride_n, out.stride_n, out.stride_h},
+            {args.out.data + rows.first * args.out.stride_n, args.out.stride_n, args.out.stride_h},
+            rows.count, qo_heads, dim, stream);
+      }
+      return e;
+    }
+  }
+
+  /// Reads how many elements of k and v were finite as given and are infinite as stored, in all
+  /// steps so far; waits for the stream. Always 0 where Io is Row.
+  cudaError_t overflows(std::int64_t& count, cudaStream_t stream) const {
+    unsigned long long on_device = 0;
+    if (const cudaError_t e = cudaMemcpyAsync(&on_device, at<unsigned long long>(layout_.overflows),
+                                              sizeof on_device, cudaMemcpyDeviceToHost, stream);
+        e != cudaSuccess) {
+      return e;
+    }
+    const cudaError_t e = cudaStreamSynchronize(stream);
+    count = static_cast<std::int64_t>(on_device);
+    return e;
+  }
+
+ private:
+  struct Layer {
+    LayerShape shape;
+    LayerHeads heads;
+    DecodeWork work;
+    DecodeKernel decode;
+    PrefillKernel prefill;
+  };
+
+  static TensorView<const Bits<Io>> bits(TensorView<const Io> x) {
+    return {reinterpret_cast<const Bits<Io>*>(x.data), x.stride_n, x.stride_h};
+  }
+  static TensorView<Bits<Io>> bits(TensorView<Io> x) {
+    return {reinterpret_cast<Bits<Io>*>(x.data), x.stride_n, x.stride_h};
+  }
+  static RowsAt<const void*> rows_at(TensorView<const Io> x) {
+    return {x.data, x.stride_n, x.stride_h};
+  }
+  static RowsAt<void*> rows_at(TensorView<Io> x) { return {x.data, x.stride_n, x.stride_h}; }
+
+  const Layer& at(int layer) const { return layers_[static_cast<std::size_t>(layer)]; }
+  template <class T>
+  T* at(std::size_t offset) const {
+    return reinterpret_cast<T*>(memory_.data() + offset);
+  }
+
+  DeviceLimits limits_;
+  LaunchLayout layout_;
+  DeviceMemory memory_;
+  std::vector<Layer> layers_;
+};
+
+}  // namespace headwise::inline v0::cuda
