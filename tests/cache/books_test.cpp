@@ -883,6 +883,30 @@ TEST(Books, TablesNeverRunOutBeforePagesWithoutForks) {
   EXPECT_GT(refused, 50);
 }
 
+TEST(Books, ASequenceGrowsToTheLongestContextWhateverItsHeadsKeep) {
+  // Tables of a growing window are as long as the context, its pages few.
+  HeadPlan windows(shape(), KeepGrowingWindow{4, 24, 1000});
+  windows.set(0, 0, KeepWindow{{4, 20}});
+  for (const int sequences : {1, 5}) {
+    CacheOptions options = options_of(sequences);
+    options.max_context = 300'000;
+    options.max_chunk = 700;
+    Books books(CacheGeometry(shape(), windows, options, page_bytes), nullptr, false);
+    std::vector<SequenceId> ids;
+    for (int i = 0; i < sequences; ++i) ids.push_back(books.add_sequence().value());
+    Step step;
+    while (books.length(ids.back()) < options.max_context) {
+      for (const SequenceId id : ids) {
+        const SequenceChunk chunk{
+            id, std::min(options.max_chunk, options.max_context - books.length(id))};
+        ASSERT_EQ(books.begin(step, {&chunk, 1}), StepStatus::kOk) << books.length(id);
+        attend_all(step);
+        ASSERT_EQ(books.commit(step), StepStatus::kOk);
+      }
+    }
+  }
+}
+
 TEST(Books, ErrorsNameThePoolsLimits) {
   CacheOptions options = options_of(1);
   const std::size_t slab = slab_bytes_of(options);

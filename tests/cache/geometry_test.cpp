@@ -363,8 +363,6 @@ TEST(CacheGeometry, MemoryOfTablesFollowsUseWhereThePoolCannotFillThem) {
     const CacheGeometry geometry(shape, plan, options, half_bytes);
     EXPECT_LT(metadata_bytes(geometry), std::size_t{256} << 20);
     EXPECT_GT(geometry.tables(true).levels.size(), 5U);
-    // One sequence of the longest context always has tables.
-    EXPECT_GE(geometry.tables(true).num_entries, geometry.tables(true).levels.back().num_entries);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <set>
 #include <string>
@@ -315,6 +316,140 @@ TEST(KvCache, GroupsDoNotMultiplyWhatIsStored) {
     return model.cache.held_bytes(id);
   };
   for (const int group : {1, 2, 4, 5, 7, 8}) EXPECT_EQ(held(group), 2U * 7U * 16U * 64U * 2U);
+}
+
+// What a step says of its rows -------------------------------------------------------------------
+
+/// Stores one token per value of K and V in a fresh cache; the step's overflows.
+template <class Rows>
+std::int64_t overflows_of(const std::vector<float>& values, PrefillMode prefill,
+                          const HeadBudget& keep) {
+  const ModelShape shape = ModelShape::uniform(1, 1, 1, 16);
+  KvCache<Rows> cache(shape, HeadPlan(shape, keep), test::mixed_options(prefill, 0));
+  const SequenceId id = cache.add_sequence().value();
+  std::vector<float> k(values.size() * 16, 1.0F);
+  std::vector<float> v(values.size() * 16, 1.0F);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    k[16 * i + i % 16] = values[i];
+    v[16 * i + 15 - i % 16] = -values[i];
+  }
+  Step step;
+  EXPECT_EQ(cache.begin(step, {{id, static_cast<std::int64_t>(values.size())}}), StepStatus::kOk);
+  cache.template append<simd::BestIsa>(step, step.entries()[0], 0, 0,
+                                       TensorView<const float>::nhd(k.data(), 1, 16),
+                                       TensorView<const float>::nhd(v.data(), 1, 16));
+  step.note_head_done(0);
+  const std::int64_t overflows = step.num_overflows();
+  EXPECT_EQ(cache.commit(step), StepStatus::kOk);
+  EXPECT_EQ(step.num_overflows(), overflows);  // to be read after the commit, too
+  EXPECT_EQ(cache.begin(step, {{id, 0}}), StepStatus::kOk);
+  EXPECT_EQ(step.num_overflows(), 0);
+  return overflows;
+}
+
+TEST(KvCache, CountsFiniteElementsThatBecomeInfiniteWhenTheyAreStored) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  const auto count = []<class Rows>(const std::vector<float>& values) {
+    return overflows_of<Rows>(values, PrefillMode::kWindowed, KeepEverything{});
+  };
+  const std::vector<float> halves{65504, 65519, 65520, 70000, 1e30F, 0, 6e-8F};  // 3 beyond
+  EXPECT_EQ(count.operator()<TiledRows<f16>>(halves), 2 * 3);                    // of K and of V
+  EXPECT_EQ(count.operator()<PlainRows<f16>>(halves), 2 * 3);
+  for (const std::vector<float>& stored : {halves, {kInf, kNan, -kInf}}) {
+    EXPECT_EQ(count.operator()<bf16>(stored), 0);
+    EXPECT_EQ(count.operator()<f32>(stored), 0);
+  }
+  EXPECT_EQ(count.operator()<f16>({kInf, kNan, -kInf}), 0);  // they were so before
+  EXPECT_EQ(count.operator()<bf16>({3.3e38F, 3.4e38F}), 2);
+  EXPECT_EQ(count.operator()<f32>({3.3e38F, 3.4e38F}), 0);
+}
+
+TEST(KvCache, CountsNoOverflowOfRowsThatAreNotStored) {
+  // Tokens that a long chunk has pushed out of the window before it ends.
+  std::vector<float> values(200, 1.0F);
+  values[100] = 70000.0F;
+  EXPECT_EQ(overflows_of<f16>(values, PrefillMode::kWindowed, KeepWindow{{4, 12}}), 0);
+  values[199] = 70000.0F;
+  EXPECT_EQ(overflows_of<f16>(values, PrefillMode::kWindowed, KeepWindow{{4, 12}}), 2);
+}
+
+TEST(KvCache, ASequenceSeesTheSameWhateverThePhaseOfTheOthers) {
+  // Four speculated tokens beside a prompt of 80, and alone.
+  Model model = mixed_model(PrefillMode::kChunkCausal, 4);
+  const SequenceId speculates = model.add();
+  const SequenceId prompts = model.add();
+  model.add_tokens(speculates, new_tokens(60), Phase::kPrompt);
+  model.add_tokens(prompts, new_tokens(90), Phase::kPrompt);
+  Step step;
+  const auto seen = [&](std::size_t entry) {
+    std::vector<test::SeenCopy> copies;
+    for (int l = 0; l < 3; ++l) {
+      for (int h = 0; h < test::mixed_shape().layer(l).num_kv_heads; ++h) {
+        copies.push_back(test::copy_of(model.cache.seen(step.entries()[entry], l, h)));
+      }
+    }
+    return copies;
+  };
+  ASSERT_EQ(model.cache.begin(step, {{speculates, 4, Phase::kDecode}}), StepStatus::kOk);
+  const auto alone = seen(0);
+  ASSERT_EQ(model.cache.begin(step, {{prompts, 80, Phase::kPrompt}}), StepStatus::kOk);
+  const auto prompt_alone = seen(0);
+  ASSERT_EQ(
+      model.cache.begin(step, {{prompts, 80, Phase::kPrompt}, {speculates, 4, Phase::kDecode}}),
+      StepStatus::kOk);
+  EXPECT_EQ(seen(1), alone);
+  EXPECT_EQ(seen(0), prompt_alone);
+  EXPECT_NE(alone[1].window, Window::everything());  // a streaming head decodes by its window
+  EXPECT_EQ(prompt_alone[1].window, Window::everything());
+}
+
+template <class Rows>
+void expect_means_of_a_million_rows() {
+  const ModelShape shape = ModelShape::uniform(1, 1, 1, 16);
+  CacheOptions options;
+  options.max_context = 1'050'000;
+  options.max_chunk = 4096;
+  options.max_rollback = 8;
+  options.prefill = PrefillMode::kChunkCausal;
+  KvCache<Rows> cache(shape, HeadPlan(shape, KeepGrowingWindow{4, 4000, 1000}), options);
+  const SequenceId id = cache.add_sequence().value();
+  Step step;
+  std::vector<float> k(4096 * 16);
+  const std::vector<float> v(4096 * 16, 0.1F);
+  double k_sum = 0.0;  // of element 0 of all rows that are folded in the end
+  std::vector<double> k_sums{0.0};
+  while (cache.length(id) < 1'040'000) {
+    const std::int64_t n = cache.length(id) % 3 == 0 ? 4096 : 1001;
+    for (std::int64_t i = 0; i < n; ++i) {
+      const float x = static_cast<float>((cache.length(id) + i) * 7919 % 1000) * 0.001F;
+      k[static_cast<std::size_t>(16 * i)] = x;
+      k_sum += cache.length(id) + i < 4 ? 0.0 : static_cast<double>(x);  // sinks are not folded
+      k_sums.push_back(k_sum);
+    }
+    ASSERT_EQ(cache.begin(step, {{id, n}}), StepStatus::kOk);
+    cache.template append<simd::BestIsa>(step, step.entries()[0], 0, 0,
+                                         TensorView<const float>::nhd(k.data(), 1, 16),
+                                         TensorView<const float>::nhd(v.data(), 1, 16));
+    step.note_head_done(0);
+    ASSERT_EQ(cache.commit(step), StepStatus::kOk);
+  }
+  const auto seen = test::seen_by_next(cache, id, Phase::kDecode)[0];
+  ASSERT_GT(seen.folded, 1'000'000);
+  const double v_truth = static_cast<double>(0.1F);
+  const double k_truth =
+      k_sums[static_cast<std::size_t>(seen.folded + 4)] / static_cast<double>(seen.folded);
+  const std::vector<float> tenths(16, 0.1F);
+  std::vector<float> stored(16);
+  FormatOf<Rows>::round_row(tenths.data(), 16, stored.data());
+  const double format_error = std::fabs(static_cast<double>(stored[0]) - v_truth);
+  EXPECT_NEAR(static_cast<double>(seen.means[16]), v_truth, 1e-5 * v_truth + format_error);
+  EXPECT_NEAR(static_cast<double>(seen.means[0]), k_truth, 1e-5 + format_error);
+}
+
+TEST(KvCache, CompensationMeansOfAMillionRowsAreTheRawRowsMean) {
+  ASSERT_NO_FATAL_FAILURE(expect_means_of_a_million_rows<f32>());
+  ASSERT_NO_FATAL_FAILURE(expect_means_of_a_million_rows<f16>());
 }
 
 TEST(KvCache, ErrorsComeFromThePartThatKnows) {

@@ -189,16 +189,13 @@ class CacheGeometry {
     // this size can fill: then blocks follow the sequences' lengths.
     const std::int64_t all = detail::checked_mul(std::int64_t{options_.max_sequences},
                                                  levels_.back().num_entries, "page-table entries");
-    const std::int64_t small = detail::checked_mul(
-        std::int64_t{options_.max_sequences}, levels_.front().num_entries, "page-table entries");
-    const auto granules = static_cast<std::int64_t>(pool_bytes() / pool_.granule());
-    const std::int64_t by_use = small + detail::checked_mul(kEntriesPerPage, granules, "entries");
+    const std::int64_t by_use = entries_by_use();
     if (all <= by_use) {
       shape.levels = {levels_.back()};
       shape.num_entries = all;
     } else {
       shape.levels = levels_;
-      shape.num_entries = std::max(by_use, levels_.back().num_entries);
+      shape.num_entries = by_use;
     }
     return shape;
   }
@@ -211,10 +208,34 @@ class CacheGeometry {
  private:
   /// The smallest block of page tables: 64 pages of 64 tokens are a context of 4096.
   static constexpr std::int64_t kFirstLevelPages = 64;
-  /// Table entries for each page of the pool, where tables follow use. A retrieval head's table is
-  /// at most twice as long as its pages, a ring's has two banks; the rest is for windows that grow
-  /// slowly, for forks, which share pages but not tables, and for gaps between blocks.
-  static constexpr std::int64_t kEntriesPerPage = 16;
+  /// How much longer than the tables of sequences that fill the pool the arena is, where tables
+  /// follow use: for forks, which share pages but not tables, and for gaps between blocks.
+  static constexpr double kArenaSlack = 8.0;
+
+  /// Entries of an arena for as many sequences as the pool can hold. A sequence that needs a block
+  /// of some level has outgrown the level before, and so holds a known number of bytes at least.
+  std::int64_t entries_by_use() const {
+    const std::size_t bytes = pool_bytes();
+    const std::int64_t page_tokens = options_.page_tokens;
+    double entries_per_byte = 0.0;                       // most of any level
+    std::int64_t largest = levels_.front().num_entries;  // blocks beside each other: one moves
+    for (std::size_t l = 1; l < levels_.size(); ++l) {
+      const std::int64_t longest = levels_[l - 1].capacity_pages * page_tokens + 1;
+      const std::int64_t rolled_back = std::max<std::int64_t>(1, longest - options_.max_rollback);
+      const std::size_t held = bytes_held(rolled_back, longest);
+      if (held > bytes) break;  // no pool of this size has such a sequence
+      largest = levels_[l].num_entries + levels_[l - 1].num_entries;
+      entries_per_byte = std::max(entries_per_byte, static_cast<double>(levels_[l].num_entries) /
+                                                        static_cast<double>(held));
+    }
+    const double used = kArenaSlack * entries_per_byte * static_cast<double>(bytes);
+    constexpr double kMost = 0x1p62;  // more than any table has
+    const std::int64_t smallest = detail::checked_mul(
+        std::int64_t{options_.max_sequences}, levels_.front().num_entries, "page-table entries");
+    return detail::checked_add(smallest,
+                               std::max(largest, static_cast<std::int64_t>(std::min(used, kMost))),
+                               "page-table entries");
+  }
 
   static CacheOptions checked(CacheOptions options) {
     if (options.page_tokens < 16 || options.page_tokens % 16 != 0) {
