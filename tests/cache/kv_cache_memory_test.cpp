@@ -27,33 +27,46 @@ std::int64_t pages_for(std::int64_t rows, std::int64_t page_tokens) {
   return (rows + page_tokens - 1) / page_tokens;
 }
 
-/// Pages that one sequence holds, from the published rules: `high_water` tokens at most were ever
-/// there, and `rollback` of them may be asked back.
-std::int64_t closed_form(const HeadPlan& plan, const CacheOptions& options, std::int64_t length,
-                         std::int64_t high_water) {
+/// Pages and their bytes that one sequence holds, from the published rules: `high_water` tokens at
+/// most were ever there, and max_rollback of them may be asked back.
+struct Held {
   std::int64_t pages = 0;
+  std::size_t bytes = 0;
+};
+Held closed_form(const HeadPlan& plan, const CacheOptions& options, std::int64_t length,
+                 std::int64_t high_water) {
+  Held held;
   const std::int64_t size = options.page_tokens;
-  for (const HeadBudget& budget : plan.budgets()) {
-    const std::int64_t all = pages_for(length, size);
-    if (const auto* keep = std::get_if<KeepWindow>(&budget)) {
-      const std::int64_t rows = keep->window.sink + keep->window.recent + options.max_rollback;
-      pages += std::min(all, pages_for(rows, size));
-    } else if (const auto* growing = std::get_if<KeepGrowingWindow>(&budget)) {
-      const std::int64_t lowest = std::max<std::int64_t>(0, high_water - options.max_rollback);
-      const std::int64_t gone =
-          std::max<std::int64_t>(
-              0, lowest - std::max(growing->min_recent, lowest / growing->divisor)) /
-          size;
-      pages += all - std::max<std::int64_t>(0, gone - pages_for(growing->sink, size));
-    } else {
-      pages += all;
+  const ModelShape& shape = test::mixed_shape();
+  for (int l = 0; l < shape.num_layers(); ++l) {
+    for (int h = 0; h < shape.layer(l).num_kv_heads; ++h) {
+      std::int64_t pages = pages_for(length, size);
+      const HeadBudget& budget = plan.budget(l, h);
+      if (const auto* keep = std::get_if<KeepWindow>(&budget)) {
+        const std::int64_t rows = keep->window.sink +
+                                  std::max(keep->window.recent, keep->prompt_recent) +
+                                  options.max_rollback;
+        pages = std::min(pages, pages_for(rows, size));
+      } else if (const auto* growing = std::get_if<KeepGrowingWindow>(&budget)) {
+        const std::int64_t lowest = std::max<std::int64_t>(0, high_water - options.max_rollback);
+        const std::int64_t gone =
+            std::max<std::int64_t>(
+                0, lowest - std::max(growing->min_recent, lowest / growing->divisor)) /
+            size;
+        pages -= std::max<std::int64_t>(0, gone - pages_for(growing->sink, size));
+      }
+      held.pages += pages;
+      held.bytes +=
+          static_cast<std::size_t>(pages * size * (shape.layer(l).k_dim + shape.layer(l).v_dim)) *
+          sizeof(f16);
     }
   }
-  return pages;
+  return held;
 }
 
-std::int64_t pages_in_use(const Model& model) {
-  return model.cache.geometry().num_pages() - model.cache.free_pages();
+/// What a cache of these would ask for, pages and metadata.
+CacheGeometry geometry_of(const HeadPlan& plan, const CacheOptions& options) {
+  return CacheGeometry(test::mixed_shape(), plan, options, &FormatOf<f16>::page_bytes);
 }
 
 TEST(KvCache, HoldsTheClosedFormAtEveryLength) {
@@ -61,11 +74,9 @@ TEST(KvCache, HoldsTheClosedFormAtEveryLength) {
     Model model(test::mixed_shape(), test::mixed_plan(prefill), test::mixed_options(prefill, 7));
     const SequenceId id = model.add();
     for (std::int64_t length = 0; length <= 400; ++length) {
-      const std::int64_t expected = closed_form(model.plan(), model.options(), length, length);
-      ASSERT_EQ(pages_in_use(model), expected) << length;
-      ASSERT_EQ(model.cache.pages_held(id), expected);
-      ASSERT_EQ(model.cache.held_bytes(id),
-                static_cast<std::size_t>(expected) * model.cache.geometry().page_bytes());
+      const Held expected = closed_form(model.plan(), model.options(), length, length);
+      ASSERT_EQ(model.cache.pages_in_use(), expected.pages) << length;
+      ASSERT_EQ(model.cache.held_bytes(id), expected.bytes);
       model.add_tokens(id, new_tokens(1), Phase::kDecode);
     }
   }
@@ -76,17 +87,20 @@ TEST(KvCache, HoldsTheClosedFormAfterPromptsAndRollbacks) {
     CacheOptions options = test::mixed_options(prefill, 7);
     options.max_context = 700;
     Model model(test::mixed_shape(), test::mixed_plan(prefill), options);
+    const auto pages = [&](std::int64_t length, std::int64_t high_water) {
+      return closed_form(model.plan(), options, length, high_water).pages;
+    };
     for (const std::int64_t length : test::boundary_lengths(17, 30, 64, 16)) {
       const SequenceId id = model.add();
       model.add_tokens(id, new_tokens(length), Phase::kPrompt);
-      ASSERT_EQ(pages_in_use(model), closed_form(model.plan(), options, length, length));
+      ASSERT_EQ(model.cache.pages_in_use(), pages(length, length));
       for (const std::int64_t back : {1, 4, 7}) {
         if (back > length) continue;
         ASSERT_EQ(model.rollback(id, length - back), StepStatus::kOk);
-        ASSERT_EQ(pages_in_use(model), closed_form(model.plan(), options, length - back, length));
+        ASSERT_EQ(model.cache.pages_in_use(), pages(length - back, length));
       }
       model.release(id);
-      ASSERT_EQ(pages_in_use(model), 0);
+      ASSERT_EQ(model.cache.pages_in_use(), 0);
     }
   }
 }
@@ -105,14 +119,14 @@ TEST(KvCache, AMillionTokensChangeOnlyTheRetrievalHeadsShare) {
   const std::vector<float> rows(4096 * 16, 0.25F);
   const auto view = TensorView<const float>::nhd(rows.data(), 1, 16);
   const auto add = [&](std::int64_t count) {
-    ASSERT_EQ(cache.begin(step, {{id, count}}, Phase::kPrompt), StepStatus::kOk);
+    ASSERT_EQ(cache.begin(step, {{id, count, Phase::kPrompt}}), StepStatus::kOk);
     for (int head = 0; head < 2; ++head) {
-      cache.append<simd::BestIsa>(step.entries()[0], 0, head, view, view);
+      cache.append<simd::BestIsa>(step, step.entries()[0], 0, head, view, view);
       step.note_head_done(0);
     }
     ASSERT_EQ(cache.commit(step), StepStatus::kOk);
   };
-  const auto in_use = [&] { return cache.geometry().num_pages() - cache.free_pages(); };
+  const auto in_use = [&] { return cache.pages_in_use(); };
   add(500);
   ASSERT_EQ(in_use(), 8 + 2);  // 500 rows, and 16 + 64 + 8 rows
   while (cache.length(id) < 1'000'000 && !HasFatalFailure()) {
@@ -123,18 +137,18 @@ TEST(KvCache, AMillionTokensChangeOnlyTheRetrievalHeadsShare) {
   EXPECT_GT(in_use(), 15'600);
   // The same plan without a retrieval head holds next to nothing.
   const HeadPlan streaming(shape, KeepWindow{{16, 64}});
-  EXPECT_EQ(CacheGeometry(shape, streaming, options, &PlainRows<f16>::page_bytes)
-                .pages_held(1'000'000, 1'000'000),
-            4);
+  EXPECT_EQ(CacheGeometry(shape, streaming, options, &FormatOf<f16>::page_bytes)
+                .bytes_held(1'000'000, 1'000'000),
+            std::size_t{4} * 64 * 32 * sizeof(f16));
 }
 
 TEST(KvCache, FreedPagesServeOthersAtOnce) {
   // A pool for one long sequence: what it gives back is all that the next one can get.
   CacheOptions options = test::mixed_options(PrefillMode::kChunkCausal, 4);
   const HeadPlan plan = test::mixed_plan(PrefillMode::kChunkCausal);
-  const CacheGeometry geometry(test::mixed_shape(), plan, options, &PlainRows<f16>::page_bytes);
-  options.max_bytes =
-      static_cast<std::size_t>(geometry.peak_pages(options.max_context)) * geometry.page_bytes();
+  CacheOptions one = options;
+  one.max_sequences = 1;
+  options.max_bytes = geometry_of(plan, one).pool_bytes();
   Model model(test::mixed_shape(), plan, options);
   SequenceId a = model.add();
   for (int round = 0; round < 4; ++round) {
@@ -160,7 +174,7 @@ TEST(KvCache, FoldedPagesServeOthersAtOnce) {
   for (int i = 0; i < 400; ++i) {
     model.add_tokens(a, new_tokens(1), Phase::kDecode);
     model.add_tokens(b, new_tokens(1), Phase::kDecode);
-    ASSERT_LE(pages_in_use(model), 8);
+    ASSERT_LE(model.cache.pages_in_use(), 8);
   }
   ASSERT_TRUE(model.matches());
 }
@@ -170,16 +184,13 @@ TEST(KvCache, AsksItsAllocatorOnceForWhatTheGeometrySays) {
     test::CountingResource resource;
     CacheOptions options = test::mixed_options(prefill, 7);
     options.resource = &resource;
-    const CacheGeometry geometry(test::mixed_shape(), test::mixed_plan(prefill), options,
-                                 &PlainRows<f16>::page_bytes);
+    const CacheGeometry geometry = geometry_of(test::mixed_plan(prefill), options);
     {
       Model model(test::mixed_shape(), test::mixed_plan(prefill), options);
-      const std::size_t pages =
-          static_cast<std::size_t>(geometry.num_pages()) * geometry.page_bytes();
       ASSERT_EQ(resource.requests.size(), 2U);
-      EXPECT_EQ(resource.requests[0].bytes, pages);
+      EXPECT_EQ(resource.requests[0].bytes, geometry.pool_bytes());
       EXPECT_EQ(resource.requests[0].alignment % 64, 0U);
-      EXPECT_EQ(resource.requests[1].bytes, MetadataLayout(geometry).total_bytes);
+      EXPECT_EQ(resource.requests[1].bytes, BooksLayout(geometry, false).sections.total_bytes());
       EXPECT_EQ(resource.requests[1].alignment % 64, 0U);
       const SequenceId id = model.add();
       for (const std::int64_t chunk : {100, 1, 300, 1}) {
@@ -197,8 +208,8 @@ TEST(KvCache, AsksForMetadataOnlyWherePageMemoryIsGiven) {
   CacheOptions options = test::mixed_options(PrefillMode::kWindowed, 7);
   options.resource = &resource;
   const HeadPlan plan = test::mixed_plan(PrefillMode::kWindowed);
-  const CacheGeometry geometry(test::mixed_shape(), plan, options, &PlainRows<f16>::page_bytes);
-  const std::size_t bytes = static_cast<std::size_t>(geometry.num_pages()) * geometry.page_bytes();
+  const CacheGeometry geometry = geometry_of(plan, options);
+  const std::size_t bytes = geometry.pool_bytes();
   std::vector<std::byte> memory(bytes + 64);
   void* aligned = memory.data();
   std::size_t space = memory.size();
@@ -206,7 +217,7 @@ TEST(KvCache, AsksForMetadataOnlyWherePageMemoryIsGiven) {
   options.page_memory = {static_cast<std::byte*>(aligned), bytes};
   Model model(test::mixed_shape(), plan, options);
   ASSERT_EQ(resource.requests.size(), 1U);
-  EXPECT_EQ(resource.requests[0].bytes, MetadataLayout(geometry).total_bytes);
+  EXPECT_EQ(resource.requests[0].bytes, BooksLayout(geometry, false).sections.total_bytes());
   const SequenceId id = model.add();
   model.add_tokens(id, new_tokens(100), Phase::kPrompt);
   EXPECT_TRUE(model.matches());
@@ -218,14 +229,14 @@ TEST(KvCache, AllocatesNothingAfterTheFirstStep) {
     KvCache<f16> cache(shape, test::mixed_plan(prefill), test::mixed_options(prefill, 7));
     Step step;
     const std::vector<float> rows(130 * 48, 0.5F);
-    const auto run = [&](std::span<const SequenceChunk> chunks, Phase phase) {
-      if (cache.begin(step, chunks, phase) != StepStatus::kOk) return false;
+    const auto run = [&](std::span<const SequenceChunk> chunks) {
+      if (cache.begin(step, chunks) != StepStatus::kOk) return false;
       for (int layer = 0; layer < shape.num_layers(); ++layer) {
         const auto view = TensorView<const float>::nhd(rows.data(), 1, 48);
         for (const StepEntry& entry : step.entries()) {
           for (int head = 0; head < shape.layer(layer).num_kv_heads; ++head) {
             if (entry.num_tokens() == 0) continue;
-            cache.append<simd::BestIsa>(entry, layer, head, view, view);
+            cache.append<simd::BestIsa>(step, entry, layer, head, view, view);
             step.note_head_done(layer);
           }
         }
@@ -233,29 +244,34 @@ TEST(KvCache, AllocatesNothingAfterTheFirstStep) {
       return cache.commit(step) == StepStatus::kOk;
     };
     const SequenceId a = cache.add_sequence().value();
-    const SequenceChunk one[] = {{a, 1}};
-    ASSERT_TRUE(run(one, Phase::kDecode));  // the first step: its bookkeeping is made here
+    const SequenceChunk one[] = {{a, 1, Phase::kDecode}};
+    ASSERT_TRUE(run(one));  // the first step: its bookkeeping is made here
 
     bool all_ok = true;
     const std::size_t allocations = test::allocations_in([&] {
       const SequenceId b = cache.add_sequence().value();
       const SequenceId c = cache.add_sequence().value();
       const SequenceChunk prompt[] = {{a, 100}, {b, 17}, {c, 0}};
-      const SequenceChunk decode[] = {{c, 1}, {a, 1}, {b, 1}};
+      const SequenceChunk decode[] = {
+          {c, 1, Phase::kDecode}, {a, 1, Phase::kDecode}, {b, 1, Phase::kDecode}};
       const SequenceChunk too_long[] = {{a, 1000}};
-      all_ok &= run(prompt, Phase::kPrompt);
+      all_ok &= run(prompt);
       for (int i = 0; i < 50; ++i) {
-        all_ok &= run(decode, Phase::kDecode);
+        all_ok &= run(decode);
         if (i % 10 != 0) continue;
-        all_ok &= run(prompt, Phase::kPrompt) || i > 0;
+        all_ok &= run(prompt) || i > 0;
         all_ok &= cache.rollback(a, cache.length(a) - 7) == StepStatus::kOk;
-        all_ok &= cache.rollback(a, 0) == StepStatus::kTooFarBack;
-        all_ok &= cache.begin(step, too_long, Phase::kPrompt) == StepStatus::kContextTooLong;
-        all_ok &= cache.begin(step, decode, Phase::kDecode) == StepStatus::kOk;
+        all_ok &= cache.rollback(a, 1) == StepStatus::kTooFarBack;
+        all_ok &= cache.missing_bytes(prompt) == 0 && cache.longest_chunk(a) >= 0;
+        all_ok &= cache.begin(step, too_long) == StepStatus::kContextTooLong;
+        all_ok &= cache.begin(step, decode) == StepStatus::kOk;
         all_ok &= cache.commit(step) == StepStatus::kIncomplete;
         all_ok &= cache.drop(step) == StepStatus::kOk;
       }
+      all_ok &= cache.begin(step, decode) == StepStatus::kOk;
       cache.release(b);
+      all_ok &= cache.drop(step) == StepStatus::kOk;
+      all_ok &= cache.clear(a) == StepStatus::kOk;
       all_ok &= cache.add_sequence().has_value();
     });
     EXPECT_TRUE(all_ok);

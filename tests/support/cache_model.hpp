@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file cache_model.hpp
 /// A cache as the published rules describe it: every sequence kept whole, visibility by brute
-/// force. Knows no pages, rings or banks; the real cache is compared with it.
+/// force (sight.hpp). Knows no pages, rings or banks; the real cache is compared with it.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <random>
 #include <set>
 #include <span>
@@ -25,6 +26,7 @@
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/plan.hpp"
 #include "headwise/simd/simd.hpp"
+#include "support/sight.hpp"
 
 namespace headwise::test {
 
@@ -72,35 +74,6 @@ std::vector<float> stored_row(Token token, std::int64_t pos, int layer, int head
   std::vector<float> stored(row.size());
   Format::round_row(row.data(), dim, stored.data());
   return stored;
-}
-
-// Rules ------------------------------------------------------------------------------------------
-
-/// How a query sees a key.
-enum class Sight { kNot, kAsRow, kFolded };
-
-/// The published rules, one key at a time.
-/// @param start  length of the sequence when the step began
-inline Sight sight(const HeadBudget& budget, PrefillMode prefill, std::int64_t page_tokens,
-                   Phase phase, std::int64_t start, std::int64_t query, std::int64_t key) {
-  if (key > query) return Sight::kNot;
-  if (const auto* keep = std::get_if<KeepWindow>(&budget)) {
-    const Window& window = keep->window;
-    if (key < window.sink) return Sight::kAsRow;
-    if (phase == Phase::kPrompt && prefill == PrefillMode::kChunkCausal) {
-      // DuoAttention: what the chunk's first query sees, and the chunk itself.
-      return key >= start || start - key + 1 <= window.recent ? Sight::kAsRow : Sight::kNot;
-    }
-    const std::int64_t newest_first = query - key + 1;  // 1: the current token
-    return newest_first <= window.recent ? Sight::kAsRow : Sight::kNot;
-  }
-  if (const auto* growing = std::get_if<KeepGrowingWindow>(&budget)) {
-    // RazorAttention: L = max(S0, N / C) newest stay; whole pages of the others are folded.
-    const std::int64_t kept = std::max(growing->min_recent, start / growing->divisor);
-    const std::int64_t end_of_page = (key / page_tokens + 1) * page_tokens;
-    return key >= growing->sink && end_of_page <= start - kept ? Sight::kFolded : Sight::kAsRow;
-  }
-  return Sight::kAsRow;
 }
 
 // What a cache shows -----------------------------------------------------------------------------
@@ -193,6 +166,22 @@ class ModelledCache {
     sequences.erase(id);
   }
 
+  /// Another sequence with the tokens of `id`; nothing where the cache refuses, which says why.
+  std::optional<SequenceId> fork(SequenceId id, StepStatus expected = StepStatus::kOk) {
+    SequenceId child;
+    const StepStatus status = cache.fork(id, child);
+    EXPECT_EQ(status, expected);
+    if (status != StepStatus::kOk) return std::nullopt;
+    EXPECT_FALSE(sequences.contains(child));
+    sequences[child] = Sequence(sequences.at(id));
+    return child;
+  }
+  StepStatus clear(SequenceId id) {
+    const StepStatus status = cache.clear(id);
+    if (status == StepStatus::kOk) sequences[id] = {};
+    return status;
+  }
+
   /// Opens the member `step` for `tokens[i]` of sequence `ids[i]`.
   StepStatus begin(std::vector<std::pair<SequenceId, std::vector<Token>>> chunks, Phase phase) {
     std::vector<SequenceChunk> counts;
@@ -235,6 +224,7 @@ class ModelledCache {
     const StepStatus status = cache.commit(step);
     if (status == StepStatus::kOk) {
       for (const auto& [id, tokens] : open_) {
+        if (!sequences.contains(id)) continue;  // released meanwhile
         Sequence& sequence = sequences[id];
         sequence.tokens.insert(sequence.tokens.end(), tokens.begin(), tokens.end());
         sequence.high_water =
@@ -255,6 +245,7 @@ class ModelledCache {
     const StepStatus status = cache.rollback(id, length);
     if (status == StepStatus::kOk) {
       sequences[id].tokens.resize(static_cast<std::size_t>(length));
+      if (length == 0) sequences[id].high_water = 0;  // a clear
     }
     return status;
   }
@@ -427,7 +418,7 @@ inline HeadPlan mixed_plan(PrefillMode prefill) {
   plan.set(0, 2, KeepWindow{{0, 1}});
   plan.set(0, 3, KeepWindow{{17, 30}});
   plan.set(1, 0, KeepWindow{{3, 33}});
-  plan.set(1, 1, KeepWindow{{4, 12}});
+  plan.set(1, 1, KeepWindow{{4, 12}, 29});
   plan.set(1, 2, KeepWindow{{16, 16}});
   if (prefill == PrefillMode::kChunkCausal) {
     plan.set(0, 3, KeepGrowingWindow{4, 40, 3});
