@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -46,6 +47,30 @@ TEST(Reference, WeighsARowByWhatItStandsFor) {
   once.add(row(k[1]), row(v[1]), std::log(3.0));
   for (int i = 0; i < 3; ++i) thrice.add(row(k[1]), row(v[1]));
   EXPECT_NEAR(once.output(1)[0], thrice.output(1)[0], 1e-14);
+}
+
+TEST(Reference, TakesARowWhoseScoresAreAllMinusInfinityForEmpty) {
+  const float q[1] = {-1e20F};
+  const double k[1] = {1e20}, v[1] = {5.0};
+  ReferenceRow row(q, 1.0);
+  row.add(std::span<const double>(k), std::span<const double>(v));  // -1e40: -inf in f32
+  EXPECT_EQ(row.output(1)[0], 0.0);
+  EXPECT_EQ(row.lse(), -std::numeric_limits<double>::infinity());
+  const double low[1] = {1e10};
+  row.add(std::span<const double>(low), std::span<const double>(v));
+  EXPECT_EQ(row.output(1)[0], 5.0);
+  EXPECT_NEAR(row.lse(), -1e30, 1e24);
+}
+
+TEST(Reference, LetsPlusInfinityAndNanThrough) {
+  for (const float x :
+       {-std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    const float q[1] = {x};
+    const double k[1] = {-1.0}, v[1] = {5.0};
+    ReferenceRow row(q, 1.0);
+    row.add(std::span<const double>(k), std::span<const double>(v));
+    EXPECT_TRUE(std::isnan(row.output(1)[0]));
+  }
 }
 
 /// The reading of a paged problem and the reading of the dense history are independent code: they

@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/core/dtype.hpp"
 
@@ -47,6 +48,23 @@ TEST(KvView, FindsThePageOfASlot) {
   EXPECT_EQ(page(15), 5);
   EXPECT_EQ(page(16), 0);
   EXPECT_EQ(page(47), 3);
+}
+
+TEST(KvView, IsOverAnEnginesOwnArrays) {
+  // [token][kv_head][dim] of 2 heads of width 16, V of 3 heads of width 32, elsewhere.
+  constexpr std::int64_t kTokens = 150;
+  const std::vector<float> k(kTokens * 2 * 16), v(kTokens * 3 * 32);
+  using Rows = KvView<PlainRows<float>>;
+  const Rows view = Rows::over_rows(k.data() + 16, v.data() + 64, 32, 96, kTokens, 16, 32);
+  EXPECT_EQ(view.num_rows(), kTokens);
+  ASSERT_EQ(view.runs().size(), 1U);
+  for (const std::int64_t pos : {0, 1, 63, 64, 149}) {
+    const auto page = view.page_of(Slot{pos});
+    const std::int64_t row = pos % view.shape.page_tokens;
+    EXPECT_EQ(page.k + row * page.k_stride, k.data() + pos * 32 + 16);
+    EXPECT_EQ(page.v + row * page.v_stride, v.data() + pos * 96 + 64);
+  }
+  EXPECT_EQ(Rows::over_rows(k.data(), v.data(), 32, 96, 0, 16, 32).num_runs, 0);
 }
 
 TEST(KvView, AddressesPagesBeyond32Bits) {

@@ -158,7 +158,8 @@ struct DenseRows {
 };
 
 /// An AttentionCase with random rows, laid out in pages at random places. Every row that no run
-/// names, and every page in no list, is NaN: a kernel that lets one of them through is caught.
+/// names, and every page in no list, is NaN, and every stored row that the window hides from all
+/// queries is infinite or NaN: a kernel that lets one of them through is caught.
 template <class Format>
 class PagedHead {
  public:
@@ -169,6 +170,11 @@ class PagedHead {
     const auto rows = static_cast<std::size_t>(c.queries) * static_cast<std::size_t>(c.group_size);
     q_ = random_rows(rows, c.k_dim, 2.0F);  // peaked, as attention is
     out_.assign(rows * static_cast<std::size_t>(c.v_dim), std::numeric_limits<float>::quiet_NaN());
+    for (std::int64_t pos = 0; pos < c.past; ++pos) {
+      bool seen = false;
+      for (std::int64_t i = 0; i < c.queries; ++i) seen |= c.window.sees(Pos{c.past + i}, Pos{pos});
+      if (!seen) fill(pos, kNotFinite[pos % 3], kNotFinite[(pos + 1) % 3]);
+    }
     mean_ = random_rows(1, std::max(c.k_dim, c.v_dim), 0.2F);
     lay_out();
   }
@@ -193,6 +199,18 @@ class PagedHead {
 
   const std::vector<float>& out() const { return out_; }
 
+  static constexpr float kNotFinite[] = {std::numeric_limits<float>::quiet_NaN(),
+                                         std::numeric_limits<float>::infinity(),
+                                         -std::numeric_limits<float>::infinity()};
+  /// Gives all elements of one token's K and of its V a value.
+  void set_row(std::int64_t pos, float k, float v) {
+    fill(pos, k, v);
+    view_ = {};
+    lay_out();
+  }
+  /// Gives all elements of all q a value.
+  void set_q(float q) { std::fill(q_.begin(), q_.end(), q); }
+
   /// Past and own rows, rounded to the row format.
   DenseRows dense_rows() const {
     DenseRows rows{k_, v_};
@@ -209,6 +227,11 @@ class PagedHead {
     std::vector<float> x(rows * static_cast<std::size_t>(dim));
     for (float& value : x) value = normal(random_);
     return x;
+  }
+
+  void fill(std::int64_t pos, float k, float v) {
+    std::fill_n(&k_[at(pos, case_.k_dim)], case_.k_dim, k);
+    std::fill_n(&v_[at(pos, case_.v_dim)], case_.v_dim, v);
   }
 
   static std::size_t at(std::int64_t pos, int dim) { return static_cast<std::size_t>(pos * dim); }

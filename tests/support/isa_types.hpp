@@ -9,6 +9,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "headwise/cache/rows/int8_rows.hpp"
 #include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/core/dtype.hpp"
@@ -35,18 +36,36 @@ template <class Isa>
 std::tuple<KernelTypes<Isa, PlainRows<f32>>, KernelTypes<Isa, TiledRows<f32>>,
            KernelTypes<Isa, PlainRows<f16>>, KernelTypes<Isa, TiledRows<f16>>,
            KernelTypes<Isa, PlainRows<bf16>>, KernelTypes<Isa, TiledRows<bf16>>>
-kernel_types_of();
+element_types_of();
+
+template <class Isa>
+std::tuple<KernelTypes<Isa, Int8Rows>> scaled_types_of();
+
+template <class Isa>
+std::tuple<KernelTypes<Isa, PlainRows<f32>>, KernelTypes<Isa, PlainRows<f16>>,
+           KernelTypes<Isa, PlainRows<bf16>>>
+plain_types_of();
 
 template <class... Ts>
 ::testing::Types<Ts...> as_types(std::tuple<Ts...>);
 
 template <class... Isas>
-auto all_kernel_types(std::tuple<Isas...>) -> decltype(std::tuple_cat(kernel_types_of<Isas>()...));
+auto element_types(std::tuple<Isas...>) -> decltype(std::tuple_cat(element_types_of<Isas>()...));
+template <class... Isas>
+auto plain_types(std::tuple<Isas...>) -> decltype(std::tuple_cat(plain_types_of<Isas>()...));
+template <class... Isas>
+auto all_types(std::tuple<Isas...>)
+    -> decltype(std::tuple_cat(element_types_of<Isas>()..., scaled_types_of<Isas>()...));
 
 }  // namespace type_lists
 
 using AllIsas = decltype(type_lists::as_types(type_lists::Isas{}));
-using AllKernels = decltype(type_lists::as_types(type_lists::all_kernel_types(type_lists::Isas{})));
+using AllKernels = decltype(type_lists::as_types(type_lists::all_types(type_lists::Isas{})));
+/// Formats without scales: every element is rounded by itself.
+using ElementKernels =
+    decltype(type_lists::as_types(type_lists::element_types(type_lists::Isas{})));
+/// Formats that an engine's own arrays may have.
+using PlainKernels = decltype(type_lists::as_types(type_lists::plain_types(type_lists::Isas{})));
 
 struct IsaNames {
   template <class Isa>
@@ -64,7 +83,7 @@ struct KernelNames {
 
 /// Every row format, for tests that run on the best ISA alone.
 using AllFormats = ::testing::Types<PlainRows<f32>, TiledRows<f32>, PlainRows<f16>, TiledRows<f16>,
-                                    PlainRows<bf16>, TiledRows<bf16>>;
+                                    PlainRows<bf16>, TiledRows<bf16>, Int8Rows>;
 
 struct FormatNames {
   template <class Format>

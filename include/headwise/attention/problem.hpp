@@ -19,7 +19,10 @@ namespace headwise::inline v0 {
 ///  - the compensation row, if there is one, with logit `scale * q.k_mean + ln(count)`,
 ///  - the step's own rows 0..i that the window allows, rounded by `Format` exactly as the cache
 ///    will store them.
-/// A query that sees nothing yields a zero row.
+/// A query that sees nothing yields a zero row (log-sum-exp -inf), and so does one whose visible
+/// scores are all -inf: scores are f32, so one below its range is. What a query does not see
+/// contributes nothing whatever its bits are. Among what it does see, a score of +inf or NaN makes
+/// the row NaN, and an infinite or NaN V makes its element of the row infinite or NaN.
 template <class Format>
 struct HeadProblem {
   KvView<Format> past;  ///< rows stored before the step; none of them is at or after first_query

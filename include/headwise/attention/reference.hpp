@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <span>
 #include <vector>
@@ -29,15 +30,16 @@ class ReferenceRow {
     for (std::size_t d = 0; d < k.size(); ++d) {
       score += static_cast<double>(q_[d]) * static_cast<double>(k[d]);
     }
-    scores_.push_back(score * scale_ + log_weight);
+    scores_.push_back(as_f32_range(score * scale_ + log_weight));
     for (const T x : v) values_.push_back(static_cast<double>(x));
   }
 
-  /// softmax(scores) * values; zeros where no row was added. Costs O(rows x v_dim).
+  /// softmax(scores) * values; zeros where no row was added or all scores are -inf, NaN where one
+  /// is +inf or NaN. Costs O(rows x v_dim).
   std::vector<double> output(int v_dim) const {
     std::vector<double> out(static_cast<std::size_t>(v_dim), 0.0);
-    if (scores_.empty()) return out;
-    const double max = *std::max_element(scores_.begin(), scores_.end());
+    const double max = largest();
+    if (max == -kInfinity) return out;
     double sum = 0.0;
     for (std::size_t i = 0; i < scores_.size(); ++i) {
       const double weight = std::exp(scores_[i] - max);
@@ -48,7 +50,32 @@ class ReferenceRow {
     return out;
   }
 
+  /// Logarithm of the sum of exp(score); -inf where output() is zeros for want of rows.
+  double lse() const {
+    const double max = largest();
+    if (max == -kInfinity) return max;
+    double sum = 0.0;
+    for (const double score : scores_) sum += std::exp(score - max);
+    return max + std::log(sum);
+  }
+
  private:
+  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+  /// Kernels have scores in f32: one beyond its range is infinite.
+  static double as_f32_range(double score) {
+    if (std::fabs(score) <= static_cast<double>(std::numeric_limits<float>::max())) return score;
+    return score * kInfinity;  // NaN stays
+  }
+  double largest() const {
+    double max = -kInfinity;
+    for (const double score : scores_) {
+      if (!(score <= max)) max = score;  // NaN is kept
+      if (std::isnan(score)) break;
+    }
+    return max;
+  }
+
   const float* q_;
   double scale_;
   std::vector<double> scores_;

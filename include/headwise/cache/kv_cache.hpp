@@ -15,6 +15,7 @@
 #include "headwise/cache/geometry.hpp"
 #include "headwise/cache/page_ledger.hpp"
 #include "headwise/cache/rows/format.hpp"
+#include "headwise/cache/rows/int8_rows.hpp"
 #include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/cache/step.hpp"

@@ -6,30 +6,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <random>
+#include <span>
 #include <vector>
 
 #include "headwise/attention/reference.hpp"
 #include "support/attention_cases.hpp"
 #include "support/isa_types.hpp"
+#include "support/run_kernels.hpp"
 
 namespace headwise::test {
 namespace {
-
-/// Decodes a problem in splits that begin at `cuts`; the last does the own rows.
-template <class Isa, class Format>
-void decode(const HeadProblem<Format>& problem, std::vector<std::int64_t> cuts = {0}) {
-  const auto& past = problem.past;
-  const std::int64_t rows = problem.num_queries * problem.group_size;
-  const std::size_t stride = decode_partial_floats(rows, past.shape.v_dim);
-  AlignedFloats partials(stride * cuts.size());
-  AlignedFloats scratch(decode_scratch_floats(rows, past.shape.k_dim, past.shape.v_dim));
-  cuts.push_back(past.num_rows());
-  for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
-    decode_split<Isa>(problem, {cuts[i], cuts[i + 1], i + 2 == cuts.size()},
-                      partials.data() + i * stride, scratch.data());
-  }
-  merge_splits<Isa>(problem, partials.data(), stride, static_cast<std::int64_t>(cuts.size()) - 1);
-}
 
 template <class Types>
 class CpuDecode : public ::testing::Test {};
@@ -40,7 +27,7 @@ TYPED_TEST(CpuDecode, EqualsTheOracleOnEveryCase) {
   for (const AttentionCase& c : attention_cases()) {
     PagedHead<typename TypeParam::Format> head(c);
     const auto problem = head.problem();
-    decode<Isa>(problem);
+    decode_in_splits<Isa>(problem);
     EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5) << c.name;
   }
 }
@@ -58,10 +45,10 @@ TYPED_TEST(CpuDecode, GivesTheSameWhereverTheRowsAreCut) {
     const std::int64_t rows = problem.past.num_rows();
     for (const std::int64_t cut :
          {std::int64_t{0}, std::int64_t{1}, std::int64_t{17}, rows / 2, rows - 1, rows}) {
-      decode<Isa>(problem, {0, cut});
+      decode_in_splits<Isa>(problem, {0, cut});
       EXPECT_LE(relative_error(head.out(), truth), 1e-5) << c.name << " cut at " << cut;
     }
-    decode<Isa>(problem, {0, 3, 16, 64, 64, rows - 2});
+    decode_in_splits<Isa>(problem, {0, 3, 16, 64, 64, rows - 2});
     EXPECT_LE(relative_error(head.out(), truth), 1e-5) << c.name << " cut in six";
   }
 }
@@ -70,9 +57,9 @@ TYPED_TEST(CpuDecode, GivesTheSameBitsForTheSameCuts) {
   using Isa = typename TypeParam::Isa;
   PagedHead<typename TypeParam::Format> head({.name = "", .group_size = 7, .past = 300});
   const auto problem = head.problem();
-  decode<Isa>(problem, {0, 64});
+  decode_in_splits<Isa>(problem, {0, 64});
   const std::vector<float> once = head.out();
-  decode<Isa>(problem, {0, 64});
+  decode_in_splits<Isa>(problem, {0, 64});
   EXPECT_EQ(once, head.out());
 }
 
@@ -81,8 +68,79 @@ TYPED_TEST(CpuDecode, HoldsItsErrorOverALongHead) {
   PagedHead<typename TypeParam::Format> head(
       {.name = "", .k_dim = 32, .v_dim = 32, .group_size = 2, .past = 9000});
   const auto problem = head.problem();
-  decode<Isa>(problem, {0, 4096, 8192});
+  decode_in_splits<Isa>(problem, {0, 4096, 8192});
   EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5);
+}
+
+/// [token][kv_head][dim] arrays, K and V apart, the head in question being the second of three.
+template <class E>
+struct OwnArrays {
+  static constexpr int kHeads = 3, kDim = 48;
+  std::vector<E> k, v;
+  explicit OwnArrays(std::int64_t tokens)
+      : k(static_cast<std::size_t>(tokens) * kHeads * kDim), v(k.size()) {
+    std::mt19937 random(4);
+    std::normal_distribution<float> normal;
+    for (E& x : k) x = from_float<E>(normal(random));
+    for (E& x : v) x = from_float<E>(normal(random));
+  }
+};
+
+template <class Types>
+class OverRows : public ::testing::Test {};
+TYPED_TEST_SUITE(OverRows, PlainKernels, KernelNames);
+
+TYPED_TEST(OverRows, BothKernelsReadAnEnginesOwnArraysLikeTheOracle) {
+  using Format = typename TypeParam::Format;
+  using E = typename Format::Element;
+  using Arrays = OwnArrays<E>;
+  for (const std::int64_t tokens : {0, 1, 63, 64, 65, 300}) {
+    const Arrays arrays(tokens);
+    for (const std::int64_t queries : {1, 30}) {
+      for (const Window window : {Window::everything(), Window{4, 50}}) {
+        PagedHead<Format> head({.name = "",
+                                .k_dim = Arrays::kDim,
+                                .v_dim = Arrays::kDim,
+                                .group_size = 3,
+                                .past = tokens,
+                                .queries = queries,
+                                .window = window});
+        auto problem = head.problem();
+        problem.past = KvView<Format>::over_rows(
+            arrays.k.data() + Arrays::kDim, arrays.v.data() + Arrays::kDim,
+            Arrays::kHeads * Arrays::kDim, Arrays::kHeads * Arrays::kDim, tokens, Arrays::kDim,
+            Arrays::kDim);
+        // The oracle over the arrays themselves: no view, no pages.
+        std::vector<double> truth;
+        for (std::int64_t i = 0; i < queries; ++i) {
+          for (int g = 0; g < 3; ++g) {
+            ReferenceRow row(problem.q.row(i, g), static_cast<double>(problem.scale));
+            std::vector<float> k(Arrays::kDim), v(Arrays::kDim);
+            for (std::int64_t j = 0; j <= tokens + i; ++j) {
+              if (!window.sees(Pos{tokens + i}, Pos{j})) continue;
+              for (std::int64_t d = 0; d < Arrays::kDim; ++d) {
+                const auto at =
+                    static_cast<std::size_t>((j * Arrays::kHeads + 1) * Arrays::kDim + d);
+                k[static_cast<std::size_t>(d)] =
+                    j < tokens ? to_float(arrays.k[at])
+                               : to_float(from_float<E>(problem.own_k.row(j - tokens, 0)[d]));
+                v[static_cast<std::size_t>(d)] =
+                    j < tokens ? to_float(arrays.v[at])
+                               : to_float(from_float<E>(problem.own_v.row(j - tokens, 0)[d]));
+              }
+              row.add(std::span<const float>(k), std::span<const float>(v));
+            }
+            const std::vector<double> out = row.output(Arrays::kDim);
+            truth.insert(truth.end(), out.begin(), out.end());
+          }
+        }
+        decode_in_splits<typename TypeParam::Isa>(problem);
+        ASSERT_LE(relative_error(head.out(), truth), 1e-5) << tokens << ' ' << queries;
+        prefill_in_tiles<typename TypeParam::Isa>(problem, 17);
+        ASSERT_LE(relative_error(head.out(), truth), 1e-5) << tokens << ' ' << queries;
+      }
+    }
+  }
 }
 
 // The toy of RazorAttention's specification: one dimension, scale 1, q = 1; here dimension 0 of 16.
@@ -119,7 +177,7 @@ class CompensationToy : public ::testing::Test {
     problem.own_k = {own_k, kDim, kDim};
     problem.own_v = {own_v, kDim, kDim};
     problem.out = {out, kDim, kDim};
-    decode<simd::BestIsa>(problem);
+    decode_in_splits<simd::BestIsa>(problem);
     EXPECT_NEAR(static_cast<double>(out[0]), reference_attention(problem)[0], 1e-5);
     return static_cast<double>(out[0]);
   }

@@ -10,18 +10,10 @@
 #include "headwise/attention/reference.hpp"
 #include "support/attention_cases.hpp"
 #include "support/isa_types.hpp"
+#include "support/run_kernels.hpp"
 
 namespace headwise::test {
 namespace {
-
-template <class Isa, class Format>
-void prefill(const HeadProblem<Format>& problem, std::int64_t tile) {
-  AlignedFloats scratch(prefill_scratch_floats(problem.group_size, problem.past.shape.k_dim,
-                                               problem.past.shape.v_dim));
-  for (std::int64_t begin = 0; begin < problem.num_queries; begin += tile) {
-    prefill_tile<Isa>(problem, begin, std::min(begin + tile, problem.num_queries), scratch.data());
-  }
-}
 
 template <class Types>
 class CpuPrefill : public ::testing::Test {};
@@ -32,7 +24,7 @@ TYPED_TEST(CpuPrefill, EqualsTheOracleOnEveryCase) {
   for (const AttentionCase& c : attention_cases()) {
     PagedHead<typename TypeParam::Format> head(c);
     const auto problem = head.problem();
-    prefill<Isa>(problem, prefill_tile_queries(c.group_size));
+    prefill_in_tiles<Isa>(problem, prefill_tile_queries(c.group_size));
     EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5) << c.name;
   }
 }
@@ -44,7 +36,7 @@ TYPED_TEST(CpuPrefill, GivesTheSameForEveryTile) {
   const auto problem = head.problem();
   const std::vector<double> truth = reference_attention(problem);
   for (const std::int64_t tile : {1, 2, 13, 48}) {
-    prefill<Isa>(problem, tile);
+    prefill_in_tiles<Isa>(problem, tile);
     EXPECT_LE(relative_error(head.out(), truth), 1e-5) << tile;
   }
 }

@@ -29,29 +29,11 @@ constexpr std::size_t prefill_scratch_floats(int group_size, int k_dim, int v_di
          detail::packed_block_floats(k_dim, v_dim);
 }
 
-namespace detail {
-
-/// Attends queries over the rows of a split. Blocks of 64 rows are packed to floats once and shared
-/// by all queries; blocks that none of them sees are not touched.
-/// @param packed  [packed_block_floats]
-template <class Isa, class Format>
-void attend_split_packed(const HeadProblem<Format>& problem, const QueryRows& queries,
-                         const DecodeSplit& split, float* packed) noexcept {
-  const auto& past = problem.past;
-  reset_state<Isa>(queries, split.own_rows ? past.compensation : CompensationRow{});
-  for_each_stored_block(queries, past, split, [&](const StoredRows& rows) {
-    attend_block<Isa, false>(queries, pack_block<Isa>(past, rows, packed));
-  });
-  if (split.own_rows) attend_own_rows<Isa>(problem, queries, packed);
-  add_lanes<Isa>(queries);
-}
-
-}  // namespace detail
-
 /// Attends queries [query_begin, query_end) of the step, for all query heads of the group, over one
 /// split of the rows: what decode_split does, for more queries than make it a memory problem.
 ///
-/// 2 (k_dim + v_dim) flop a visible row and query row.
+/// Blocks of 64 rows are packed to floats once and shared by all query rows; blocks that no query
+/// of the tile sees are not touched. 2 (k_dim + v_dim) flop a visible row and query row.
 /// @param query_end  at most query_begin + prefill_tile_queries(group_size)
 /// @param partial  [decode_partial_floats of these queries' rows], 64-byte aligned: see
 ///   merge_splits
@@ -61,11 +43,17 @@ void prefill_split(const HeadProblem<Format>& problem, std::int64_t query_begin,
                    std::int64_t query_end, DecodeSplit split, float* partial,
                    float* scratch) noexcept {
   if (query_begin >= query_end) return;
-  const auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, partial);
+  auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, partial);
   float* packed =
       scratch + detail::query_scratch_floats(static_cast<std::size_t>(queries.num_rows()),
                                              problem.past.shape.k_dim);
-  detail::attend_split_packed<Isa>(problem, queries, split, packed);
+  detail::attend_split<Isa>(
+      problem, queries, split, packed,
+      [&](const detail::StoredRows& rows) {
+        detail::attend_block<Isa, false>(queries,
+                                         detail::pack_block<Isa>(problem.past, rows, packed));
+      },
+      [&](std::ptrdiff_t row) { return queries.out + row * queries.v_dim; });
 }
 
 /// Attends queries [query_begin, query_end) of the step, for all query heads of the group, over
@@ -82,17 +70,16 @@ void prefill_tile(const HeadProblem<Format>& problem, std::int64_t query_begin,
   float* state = scratch + detail::query_scratch_floats(num_rows, past.shape.k_dim);
   float* packed = state + detail::query_state_floats(num_rows, past.shape.v_dim);
 
-  const auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, state);
-  detail::attend_split_packed<Isa>(problem, queries, {0, past.num_rows(), true}, packed);
-
-  std::size_t row = 0;
-  for (std::int64_t i = query_begin; i < query_end; ++i) {
-    for (int g = 0; g < problem.group_size; ++g, ++row) {
-      float* out = queries.out + row * static_cast<std::size_t>(past.shape.v_dim);
-      write_output<Isa>(SoftmaxState{queries.max[row], queries.sum[row], out},
-                        problem.out.row(i, g), past.shape.v_dim);
-    }
-  }
+  auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, state);
+  detail::attend_split<Isa>(
+      problem, queries, {0, past.num_rows(), true}, packed,
+      [&](const detail::StoredRows& rows) {
+        detail::attend_block<Isa, false>(queries, detail::pack_block<Isa>(past, rows, packed));
+      },
+      [&](std::ptrdiff_t row) {
+        return problem.out.row(query_begin + row / problem.group_size,
+                               static_cast<int>(row % problem.group_size));
+      });
 }
 
 }  // namespace headwise::inline v0

@@ -3,6 +3,9 @@
 /// What all formats share whose rows are nothing but elements, each rounded by itself.
 #pragma once
 
+#include <algorithm>
+#include <bit>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 
@@ -24,6 +27,26 @@ struct ElementRows {
     const std::size_t elements = static_cast<std::size_t>(shape.page_tokens) *
                                  static_cast<std::size_t>(shape.k_dim + shape.v_dim);
     return (elements * sizeof(E) + 63) / 64 * 64;
+  }
+
+  /// Finite floats of a row that rounding makes infinite; cheap where there are none.
+  /// @param dim  a multiple of 16
+  template <class Isa>
+  static std::int64_t count_overflows([[maybe_unused]] const float* row, [[maybe_unused]] int dim) {
+    if constexpr (std::same_as<E, f32>) {
+      return 0;
+    } else {
+      constexpr std::uint32_t kFirst =  // bits of the smallest float that rounds to infinity
+          std::same_as<E, f16> ? 0x477FF000U : 0x7F7F8000U;
+      std::uint32_t largest = 0;
+      for (int d = 0; d < dim; d += kTile) {
+        for (int i = 0; i < kTile; ++i) largest = std::max(largest, magnitude(row[d + i]));
+      }
+      if (largest < kFirst) return 0;
+      return std::count_if(row, row + dim, [](float x) {
+        return magnitude(x) >= kFirst && magnitude(x) < 0x7F800000U;
+      });
+    }
   }
 
   /// @copydoc RowFormat
@@ -50,6 +73,9 @@ struct ElementRows {
       return O::template round_to<E>(O::load(rows + row * stride + d));
     });
   }
+
+ private:
+  static std::uint32_t magnitude(float x) { return std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFU; }
 };
 
 /// Adds 16 elements to 16 sums.

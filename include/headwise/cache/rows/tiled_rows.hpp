@@ -56,7 +56,8 @@ struct TiledRows : detail::ElementRows<E> {
     for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.v_dim); dim += kRows) {
       detail::convert_strip<Isa>(v + dim, elements + v_offset(shape, row, dim));
     }
-    return 0;
+    return detail::ElementRows<E>::template count_overflows<Isa>(k, shape.k_dim) +
+           detail::ElementRows<E>::template count_overflows<Isa>(v, shape.v_dim);
   }
 
   /// @copydoc RowFormat
