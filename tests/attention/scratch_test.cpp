@@ -126,7 +126,7 @@ TEST_P(MixedSteps, NeedNoMoreThanIsReservedForTheLargestChunk) {
 INSTANTIATE_TEST_SUITE_P(
     Chunks, MixedSteps,
     ::testing::Values(MixedStep{"a_long_and_a_short_chunk", 1, 1, 16, 2048, 100, {385, 64}},
-                      MixedStep{"a_prompt_and_three_tokens", 24, 4, 256, 4096, 0, {3200, 3}},
+                      MixedStep{"a_prompt_and_three_tokens", 24, 4, 64, 1024, 0, {800, 3}},
                       MixedStep{"seven_prompts_and_four_tokens",
                                 16,
                                 2,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// expect: (RowFormat.*= int|int. does not satisfy .RowFormat)
+// expect: (RowFormat.*= int|int.*does not satisfy .RowFormat)
 // Rows are f32, f16 or bf16, or a format by name.
 #include "headwise/cache/kv_cache.hpp"
 

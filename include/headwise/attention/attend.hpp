@@ -5,11 +5,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 
 #include "headwise/attention/scratch.hpp"
 #include "headwise/attention/tasks.hpp"
 #include "headwise/attention/work.hpp"
 #include "headwise/cache/kv_cache.hpp"
+#include "headwise/core/check.hpp"
 #include "headwise/core/executor.hpp"
 #include "headwise/core/tensor_view.hpp"
 #include "headwise/simd/simd.hpp"
@@ -38,6 +40,7 @@ StepStatus attend_layer(const KvCache<Rows>& cache, Step& step, int layer,
                         TensorView<const float> v, TensorView<float> out, E& executor,
                         OwnRows own_rows) {
   if (!cache.is_open(step)) return StepStatus::kStale;
+  HEADWISE_ASSERT(layer >= 0 && layer < std::ssize(cache.geometry().layers()), "no such layer");
   const bool stores = own_rows == OwnRows::kStored;
   if (stores && cache.is_attended(step, layer)) return StepStatus::kAttended;
   const auto num_threads = static_cast<std::size_t>(executor.num_threads());

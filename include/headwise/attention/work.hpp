@@ -123,7 +123,7 @@ struct LargestCut {
 
 /// The heads of one class of one sequence, in one layer: they are cut alike.
 struct WorkItem {
-  HeadCut cut;
+  HeadCut cut;                     ///< of each of the heads
   std::int64_t first_task = 0;     ///< of all its heads' tasks, head by head, tile by tile
   std::int64_t first_partial = 0;  ///< float offset; where there are splits
   std::int64_t first_counter = 0;  ///< one a head; where a head has more than one part
@@ -133,8 +133,8 @@ struct WorkItem {
 
 /// The tasks of a layer.
 struct LayerWork {
-  std::int64_t num_tasks = 0;
-  const WorkItem* items = nullptr;
+  std::int64_t num_tasks = 0;                  ///< of all items
+  const WorkItem* items = nullptr;             ///< entry by entry, class by class
   const std::int32_t* item_of_task = nullptr;  ///< [num_tasks]
 
   /// The item of a task in [0, num_tasks).

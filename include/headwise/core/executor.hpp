@@ -179,6 +179,7 @@ class PoolExecutor {
   explicit PoolExecutor(Pool& pool) : pool_(pool), idle_(new detail::PoolRound) {}
   PoolExecutor(const PoolExecutor&) = delete;
   PoolExecutor& operator=(const PoolExecutor&) = delete;
+  /// Waits for nobody: a helper that comes later finds nothing to do.
   ~PoolExecutor() { idle_.load(std::memory_order_relaxed)->give_up(); }
 
   /// The pool's threads and the caller.

@@ -28,6 +28,12 @@ struct CompensationRow {
   std::int64_t count = 0;         ///< 0: absent
 };
 
+/// Memory of a format whose rows may lie anywhere, K and V apart.
+template <class Memory, class Element>
+concept AddressesRows = requires(const Element* rows, std::ptrdiff_t stride, PageShape shape) {
+  Memory::over_rows(rows, rows, stride, stride, shape);
+};
+
 /// The stored rows of one KV head: a few runs over a list of pages, and perhaps a compensation row.
 /// Pages may be the library's or an engine's own.
 /// @tparam Format  what a row is and how a page holds it (cache/rows/).
@@ -64,12 +70,9 @@ struct KvView {
   /// @param k_stride,v_stride  elements from one token's row to the next's
   /// @param num_rows  tokens stored, all of them in the view's one run
   template <class Element>
+    requires AddressesRows<typename Format::Memory, Element>
   static KvView over_rows(const Element* k, const Element* v, std::int64_t k_stride,
-                          std::int64_t v_stride, std::int64_t num_rows, int k_dim,
-                          int v_dim) requires requires(PageShape shape) {
-    Format::Memory::over_rows(k, v, k_stride, v_stride, shape);
-  }
-  {
+                          std::int64_t v_stride, std::int64_t num_rows, int k_dim, int v_dim) {
     KvView view;
     view.shape = {.k_dim = k_dim, .v_dim = v_dim};
     view.memory = Format::Memory::over_rows(k, v, k_stride, v_stride, view.shape);

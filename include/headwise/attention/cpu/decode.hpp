@@ -64,6 +64,27 @@ HEADWISE_ALWAYS_INLINE void for_each_stored_block(const QueryRows& queries,
   }
 }
 
+/// Attends all of `queries` over a split: each row's softmax state, its out divided by its sum.
+/// @param attend_rows  `(StoredRows)`: attends queries over a block of stored rows
+/// @param output_of  `(row)`: where a query row's out belongs; may be its place in the state
+/// @param packed  [packed_block_floats]
+template <class Isa, class Format, class AttendRows, class OutputOf>
+HEADWISE_ALWAYS_INLINE void attend_split(const HeadProblem<Format>& problem, QueryRows& queries,
+                                         const DecodeSplit& split, float* packed,
+                                         AttendRows&& attend_rows, OutputOf&& output_of) {
+  for (;; queries.weight = safe_weight(problem)) {
+    reset_state<Isa>(queries, split.own_rows ? problem.past.compensation : CompensationRow{});
+    for_each_stored_block(queries, problem.past, split, attend_rows);
+    if (split.own_rows) attend_own_rows<Isa>(problem, queries, packed);
+
+    bool finite = true;
+    for (std::ptrdiff_t row = 0; row < queries.num_rows(); ++row) {
+      finite &= finish_row<Isa>(queries, row, output_of(row));
+    }
+    if (finite || queries.weight != 1.0F) return;
+  }
+}
+
 }  // namespace detail
 
 /// Attends all queries of the step, and all query heads of the group, over one split of the rows.
@@ -82,19 +103,12 @@ void decode_split(const HeadProblem<Format>& problem, DecodeSplit split, float* 
   float* packed = scratch + detail::query_scratch_floats(
                                 static_cast<std::size_t>(queries.num_rows()), past.shape.k_dim);
 
-  for (;; queries.weight = detail::safe_weight(problem)) {
-    detail::reset_state<Isa>(queries, split.own_rows ? past.compensation : CompensationRow{});
-    detail::for_each_stored_block(queries, past, split, [&](const detail::StoredRows& rows) {
-      detail::attend_stored_rows<Isa>(queries, past, rows, packed);
-    });
-    if (split.own_rows) detail::attend_own_rows<Isa>(problem, queries, packed);
-
-    bool finite = true;
-    for (std::ptrdiff_t row = 0; row < queries.num_rows(); ++row) {
-      finite &= detail::finish_row<Isa>(queries, row, queries.out + row * queries.v_dim);
-    }
-    if (finite || queries.weight != 1.0F) return;
-  }
+  detail::attend_split<Isa>(
+      problem, queries, split, packed,
+      [&](const detail::StoredRows& rows) {
+        detail::attend_stored_rows<Isa>(queries, past, rows, packed);
+      },
+      [&](std::ptrdiff_t row) { return queries.out + row * queries.v_dim; });
 }
 
 /// Merges the partial results of a head's splits, in index order, and writes the head's output

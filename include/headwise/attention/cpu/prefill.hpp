@@ -29,37 +29,11 @@ constexpr std::size_t prefill_scratch_floats(int group_size, int k_dim, int v_di
          detail::packed_block_floats(k_dim, v_dim);
 }
 
-namespace detail {
-
-/// Attends queries over the rows of a split. Blocks of 64 rows are packed to floats once and shared
-/// by all queries; blocks that none of them sees are not touched.
-/// @param packed  [packed_block_floats]
-/// @param to  to(row): where a query row's output goes, [v_dim]
-template <class Isa, class Format, class RowOut>
-void attend_split_packed(const HeadProblem<Format>& problem, QueryRows queries,
-                         const DecodeSplit& split, float* packed, RowOut&& to) noexcept {
-  const auto& past = problem.past;
-  for (;; queries.weight = safe_weight(problem)) {
-    reset_state<Isa>(queries, split.own_rows ? past.compensation : CompensationRow{});
-    for_each_stored_block(queries, past, split, [&](const StoredRows& rows) {
-      attend_block<Isa, false>(queries, pack_block<Isa>(past, rows, packed));
-    });
-    if (split.own_rows) attend_own_rows<Isa>(problem, queries, packed);
-
-    bool finite = true;
-    for (std::ptrdiff_t row = 0; row < queries.num_rows(); ++row) {
-      finite &= finish_row<Isa>(queries, row, to(row));
-    }
-    if (finite || queries.weight != 1.0F) return;
-  }
-}
-
-}  // namespace detail
-
 /// Attends queries [query_begin, query_end) of the step, for all query heads of the group, over one
 /// split of the rows: what decode_split does, for more queries than make it a memory problem.
 ///
-/// 2 (k_dim + v_dim) flop a visible row and query row.
+/// Blocks of 64 rows are packed to floats once and shared by all query rows; blocks that no query
+/// of the tile sees are not touched. 2 (k_dim + v_dim) flop a visible row and query row.
 /// @param query_end  at most query_begin + prefill_tile_queries(group_size)
 /// @param partial  [decode_partial_floats of these queries' rows], 64-byte aligned: see
 ///   merge_splits
@@ -69,13 +43,17 @@ void prefill_split(const HeadProblem<Format>& problem, std::int64_t query_begin,
                    std::int64_t query_end, DecodeSplit split, float* partial,
                    float* scratch) noexcept {
   if (query_begin >= query_end) return;
-  const auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, partial);
+  auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, partial);
   float* packed =
       scratch + detail::query_scratch_floats(static_cast<std::size_t>(queries.num_rows()),
                                              problem.past.shape.k_dim);
-  detail::attend_split_packed<Isa>(problem, queries, split, packed, [&](std::ptrdiff_t row) {
-    return queries.out + row * queries.v_dim;
-  });
+  detail::attend_split<Isa>(
+      problem, queries, split, packed,
+      [&](const detail::StoredRows& rows) {
+        detail::attend_block<Isa, false>(queries,
+                                         detail::pack_block<Isa>(problem.past, rows, packed));
+      },
+      [&](std::ptrdiff_t row) { return queries.out + row * queries.v_dim; });
 }
 
 /// Attends queries [query_begin, query_end) of the step, for all query heads of the group, over
@@ -92,10 +70,15 @@ void prefill_tile(const HeadProblem<Format>& problem, std::int64_t query_begin,
   float* state = scratch + detail::query_scratch_floats(num_rows, past.shape.k_dim);
   float* packed = state + detail::query_state_floats(num_rows, past.shape.v_dim);
 
-  const auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, state);
-  detail::attend_split_packed<Isa>(
-      problem, queries, {0, past.num_rows(), true}, packed, [&](std::ptrdiff_t row) {
-        return problem.out.row(query_begin + row / problem.group_size, row % problem.group_size);
+  auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, state);
+  detail::attend_split<Isa>(
+      problem, queries, {0, past.num_rows(), true}, packed,
+      [&](const detail::StoredRows& rows) {
+        detail::attend_block<Isa, false>(queries, detail::pack_block<Isa>(past, rows, packed));
+      },
+      [&](std::ptrdiff_t row) {
+        return problem.out.row(query_begin + row / problem.group_size,
+                               static_cast<int>(row % problem.group_size));
       });
 }
 

@@ -9,6 +9,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "headwise/attention/cpu/pack.hpp"
 #include "headwise/attention/cpu/tile_product.hpp"
@@ -140,27 +141,22 @@ void reset_state(const QueryRows& rows, const CompensationRow& row) noexcept {
   }
 }
 
-/// Whether 16 x `count` elements at `x` are all finite.
-template <class Isa>
-bool are_finite(const float* x, std::ptrdiff_t count) noexcept {
-  std::uint32_t largest = 0;
+/// Whether 16 x `count` elements at `x` are all finite; by bits, for the sake of -ffast-math.
+template <class Isa, class Element>
+bool are_finite(const Element* x, std::ptrdiff_t count) noexcept {
+  using Bits = std::conditional_t<sizeof(Element) == 2, std::uint16_t, std::uint32_t>;
+  constexpr Bits kExponent =  // all ones: infinite or NaN
+      static_cast<Bits>(std::same_as<Element, f16>    ? 0x7C00U
+                        : std::same_as<Element, bf16> ? 0x7F80U
+                                                      : 0x7F800000U);
+  Bits largest[kTile] = {};
   for (std::ptrdiff_t i = 0; i < count; ++i, x += kTile) {
     for (int lane = 0; lane < kTile; ++lane) {
-      largest = std::max(largest, std::bit_cast<std::uint32_t>(x[lane]) & 0x7FFFFFFFU);
+      const auto exponent = static_cast<Bits>(std::bit_cast<Bits>(x[lane]) & kExponent);
+      largest[lane] = std::max(largest[lane], exponent);
     }
   }
-  return largest < 0x7F800000U;
-}
-
-/// @copydoc are_finite
-template <class Isa, class Element>
-bool are_finite(const Element* x, std::ptrdiff_t count) noexcept {  // two bytes
-  constexpr int kExponent = std::same_as<Element, f16> ? 0x7C00 : 0x7F80;
-  int largest = 0;
-  for (std::ptrdiff_t i = 0; i < count; ++i, x += kTile) {
-    for (int lane = 0; lane < kTile; ++lane) largest = std::max(largest, x[lane].bits & 0x7FFF);
-  }
-  return largest < kExponent;
+  return *std::max_element(largest, largest + kTile) < kExponent;
 }
 
 /// After the last block: a row's sum, and its out divided by it, or zeros where nothing was seen.
