@@ -45,12 +45,13 @@ class AttendExtremes : public ::testing::Test {
     std::vector<float> out(q.size()), first;
     for (std::int64_t done = 0; done < n; done += chunk) {
       const std::int64_t count = std::min(chunk, n - done);
-      EXPECT_EQ(cache.begin(step, {{id, count}}, Phase::kPrompt), StepStatus::kOk);
+      EXPECT_EQ(cache.begin(step, {{id, count}}), StepStatus::kOk);
       const auto rows = [&](const std::vector<float>& x) {
         return TensorView<const float>::nhd(x.data() + done * kDim, 1, kDim);
       };
-      attend<Isa>(cache, step, 0, rows(q), rows(k), rows(v),
-                  TensorView<float>::nhd(out.data() + done * kDim, 1, kDim));
+      EXPECT_EQ(attend<Isa>(cache, step, 0, rows(q), rows(k), rows(v),
+                            TensorView<float>::nhd(out.data() + done * kDim, 1, kDim)),
+                StepStatus::kOk);
       EXPECT_EQ(cache.commit(step), StepStatus::kOk);
     }
     for (std::size_t i = 0; i < out.size(); i += kDim) first.push_back(out[i]);

@@ -76,10 +76,11 @@ void padding_equals_the_models_own_width(int dim) {
     const auto v = padded_rows(first, tokens, kHeads, 3, dim, padded);
     std::vector<float> out(q.size(), 7.0F);
     ASSERT_EQ(sequence.begin(tokens), StepStatus::kOk);
-    sequence.attend(0, TensorView<const float>::nhd(q.data(), kHeads * kGroup, padded),
-                    TensorView<const float>::nhd(k.data(), kHeads, padded),
-                    TensorView<const float>::nhd(v.data(), kHeads, padded),
-                    TensorView<float>::nhd(out.data(), kHeads * kGroup, padded));
+    ASSERT_EQ(sequence.attend(0, TensorView<const float>::nhd(q.data(), kHeads * kGroup, padded),
+                              TensorView<const float>::nhd(k.data(), kHeads, padded),
+                              TensorView<const float>::nhd(v.data(), kHeads, padded),
+                              TensorView<float>::nhd(out.data(), kHeads * kGroup, padded)),
+              StepStatus::kOk);
     ASSERT_EQ(sequence.commit(), StepStatus::kOk);
 
     for (int head = 0; head < kHeads * kGroup; ++head) {

@@ -404,54 +404,6 @@ TEST(KvCache, ASequenceSeesTheSameWhateverThePhaseOfTheOthers) {
   EXPECT_EQ(prompt_alone[1].window, Window::everything());
 }
 
-template <class Rows>
-void expect_means_of_a_million_rows() {
-  const ModelShape shape = ModelShape::uniform(1, 1, 1, 16);
-  CacheOptions options;
-  options.max_context = 1'050'000;
-  options.max_chunk = 4096;
-  options.max_rollback = 8;
-  options.prefill = PrefillMode::kChunkCausal;
-  KvCache<Rows> cache(shape, HeadPlan(shape, KeepGrowingWindow{4, 4000, 1000}), options);
-  const SequenceId id = cache.add_sequence().value();
-  Step step;
-  std::vector<float> k(4096 * 16);
-  const std::vector<float> v(4096 * 16, 0.1F);
-  double k_sum = 0.0;  // of element 0 of all rows that are folded in the end
-  std::vector<double> k_sums{0.0};
-  while (cache.length(id) < 1'040'000) {
-    const std::int64_t n = cache.length(id) % 3 == 0 ? 4096 : 1001;
-    for (std::int64_t i = 0; i < n; ++i) {
-      const float x = static_cast<float>((cache.length(id) + i) * 7919 % 1000) * 0.001F;
-      k[static_cast<std::size_t>(16 * i)] = x;
-      k_sum += cache.length(id) + i < 4 ? 0.0 : static_cast<double>(x);  // sinks are not folded
-      k_sums.push_back(k_sum);
-    }
-    ASSERT_EQ(cache.begin(step, {{id, n}}), StepStatus::kOk);
-    cache.template append<simd::BestIsa>(step, step.entries()[0], 0, 0,
-                                         TensorView<const float>::nhd(k.data(), 1, 16),
-                                         TensorView<const float>::nhd(v.data(), 1, 16));
-    step.note_head_done(0);
-    ASSERT_EQ(cache.commit(step), StepStatus::kOk);
-  }
-  const auto seen = test::seen_by_next(cache, id, Phase::kDecode)[0];
-  ASSERT_GT(seen.folded, 1'000'000);
-  const double v_truth = static_cast<double>(0.1F);
-  const double k_truth =
-      k_sums[static_cast<std::size_t>(seen.folded + 4)] / static_cast<double>(seen.folded);
-  const std::vector<float> tenths(16, 0.1F);
-  std::vector<float> stored(16);
-  FormatOf<Rows>::round_row(tenths.data(), 16, stored.data());
-  const double format_error = std::fabs(static_cast<double>(stored[0]) - v_truth);
-  EXPECT_NEAR(static_cast<double>(seen.means[16]), v_truth, 1e-5 * v_truth + format_error);
-  EXPECT_NEAR(static_cast<double>(seen.means[0]), k_truth, 1e-5 + format_error);
-}
-
-TEST(KvCache, CompensationMeansOfAMillionRowsAreTheRawRowsMean) {
-  ASSERT_NO_FATAL_FAILURE(expect_means_of_a_million_rows<f32>());
-  ASSERT_NO_FATAL_FAILURE(expect_means_of_a_million_rows<f16>());
-}
-
 TEST(KvCache, ErrorsComeFromThePartThatKnows) {
   using ::testing::AllOf;
   using ::testing::HasSubstr;
