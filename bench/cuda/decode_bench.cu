@@ -111,7 +111,7 @@ class Decoder {
   }
 
  private:
-  cudaError_t plan() { return attention_->launches().plan(cache_->place().step(), stream_); }
+  cudaError_t plan() { return attention_->launches().plan_work(cache_->place().step(), stream_); }
   /// To one token short of the row's length, then an open step of one token a sequence.
   void grow() {
     std::vector<SequenceChunk> chunks;

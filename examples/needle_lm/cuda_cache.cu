@@ -106,7 +106,7 @@ template <class Row>
 headwise::StepStatus CudaCache<Row>::begin(headwise::Step& step,
                                            std::span<const headwise::SequenceChunk> chunks) {
   const headwise::StepStatus status = device_->cache.begin(step, chunks, nullptr);
-  return status == headwise::StepStatus::kOk ? device_->attention.plan(nullptr) : status;
+  return status == headwise::StepStatus::kOk ? device_->attention.plan_work(nullptr) : status;
 }
 template <class Row>
 headwise::StepStatus CudaCache<Row>::commit(headwise::Step& step) {

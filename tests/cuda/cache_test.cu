@@ -172,7 +172,7 @@ TEST(CudaCache, LeavesNoTraceOfADroppedStep) {
   model.step({{id, 300}}, Phase::kPrompt, 2);
   for (const std::int64_t n : {1, 50, 300}) {
     model.begin({{id, n}}, Phase::kPrompt);
-    ASSERT_EQ(model.attention().plan(model.stream()), StepStatus::kOk);
+    ASSERT_EQ(model.attention().plan_work(model.stream()), StepStatus::kOk);
     ASSERT_EQ(model.attend(0), StepStatus::kOk);
     ASSERT_EQ(model.cache().drop(model.open_step()), StepStatus::kOk);
     model.step({{id, 1}}, Phase::kDecode);

@@ -149,7 +149,7 @@ class DeviceModel {
   void step(const std::vector<SequenceChunk>& chunks, Phase phase,
             std::int64_t most_checked = 1 << 30) {
     begin(chunks, phase);
-    ASSERT_EQ(attention_->plan(stream_), StepStatus::kOk);
+    ASSERT_EQ(attention_->plan_work(stream_), StepStatus::kOk);
     for (int l = 0; l < options_.num_layers; ++l) {
       ASSERT_EQ(attend(l), StepStatus::kOk) << cudaGetErrorString(attention_->error());
     }
@@ -174,7 +174,7 @@ class DeviceModel {
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t exec = nullptr;
     EXPECT_EQ(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-    EXPECT_EQ(attention_->plan(stream_), StepStatus::kOk);
+    EXPECT_EQ(attention_->plan_work(stream_), StepStatus::kOk);
     for (int l = 0; l < options_.num_layers; ++l) EXPECT_EQ(attend(l), StepStatus::kOk);
     EXPECT_EQ(cudaStreamEndCapture(stream_, &graph), cudaSuccess);
     EXPECT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);

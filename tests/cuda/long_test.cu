@@ -65,7 +65,7 @@ void check_long(cuda::DeviceCache<f16>& cache, std::int64_t length) {
       cudaSuccess);
   ASSERT_EQ(cuda::commit_replayed<f16>(cache, step), StepStatus::kOk);
   ASSERT_EQ(cache.begin(step, {{id, 1, Phase::kDecode}}, nullptr), StepStatus::kOk);
-  ASSERT_EQ(attention.plan(nullptr), StepStatus::kOk);
+  ASSERT_EQ(attention.plan_work(nullptr), StepStatus::kOk);
   ASSERT_EQ(attention.attend(
                 step, 0,
                 TensorView<const f16>::nhd(reinterpret_cast<const f16*>(device_q.data()),

@@ -34,8 +34,8 @@ class Engine {
     const auto shape = cuda::PageTableShape::dense(num_sequences, max_pages_);
     cuda::TableAttention<f16, Dims> attention(layers_, windows_, shape);
     const cuda::DeviceMemory lengths = upload(lengths_);
-    ASSERT_EQ(attention.plan(reinterpret_cast<const std::int32_t*>(lengths.data()), num_sequences,
-                             nullptr),
+    ASSERT_EQ(attention.plan_work(reinterpret_cast<const std::int32_t*>(lengths.data()),
+                                  num_sequences, nullptr),
               cudaSuccess);
     for (int l = 0; l < kLayers; ++l) check_layer(attention, l);
   }

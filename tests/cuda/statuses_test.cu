@@ -18,10 +18,10 @@ TEST(CudaStatuses, AttendRefusesDecodeWorkThatWasNotCutForThisStep) {
   model.step({{id, 100}}, Phase::kPrompt, 1);
   model.begin({{id, 1}}, Phase::kDecode);
   EXPECT_EQ(model.attend(0), StepStatus::kNotPlanned);
-  ASSERT_EQ(model.attention().plan(model.stream()), StepStatus::kOk);
+  ASSERT_EQ(model.attention().plan_work(model.stream()), StepStatus::kOk);
   model.begin({{id, 1}}, Phase::kDecode);  // another step: the former one's work is not its own
   EXPECT_EQ(model.attend(0), StepStatus::kNotPlanned);
-  ASSERT_EQ(model.attention().plan(model.stream()), StepStatus::kOk);
+  ASSERT_EQ(model.attention().plan_work(model.stream()), StepStatus::kOk);
   EXPECT_EQ(model.attend(0), StepStatus::kOk);
 }
 
@@ -49,7 +49,7 @@ TEST(CudaStatuses, ACaptureNeedsItsOwnPlanAndAttendsNothingYet) {
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
   model.begin({{id, 1}}, Phase::kDecode);
-  ASSERT_EQ(model.attention().plan(model.stream()), StepStatus::kOk);
+  ASSERT_EQ(model.attention().plan_work(model.stream()), StepStatus::kOk);
   cudaGraph_t graph = nullptr;
   ASSERT_EQ(cudaStreamBeginCapture(model.stream(), cudaStreamCaptureModeThreadLocal), cudaSuccess);
   EXPECT_EQ(model.attend(0), StepStatus::kNotPlanned);
@@ -70,7 +70,7 @@ TEST(CudaStatuses, BeginSaysThatTheDeviceFailed) {
     cudaStreamSynchronize(lost.stream());
     Step step;
     const StepStatus status = lost.cache().begin(step, {{id, 10}}, lost.stream());
-    const bool told = status == StepStatus::kDeviceError && step.entries().size() <= 1 &&
+    const bool told = status == StepStatus::kDeviceError && step.chunks().size() <= 1 &&
                       !lost.cache().is_open(step) && lost.cache().place().error() != cudaSuccess;
     std::_Exit(told ? 0 : 1);
   };

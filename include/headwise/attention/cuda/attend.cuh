@@ -24,10 +24,10 @@ namespace headwise::inline v0::cuda {
 inline std::vector<DeviceLayer> device_layers(const CacheGeometry& geometry) {
   std::vector<DeviceLayer> layers;
   for (std::size_t l = 0; l < geometry.layers().size(); ++l) {
-    const LayerPlace& place = geometry.layers()[l];
-    DeviceLayer layer{place.shape, {}};
-    for (const int kv_head : place.task_order) {
-      const HeadPlace& head = geometry.head(static_cast<int>(l), kv_head);
+    const LayerGeometry& of_layer = geometry.layers()[l];
+    DeviceLayer layer{of_layer.shape, {}};
+    for (const int kv_head : of_layer.task_order) {
+      const HeadGeometry& head = geometry.head(static_cast<int>(l), kv_head);
       const int i = layer.heads.num_heads++;
       layer.heads.idx_in_class[i] = static_cast<std::int32_t>(head.idx_in_class);
       layer.heads.kv_head[i] = static_cast<std::int16_t>(kv_head);
@@ -58,18 +58,18 @@ DeviceEstimate estimate_device(const ModelShape& shape, const HeadPlan& plan,
                                const CacheOptions& options, const DeviceLimits& limits,
                                std::int64_t max_converted_rows = 0) {
   const CacheGeometry geometry(shape, plan, options, &PlainRows<Row>::page_bytes);
-  const DevicePlace::Bytes place = DevicePlace::bytes(geometry);
+  const DevicePlace::Bytes bytes = DevicePlace::bytes(geometry);
   const std::vector<DeviceLayer> layers = device_layers(geometry);
   return {
-      place.pages, place.device,
+      bytes.pages, bytes.device,
       LaunchLayout::of<Dims>(layers, options.max_sequences, limits, max_converted_rows).total_bytes,
-      place.pinned};
+      bytes.pinned};
 }
 
 /// Attention over one DeviceCache. Allocates everything at construction.
 ///
 ///     cache.begin(step, chunks, stream);
-///     attention.plan(stream); // once a step: cuts the decode work
+///     attention.plan_work(stream); // once a step: cuts the decode work
 ///     attention.attend(step, layer, q, k, v, out, stream); // once a layer
 ///     cache.commit(step);
 ///
@@ -101,8 +101,8 @@ class DeviceAttention {
   /// Cuts the open step's decode work into equal shares. One small launch; needed before attend
   /// wherever a sequence of the step has one new token.
   /// @return kDeviceError where CUDA refused, see error().
-  StepStatus plan(cudaStream_t stream) {
-    const StepStatus status = checked(launches_.plan(cache_.place().step(), stream));
+  StepStatus plan_work(cudaStream_t stream) {
+    const StepStatus status = checked(launches_.plan_work(cache_.place().step(), stream));
     if (status != StepStatus::kOk) return status;
     planned_ = cache_.place().num_sent();
     return checked(capture_of(stream, planned_in_));
@@ -128,11 +128,11 @@ class DeviceAttention {
     std::int64_t tiles = 0;
     bool decodes = false;
     chunks_.clear();
-    for (const StepEntry& entry : step.entries()) {
-      growing += entry.num_tokens() > 0 ? 1 : 0;
-      decodes = decodes || entry.num_tokens() == 1;
-      tiles += launches_.num_tiles(layer, entry.num_tokens());
-      if (entry.num_tokens() > 1) add_chunk({entry.first_row, entry.num_tokens()});
+    for (const StepChunk& chunk : step.chunks()) {
+      growing += chunk.num_tokens() > 0 ? 1 : 0;
+      decodes = decodes || chunk.num_tokens() == 1;
+      tiles += launches_.num_tiles(layer, chunk.num_tokens());
+      if (chunk.num_tokens() > 1) add_chunk({chunk.first_row, chunk.num_tokens()});
     }
     if (decodes && (planned_ != cache_.place().num_sent() || planned_in_ != capture)) {
       return StepStatus::kNotPlanned;
@@ -188,10 +188,10 @@ class DeviceAttention {
                      cudaStream_t stream) const {
     const std::int64_t most_rows = std::max<std::int64_t>(1, cache_.place().most_rows_stored());
     // A graph of one-token steps is captured once for every batch size.
-    const std::int64_t most_entries = most_rows <= 1
-                                          ? cache_.geometry().options().max_sequences
-                                          : static_cast<std::int64_t>(step.entries().size());
-    return launches_.append(cache_.place().step(), layer, k, v, most_rows, most_entries, stream);
+    const std::int64_t most_chunks = most_rows <= 1
+                                         ? cache_.geometry().options().max_sequences
+                                         : static_cast<std::int64_t>(step.chunks().size());
+    return launches_.append(cache_.place().step(), layer, k, v, most_rows, most_chunks, stream);
   }
 
   const DeviceCache<Row>& cache_;

@@ -215,7 +215,7 @@ class LayerLaunches {
   const LayerShape& shape(int layer) const { return at(layer).shape; }
 
   /// Cuts the step's decode work into equal shares. One small launch; needed before decode.
-  cudaError_t plan(const DeviceStep& step, cudaStream_t stream) const {
+  cudaError_t plan_work(const DeviceStep& step, cudaStream_t stream) const {
     return launch_chained(cut_decode_kernel<>, dim3(static_cast<unsigned>(layout_.kinds.size())),
                           dim3(detail::kCutThreads), layout_.cut_bytes, stream,
                           limits_.chains_launches, step, at<const LayerKind>(layout_.device_kinds),
@@ -224,35 +224,36 @@ class LayerLaunches {
 
   /// Stores the step's K and V of one layer in their pages.
   /// @param most_rows  the most rows that one head of one sequence stores; 1 for decode.
-  /// @param max_entries  the most sequences that a replay of this launch may meet.
+  /// @param max_chunks  the most sequences that a replay of this launch may meet.
   cudaError_t append(const DeviceStep& step, int layer, TensorView<const Io> k,
-                     TensorView<const Io> v, std::int64_t most_rows, std::int64_t max_entries,
+                     TensorView<const Io> v, std::int64_t most_rows, std::int64_t max_chunks,
                      cudaStream_t stream) const {
-    const Layer& place = at(layer);
-    return cuda::append<Row, Io>(step, place.heads, bits(k), bits(v), place.shape.k_dim, most_rows,
-                                 max_entries, at<unsigned long long>(layout_.overflows),
+    const Layer& of_layer = at(layer);
+    return cuda::append<Row, Io>(step, of_layer.heads, bits(k), bits(v), of_layer.shape.k_dim,
+                                 most_rows, max_chunks, at<unsigned long long>(layout_.overflows),
                                  limits_.chains_launches, stream);
   }
 
   /// Attends sequences of one new token whose rows are stored, all heads in one launch.
-  /// @pre the step's work was cut by plan().
-  /// @param follows_plan  whether nothing but plan() comes before: the launch reads work before it
-  ///   waits for the stream's last kernel, which must have waited for plan().
+  /// @pre the step's work was cut by plan_work().
+  /// @param follows_plan  whether nothing but plan_work() comes before: the launch reads work
+  /// before it
+  ///   waits for the stream's last kernel, which must have waited for plan_work().
   cudaError_t decode(const DeviceStep& step, int layer, TensorView<const Io> q, TensorView<Io> out,
                      cudaStream_t stream, bool follows_plan = false) const {
-    const Layer& place = at(layer);
+    const Layer& of_layer = at(layer);
     DecodeArgs args{step,
-                    place.work,
+                    of_layer.work,
                     {at<float>(layout_.block_partials), at<unsigned>(layout_.arrived)},
                     rows_at(q),
                     rows_at(out),
-                    place.shape.group_size,
-                    place.shape.scale() * kLog2E,
+                    of_layer.shape.group_size,
+                    of_layer.shape.scale() * kLog2E,
                     {}};
-    for (int i = 0; i < place.heads.num_heads; ++i) {
-      args.idx_in_class[place.heads.kv_head[i]] = place.heads.idx_in_class[i];
+    for (int i = 0; i < of_layer.heads.num_heads; ++i) {
+      args.idx_in_class[of_layer.heads.kv_head[i]] = of_layer.heads.idx_in_class[i];
     }
-    return cuda::decode(args, place.decode, limits_.chains_launches && !follows_plan, stream);
+    return cuda::decode(args, of_layer.decode, limits_.chains_launches && !follows_plan, stream);
   }
 
   /// Tiles that a chunk is cut into; the sum over a step is what prefill() takes.
@@ -276,27 +277,27 @@ class LayerLaunches {
                       std::span<const RowRange> chunks, TensorView<const Io> q,
                       TensorView<const Io> k, TensorView<const Io> v, TensorView<Io> out,
                       cudaStream_t stream) const {
-    const Layer& place = at(layer);
+    const Layer& of_layer = at(layer);
     PrefillArgs args{step,
-                     place.heads,
+                     of_layer.heads,
                      {},
                      {},
                      {},
                      {},
                      at<unsigned>(layout_.next_tile),
-                     place.shape.group_size,
-                     place.shape.scale() * kLog2E};
+                     of_layer.shape.group_size,
+                     of_layer.shape.scale() * kLog2E};
     if constexpr (std::same_as<Row, Io>) {
       args.q = bits(q);
       args.k = bits(k);
       args.v = bits(v);
       args.out = bits(out);
-      return cuda::prefill(args, place.prefill, tiles, limits_.num_sms, stream);
+      return cuda::prefill(args, of_layer.prefill, tiles, limits_.num_sms, stream);
     } else {
       if (!can_convert(num_rows)) return cudaErrorInvalidValue;
-      const int dim = place.shape.k_dim;
-      const int qo_heads = place.shape.num_qo_heads();
-      const int kv_heads = place.shape.num_kv_heads;
+      const int dim = of_layer.shape.k_dim;
+      const int qo_heads = of_layer.shape.num_qo_heads();
+      const int kv_heads = of_layer.shape.num_kv_heads;
       const auto dense = [&](std::size_t offset, int heads) {
         return TensorView<std::uint16_t>::nhd(at<std::uint16_t>(offset), heads, dim);
       };
@@ -311,7 +312,8 @@ class LayerLaunches {
       if (e == cudaSuccess) e = convert(k, layout_.converted.k, kv_heads, args.k);
       if (e == cudaSuccess) e = convert(v, layout_.converted.v, kv_heads, args.v);
       args.out = dense(layout_.converted.out, qo_heads);
-      if (e == cudaSuccess) e = cuda::prefill(args, place.prefill, tiles, limits_.num_sms, stream);
+      if (e == cudaSuccess)
+        e = cuda::prefill(args, of_layer.prefill, tiles, limits_.num_sms, stream);
       for (const RowRange& rows : chunks) {
         if (e != cudaSuccess) break;
         e = convert_rows<Io, Row>(

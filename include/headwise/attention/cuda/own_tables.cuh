@@ -61,18 +61,18 @@ namespace detail {
 /// @param lengths  [num_sequences] tokens, the new one's row counted and stored; 0: no sequence
 template <class = void>  // inline does not hold for kernels
 __global__ void __launch_bounds__(128)
-    describe_tables_kernel(StepHeader* header, EntryState* entries, ClassState* classes,
+    describe_tables_kernel(StepHeader* header, ChunkState* chunks, ClassState* classes,
                            const WindowClass* windows, int num_classes, const std::int32_t* lengths,
                            int num_sequences, std::int64_t sequence_stride,
                            std::int32_t head_stride) {
   wait_for_previous();
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i == 0) header->num_entries = num_sequences;
+  if (i == 0) header->num_chunks = num_sequences;
   if (i >= num_sequences * num_classes) return;
   const int s = i / num_classes;
   const WindowClass window = windows[i % num_classes];
   const std::int32_t length = lengths[s];
-  if (i % num_classes == 0) entries[s] = {s, max(length - 1, 0), length > 0 ? 1 : 0};
+  if (i % num_classes == 0) chunks[s] = {s, max(length - 1, 0), length > 0 ? 1 : 0};
   ClassState state{};
   state.table = s * sequence_stride;
   state.head_stride = head_stride;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(128)
 /// within its window, at the speed of the memory bus. Pages that no window reaches are never read:
 /// the engine may have freed them, and their table entries may be anything.
 ///
-///     attention.plan(lengths, num_sequences, stream); // once a step
+///     attention.plan_work(lengths, num_sequences, stream); // once a step
 ///     attention.decode(layer, tables, q, out, stream); // once a layer, rows already stored
 ///
 /// Both may be captured in a graph: lengths and tables are read on the device, from the same
@@ -129,7 +129,7 @@ class TableAttention {
   /// Cuts the step's work: row s of q and out is the newest token of sequence s, whose length
   /// counts it.
   /// @param lengths  [num_sequences] on the device
-  cudaError_t plan(const std::int32_t* lengths, int num_sequences, cudaStream_t stream) {
+  cudaError_t plan_work(const std::int32_t* lengths, int num_sequences, cudaStream_t stream) {
     if (num_sequences < 0 || num_sequences > tables_.max_sequences) return cudaErrorInvalidValue;
     std::byte* base = state_.data();
     const auto num_classes = static_cast<int>(classes_.size());
@@ -137,19 +137,19 @@ class TableAttention {
     detail::describe_tables_kernel<>
         <<<static_cast<unsigned>((threads + 127) / 128), 128, 0, stream>>>(
             reinterpret_cast<StepHeader*>(base),
-            reinterpret_cast<EntryState*>(base + layout_.entries),
+            reinterpret_cast<ChunkState*>(base + layout_.chunks),
             reinterpret_cast<ClassState*>(base + layout_.classes),
             reinterpret_cast<const WindowClass*>(base + layout_.total_bytes), num_classes, lengths,
             num_sequences, tables_.sequence_stride, tables_.head_stride);
     if (const cudaError_t e = cudaGetLastError(); e != cudaSuccess) return e;
     is_fresh_ = true;
-    return launches_.plan(step({}), stream);
+    return launches_.plan_work(step({}), stream);
   }
 
   /// Attends one layer's newest tokens, all heads of all sequences in one launch.
   /// @param q    [sequences, num_qo_heads, dim], 16-byte aligned, strides multiples of 16 bytes
   /// @param out  [sequences, num_qo_heads, dim], likewise; may not overlap q
-  /// @pre plan() was called since the lengths changed.
+  /// @pre plan_work() was called since the lengths changed.
   cudaError_t decode(int layer, const PageTableView& pages, TensorView<const Io> q,
                      TensorView<Io> out, cudaStream_t stream) {
     const bool follows_plan = is_fresh_;
@@ -210,7 +210,7 @@ class TableAttention {
   }
   DeviceStep step(const PageTableView& pages) const {
     return {reinterpret_cast<const StepHeader*>(state_.data()),
-            reinterpret_cast<const EntryState*>(state_.data() + layout_.entries),
+            reinterpret_cast<const ChunkState*>(state_.data() + layout_.chunks),
             reinterpret_cast<const ClassState*>(state_.data() + layout_.classes),
             pages.page_table,
             pages.pages,
@@ -224,7 +224,7 @@ class TableAttention {
   LayerLaunches<Row, Dims, Io> launches_;
   StepLayout layout_;
   DeviceMemory state_;
-  bool is_fresh_ = false;  // no layer was decoded since plan()
+  bool is_fresh_ = false;  // no layer was decoded since plan_work()
 };
 
 }  // namespace headwise::inline v0::cuda

@@ -57,17 +57,17 @@ __global__ void __launch_bounds__(256)
   release_next();
   const int lane = static_cast<int>(threadIdx.x % 32);
   const std::int64_t num_warps = static_cast<std::int64_t>(gridDim.x) * (blockDim.x / 32);
-  const std::int64_t entries = step.header->num_entries;
-  const std::int64_t num_moves = entries * most_rows * heads.num_heads;
+  const std::int64_t num_chunks = step.header->num_chunks;
+  const std::int64_t num_moves = num_chunks * most_rows * heads.num_heads;
   for (std::int64_t i = blockIdx.x * static_cast<std::int64_t>(blockDim.x / 32) + threadIdx.x / 32;
        i < num_moves; i += num_warps) {
     const int h = static_cast<int>(i % heads.num_heads);
     const std::int64_t row = i / heads.num_heads % most_rows;
     const std::int64_t e = i / heads.num_heads / most_rows;
-    const EntryState entry = step.entries[e];
+    const ChunkState chunk = step.chunks[e];
     const ClassState state = step.classes[e * step.num_classes + heads.class_idx[h]];
-    const RowMove move = row_move(state, entry.length, entry.num_tokens, row);
-    if (!move.needed || entry.num_tokens == 0) continue;
+    const RowMove move = row_move(state, chunk.length, chunk.num_tokens, row);
+    if (!move.needed || chunk.num_tokens == 0) continue;
 
     const std::int32_t* table = table_of(step, state, heads.idx_in_class[h]);
     const auto rows_of = [&](int first_entry, int slot) {
@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(256)
     if constexpr (std::same_as<Row, Io>) {
       const std::uint16_t* stored_v = stored_k + kPageTokens * dim;
       const bool is_new = move.token >= 0;
-      const std::int64_t token = entry.first_row + move.token;
+      const std::int64_t token = chunk.first_row + move.token;
       copy_to(as_stored, is_new ? row_at(k, token, heads.kv_head[h]) : stored_k,
               is_new ? row_at(v, token, heads.kv_head[h]) : stored_v);
     } else if (move.token < 0) {
       copy_to(as_stored, stored_k, stored_k + kPageTokens * dim);
     } else {
-      const std::int64_t token = entry.first_row + move.token;
+      const std::int64_t token = chunk.first_row + move.token;
       const int lost =
           copy_to([](auto* to, const auto* from) { return copy_eight<Row, Io>(to, from); },
                   row_at(k, token, heads.kv_head[h]), row_at(v, token, heads.kv_head[h]));
@@ -113,16 +113,16 @@ __global__ void __launch_bounds__(256)
 
 /// Scatters the step's rows of one layer.
 /// @param most_rows  the most rows that one head of one sequence stores; 1 for decode.
-/// @param max_entries  the most sequences that a replay of this launch may meet.
+/// @param max_chunks  the most sequences that a replay of this launch may meet.
 /// @pre k and v are 16-byte aligned, their strides multiples of 16 bytes.
 template <DeviceRow Row, DeviceIo Io>
 cudaError_t append(const DeviceStep& step, const LayerHeads& heads, TensorView<const Bits<Io>> k,
                    TensorView<const Bits<Io>> v, int dim, std::int64_t most_rows,
-                   std::int64_t max_entries, unsigned long long* overflows, bool chains_launches,
+                   std::int64_t max_chunks, unsigned long long* overflows, bool chains_launches,
                    cudaStream_t stream) {
   constexpr std::int64_t kWarps = 8;
   constexpr std::int64_t kMaxBlocks = 4096;  // a few rows a warp on the longest prompts
-  const std::int64_t moves = max_entries * most_rows * heads.num_heads;
+  const std::int64_t moves = max_chunks * most_rows * heads.num_heads;
   if (moves == 0) return cudaSuccess;
   const auto blocks = static_cast<unsigned>(std::min((moves + kWarps - 1) / kWarps, kMaxBlocks));
   return launch_chained(append_kernel<Row, Io>, dim3(blocks), dim3(kWarps * 32), 0, stream,

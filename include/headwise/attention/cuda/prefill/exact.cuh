@@ -116,7 +116,7 @@ __device__ __forceinline__ void attend_exactly(const PrefillArgs& args, const Pr
     for (int d = 1; d < 32; d *= 2) sum += __shfl_xor_sync(kWholeWarp, sum, d);
     const double inverse = sum == 0.0 ? 0.0 : 1.0 / sum;
     std::uint16_t* to =
-        row_at(args.out, tile.entry.first_row + tile.first_token + group.token_of(row),
+        row_at(args.out, tile.chunk.first_row + tile.first_token + group.token_of(row),
                args.heads.kv_head[tile.head] * group.size + group.head_of(row));
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
