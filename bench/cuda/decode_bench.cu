@@ -64,7 +64,7 @@ struct Layers {
     return !row.dense && head >= (row.num_kv_heads + 1) / 2;
   }
   std::size_t page_bytes() const {
-    const CacheGeometry geometry(shape, plan, options, 2);
+    const CacheGeometry geometry(shape, plan, options, &PlainRows<f16>::page_bytes);
     return static_cast<std::size_t>(geometry.num_pages()) * geometry.page_bytes();
   }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file engine_memory.hpp
-/// What the engine had before: blocks of KV rows, a free list, a block table for every KV head.
+/// What the engine had before: llama2.c's RunState, key_cache and value_cache of
+/// [layer][seq_len][kv_dim], kv_dim being all KV heads of a token side by side.
 #pragma once
 
 #include <algorithm>
@@ -8,80 +9,46 @@
 #include <cstdint>
 #include <vector>
 
-#include "headwise/cache/page_layout.hpp"
-#include "headwise/core/dtype.hpp"
+#include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/core/kv_view.hpp"
-#include "headwise/core/window.hpp"
 
 namespace own_memory {
 
 using namespace headwise;
 
-constexpr int kDim = 64;
-constexpr int kBlockTokens = 32;
-constexpr PageShape kBlock{kBlockTokens, kDim, kDim};  // 32 rows of K, then 32 of V, in f16
-
-/// Blocks of one KV head each: row `pos % 32` of the head's block `pos / 32` is the token's.
 class EngineMemory {
  public:
-  explicit EngineMemory(std::size_t num_blocks, std::size_t num_heads)
-      : blocks_(num_blocks), tables_(num_heads) {
-    for (std::size_t i = num_blocks; i-- > 0;) free_.push_back(static_cast<std::int32_t>(i));
+  EngineMemory(int num_layers, std::int64_t seq_len, int num_kv_heads, int head_dim)
+      : seq_len_(seq_len),
+        head_dim_(head_dim),
+        kv_dim_(num_kv_heads * head_dim),
+        key_cache_(static_cast<std::size_t>(num_layers * seq_len * kv_dim_)),
+        value_cache_(key_cache_.size()) {}
+
+  /// One token's K and V of all heads of a layer, [kv_dim] each.
+  void append(int layer, std::int64_t pos, const float* k, const float* v) {
+    std::copy_n(k, kv_dim_, key_cache_.begin() + offset(layer, pos));
+    std::copy_n(v, kv_dim_, value_cache_.begin() + offset(layer, pos));
   }
 
-  void append(int head, Pos pos, const float* k, const float* v) {
-    if (pos.value % kBlockTokens == 0) {
-      table(head).push_back(free_.back());
-      free_.pop_back();
-    }
-    Block& block = blocks_[static_cast<std::size_t>(table(head).back())];
-    const auto row = static_cast<std::size_t>(pos.value % kBlockTokens);
-    for (std::size_t d = 0; d < kDim; ++d) {
-      block.rows[PlainLayout::k_offset(kBlock, row, d)] = from_float<f16>(k[d]);
-      block.rows[PlainLayout::v_offset(kBlock, row, d)] = from_float<f16>(v[d]);
-    }
+  /// The first `num_tokens` rows of one head where they lie; nothing is copied.
+  KvView<PlainRows<float>> view(int layer, int kv_head, std::int64_t num_tokens) const {
+    const std::ptrdiff_t first = offset(layer, 0) + kv_head * head_dim_;
+    return KvView<PlainRows<float>>::over_rows(key_cache_.data() + first,
+                                               value_cache_.data() + first, kv_dim_, kv_dim_,
+                                               num_tokens, head_dim_, head_dim_);
   }
-
-  /// Frees the blocks that no query from `next` on will see; tables keep their length.
-  void free_unseen(int head, Window window, Pos next) {
-    for (std::int64_t b = 0; (b + 1) * kBlockTokens <= first_recent(window, next); ++b) {
-      std::int32_t& block = table(head)[static_cast<std::size_t>(b)];
-      if (b * kBlockTokens < window.sink || block < 0) continue;
-      free_.push_back(block);
-      block = -1;
-    }
-  }
-
-  /// What a query from `next` on may see: at most two runs of rows, slot = position.
-  KvView<f16, PlainLayout> view(int head, Window window, Pos next) {
-    KvView<f16, PlainLayout> view;
-    view.pages = reinterpret_cast<const std::byte*>(blocks_.data());
-    view.page_bytes = sizeof(Block);
-    view.page_table = table(head).data();
-    view.page_tokens = kBlockTokens;
-    view.k_dim = view.v_dim = kDim;
-    const std::int64_t recent = first_recent(window, next);
-    const std::int64_t sink = std::min(window.sink, recent);
-    view.add_run({Slot{0}, Pos{0}, sink});
-    view.add_run({Slot{recent}, Pos{recent}, next.value - recent});
-    return view;
-  }
-
-  std::size_t num_used() const { return blocks_.size() - free_.size(); }
 
  private:
-  struct alignas(64) Block {
-    f16 rows[kBlock.num_elements()];
-  };
-
-  static std::int64_t first_recent(Window window, Pos next) {
-    return window.oldest_recent(next).value;
+  std::ptrdiff_t offset(int layer, std::int64_t pos) const {
+    return static_cast<std::ptrdiff_t>((layer * seq_len_ + pos) * kv_dim_);
   }
-  std::vector<std::int32_t>& table(int head) { return tables_[static_cast<std::size_t>(head)]; }
 
-  std::vector<Block> blocks_;
-  std::vector<std::int32_t> free_;
-  std::vector<std::vector<std::int32_t>> tables_;
+  std::int64_t seq_len_;
+  int head_dim_;
+  int kv_dim_;
+  std::vector<float> key_cache_;
+  std::vector<float> value_cache_;
 };
 
 }  // namespace own_memory

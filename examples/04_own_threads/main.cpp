@@ -69,8 +69,8 @@ class Engine {
 
   /// The thread's tasks. Whichever thread ends a head's last task merges it and stores its rows.
   void attend_share(int layer, std::size_t ith) {
-    const AttendTasks<simd::BestIsa, f16, TiledLayout> tasks(cache_, step_, layer, model_.q(),
-                                                             model_.k(), model_.v(), model_.out());
+    const AttendTasks<simd::BestIsa, f16> tasks(cache_, step_, layer, model_.q(), model_.k(),
+                                                model_.v(), model_.out());
     for (std::size_t task = ith; task < tasks.size(); task += num_threads_) tasks.run(task, ith);
   }
 

@@ -73,13 +73,15 @@ class Model {
 
   /// Largest difference between one row of out and attention in double over the text's whole
   /// history, of which each KV head sees what the plan's window lets it see.
+  /// @tparam Row  what K and V are stored as.
+  template <headwise::RowElement Row = headwise::f16>
   double error(int layer_idx, std::size_t row, Token token, const headwise::HeadPlan& plan) const {
     double worst = 0.0;
     const auto n = static_cast<std::size_t>(token.pos) + 1;
     for (int head = 0; head < layer().num_qo_heads(); ++head) {
       const int kv_head = head / layer().group_size;
-      const std::vector<float> k = history(kKey, layer_idx, kv_head, token.text, n);
-      const std::vector<float> v = history(kValue, layer_idx, kv_head, token.text, n);
+      const std::vector<float> k = history<Row>(kKey, layer_idx, kv_head, token.text, n);
+      const std::vector<float> v = history<Row>(kValue, layer_idx, kv_head, token.text, n);
       const auto* keep = std::get_if<headwise::KeepWindow>(&plan.budget(layer_idx, kv_head));
       const auto window = keep != nullptr ? keep->window : headwise::Window::everything();
       const std::vector<double> expected = headwise::reference_attention(
@@ -117,14 +119,15 @@ class Model {
     }
   }
 
-  /// [n, head_dim] of one KV head, as rows of f16 keep it.
+  /// [n, head_dim] of one KV head, as rows keep it.
+  template <headwise::RowElement Row>
   std::vector<float> history(What what, int layer_idx, int kv_head, std::uint32_t text,
                              std::size_t n) const {
     std::vector<float> rows;
     for (std::size_t pos = 0; pos < n; ++pos) {
       for (int d = 0; d < layer().k_dim; ++d) {
         const float x = value(what, layer_idx, kv_head, {text, static_cast<std::int64_t>(pos)}, d);
-        rows.push_back(headwise::to_float(headwise::from_float<headwise::f16>(x)));
+        rows.push_back(headwise::to_float(headwise::from_float<Row>(x)));
       }
     }
     return rows;

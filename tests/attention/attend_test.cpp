@@ -16,6 +16,7 @@
 #include "support/attended_cache.hpp"
 #include "support/boundary_lengths.hpp"
 #include "support/count_allocations.hpp"
+#include "support/isa_types.hpp"
 
 namespace headwise {
 namespace {
@@ -32,28 +33,9 @@ using test::Outputs;
 using test::small_model;
 using test::two_layers;
 
-template <class RowT, class LayoutT>
-struct RowAndLayout {
-  using Row = RowT;
-  using Layout = LayoutT;
-};
-using RowsAndLayouts =
-    ::testing::Types<RowAndLayout<f32, PlainLayout>, RowAndLayout<f32, TiledLayout>,
-                     RowAndLayout<f16, PlainLayout>, RowAndLayout<f16, TiledLayout>,
-                     RowAndLayout<bf16, PlainLayout>, RowAndLayout<bf16, TiledLayout>>;
-struct RowAndLayoutNames {
-  template <class T>
-  static std::string GetName(int) {
-    const std::string row = std::is_same_v<typename T::Row, f32>   ? "f32"
-                            : std::is_same_v<typename T::Row, f16> ? "f16"
-                                                                   : "bf16";
-    return row + (std::is_same_v<typename T::Layout, PlainLayout> ? "_plain" : "_tiled");
-  }
-};
-
 template <class Types>
 class AttendOn : public ::testing::Test {};
-TYPED_TEST_SUITE(AttendOn, RowsAndLayouts, RowAndLayoutNames);
+TYPED_TEST_SUITE(AttendOn, test::AllFormats, test::FormatNames);
 
 TYPED_TEST(AttendOn, EqualsTheOracleForEveryGroupAndWidth) {
   const struct Widths {
@@ -63,8 +45,7 @@ TYPED_TEST(AttendOn, EqualsTheOracleForEveryGroupAndWidth) {
   for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
     for (const Widths& widths : shapes) {
       const ModelShape shape = two_layers(widths.group, widths.k_dim, widths.v_dim);
-      AttendedCache<typename TypeParam::Row, typename TypeParam::Layout> model(
-          shape, every_kind(shape, prefill), options_of(prefill));
+      AttendedCache<TypeParam> model(shape, every_kind(shape, prefill), options_of(prefill));
       const SequenceId a = model.add();
       const SequenceId b = model.add();
       const auto check = [&](const Chunks& chunks, Phase phase) {

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -48,13 +49,37 @@ TEST(Reference, WeighsARowByWhatItStandsFor) {
   EXPECT_NEAR(once.output(1)[0], thrice.output(1)[0], 1e-14);
 }
 
+TEST(Reference, TakesARowWhoseScoresAreAllMinusInfinityForEmpty) {
+  const float q[1] = {-1e20F};
+  const double k[1] = {1e20}, v[1] = {5.0};
+  ReferenceRow row(q, 1.0);
+  row.add(std::span<const double>(k), std::span<const double>(v));  // -1e40: -inf in f32
+  EXPECT_EQ(row.output(1)[0], 0.0);
+  EXPECT_EQ(row.lse(), -std::numeric_limits<double>::infinity());
+  const double low[1] = {1e10};
+  row.add(std::span<const double>(low), std::span<const double>(v));
+  EXPECT_EQ(row.output(1)[0], 5.0);
+  EXPECT_NEAR(row.lse(), -1e30, 1e24);
+}
+
+TEST(Reference, LetsPlusInfinityAndNanThrough) {
+  for (const float x :
+       {-std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    const float q[1] = {x};
+    const double k[1] = {-1.0}, v[1] = {5.0};
+    ReferenceRow row(q, 1.0);
+    row.add(std::span<const double>(k), std::span<const double>(v));
+    EXPECT_TRUE(std::isnan(row.output(1)[0]));
+  }
+}
+
 /// The reading of a paged problem and the reading of the dense history are independent code: they
 /// must agree on every case whose rows are all in the history.
-template <class Layout>
+template <class Format>
 void paged_equals_dense() {
   for (const AttentionCase& c : attention_cases()) {
     if (c.compensation > 0 || c.kept == Kept::kSecondRun) continue;
-    PagedHead<f16, Layout> head(c);
+    PagedHead<Format> head(c);
     const auto problem = head.problem();
     const std::vector<double> paged = reference_attention(problem);
     const DenseRows dense = head.dense_rows();
@@ -73,8 +98,8 @@ void paged_equals_dense() {
   }
 }
 
-TEST(Reference, ReadsPlainPagesLikeADenseHistory) { paged_equals_dense<PlainLayout>(); }
-TEST(Reference, ReadsTiledPagesLikeADenseHistory) { paged_equals_dense<TiledLayout>(); }
+TEST(Reference, ReadsPlainPagesLikeADenseHistory) { paged_equals_dense<PlainRows<f16>>(); }
+TEST(Reference, ReadsTiledPagesLikeADenseHistory) { paged_equals_dense<TiledRows<f16>>(); }
 
 }  // namespace
 }  // namespace headwise::test

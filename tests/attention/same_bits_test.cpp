@@ -171,11 +171,11 @@ TEST(SameBits, AStepDroppedInMidLayerAndDoneAgainGivesTheSameBits) {
       ASSERT_EQ(disturbed.begin(other, Phase::kPrompt), StepStatus::kOk);
       (void)disturbed.attend_layer(0, other);
       auto in = disturbed.inputs_of(1, other);
-      const AttendTasks<simd::BestIsa, f16, TiledLayout> tasks(
-          disturbed.cache, disturbed.step, 1, TensorView<const float>::nhd(in.q.data(), 4, 32),
-          TensorView<const float>::nhd(in.k.data(), 2, 32),
-          TensorView<const float>::nhd(in.v.data(), 2, 32),
-          TensorView<float>::nhd(in.out.data(), 4, 32));
+      const AttendTasks<simd::BestIsa, f16> tasks(disturbed.cache, disturbed.step, 1,
+                                                  TensorView<const float>::nhd(in.q.data(), 4, 32),
+                                                  TensorView<const float>::nhd(in.k.data(), 2, 32),
+                                                  TensorView<const float>::nhd(in.v.data(), 2, 32),
+                                                  TensorView<float>::nhd(in.out.data(), 4, 32));
       disturbed.step.scratch().reserve(tasks.scratch_bytes(1), tasks.num_counters());
       for (std::size_t task = 0; task < tasks.size() / 2 + 1; ++task) tasks.run(task, 0);
       ASSERT_EQ(disturbed.cache.drop(disturbed.step), StepStatus::kOk);

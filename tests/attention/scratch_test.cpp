@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include "headwise/cache/rows/plain_rows.hpp"
+
 namespace headwise {
 namespace {
 
@@ -11,7 +13,7 @@ CacheGeometry geometry(int max_sequences, std::int64_t max_context, std::size_t 
   return {shape, HeadPlan(shape),
           CacheOptions{
               .max_bytes = max_bytes, .max_sequences = max_sequences, .max_context = max_context},
-          sizeof(f16)};
+          &PlainRows<f16>::page_bytes};
 }
 
 TEST(ScratchSize, GrowsWithThreadsAndChunksOnly) {

@@ -80,7 +80,7 @@ TYPED_TEST(SoftmaxStateMerge, OfNothingIntoNothingIsEmpty) {
   Owned a, b;
   merge<TypeParam>(a.get(), b.get(), kDim);
   EXPECT_TRUE(a.state.empty());
-  EXPECT_EQ(a.state.lse(), kNoScore);
+  EXPECT_EQ(a.state.lse(), -std::numeric_limits<float>::infinity());
   write_output<TypeParam>(a.get(), a.out.data(), kDim);
   EXPECT_EQ(a.out[0], 0.0F);
 }
@@ -91,6 +91,28 @@ TYPED_TEST(SoftmaxStateMerge, SurvivesScoresAtBothEndsOfTheRange) {
   merge<TypeParam>(low.get(), high.get(), kDim);
   write_output<TypeParam>(low.get(), low.out.data(), kDim);
   EXPECT_EQ(low.out[0], 2.0F);
+}
+
+TYPED_TEST(SoftmaxStateMerge, OfOutputsAsLargeAsFloatsGetDoesNotOverflow) {
+  Owned all = one_row(0.0F, 3e38F);
+  for (int i = 0; i < 100; ++i) {
+    Owned row = one_row(0.0F, 3e38F);
+    merge<TypeParam>(all.get(), row.get(), kDim);
+  }
+  EXPECT_NEAR(static_cast<double>(all.out[3]) * 1e-38, 3.0, 1e-5);
+  EXPECT_EQ(all.state.sum, 101.0F);
+}
+
+TYPED_TEST(SoftmaxStateMerge, KeepsANan) {
+  Owned row = one_row(1.0F, 2.0F);
+  Owned nan = one_row(std::numeric_limits<float>::infinity(), 1.0F);
+  nan.state.sum = std::numeric_limits<float>::quiet_NaN();
+  Owned into = one_row(1.0F, 2.0F);
+  merge<TypeParam>(into.get(), nan.get(), kDim);
+  EXPECT_TRUE(std::isnan(into.out[0]));
+  merge<TypeParam>(nan.get(), row.get(), kDim);
+  EXPECT_TRUE(std::isnan(nan.out[0]));
+  EXPECT_FALSE(nan.state.empty());
 }
 
 }  // namespace

@@ -14,7 +14,7 @@
 namespace headwise {
 namespace {
 
-using Tasks = AttendTasks<simd::BestIsa, f16, TiledLayout>;
+using Tasks = AttendTasks<simd::BestIsa, f16>;
 
 TEST(HeadCut, DependsOnTheSequenceAlone) {
   EXPECT_EQ(HeadCut::of(0, 4, 100).num_parts, 0) << "no new tokens, no tasks";

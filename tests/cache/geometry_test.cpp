@@ -12,6 +12,7 @@
 #include <variant>
 #include <vector>
 
+#include "headwise/cache/rows/plain_rows.hpp"
 #include "support/boundary_lengths.hpp"
 
 namespace headwise {
@@ -78,7 +79,7 @@ TEST(CacheGeometry, PagesHeldEqualTheClosedForm) {
   for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
     const CacheOptions options = small_options(prefill);
     const HeadPlan plan = mixed_plan(prefill == PrefillMode::kChunkCausal);
-    const CacheGeometry geometry(shape_of_two_layers(), plan, options, 2);
+    const CacheGeometry geometry(shape_of_two_layers(), plan, options, &PlainRows<f16>::page_bytes);
     std::vector<std::int64_t> lengths = test::boundary_lengths(4, 28, 48, 16);
     for (const std::int64_t length : test::boundary_lengths(17, 40, 64, 16)) {
       lengths.push_back(length);
@@ -97,7 +98,8 @@ TEST(CacheGeometry, PeakIsReachedByNoStepOfSmallerChunks) {
   for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
     const CacheOptions options = small_options(prefill);
     const CacheGeometry geometry(shape_of_two_layers(),
-                                 mixed_plan(prefill == PrefillMode::kChunkCausal), options, 2);
+                                 mixed_plan(prefill == PrefillMode::kChunkCausal), options,
+                                 &PlainRows<f16>::page_bytes);
     for (const std::int64_t chunk : {1, 2, 16, 100, 700}) {
       std::int64_t most = 0;
       for (std::int64_t length = 0; length + chunk <= options.max_context; ++length) {
@@ -119,7 +121,7 @@ TEST(CacheGeometry, PeakIsReachedByNoStepOfSmallerChunks) {
 
 TEST(CacheGeometry, HeadsWithEqualBudgetsShareAClass) {
   const CacheGeometry geometry(shape_of_two_layers(), mixed_plan(false),
-                               small_options(PrefillMode::kWindowed), 2);
+                               small_options(PrefillMode::kWindowed), &PlainRows<f16>::page_bytes);
   ASSERT_EQ(geometry.classes().size(), 3U);
   EXPECT_EQ(geometry.head(0, 0).class_idx, geometry.head(0, 2).class_idx);
   EXPECT_EQ(geometry.head(0, 1).class_idx, geometry.head(1, 1).class_idx);
@@ -132,15 +134,20 @@ TEST(CacheGeometry, HeadsWithEqualBudgetsShareAClass) {
 
 TEST(CacheGeometry, PageHoldsRowsOfTheWidestLayer) {
   const CacheOptions options = small_options(PrefillMode::kWindowed);
-  EXPECT_EQ(CacheGeometry(shape_of_two_layers(), mixed_plan(false), options, 2).page_bytes(),
-            16U * (64 + 48) * 2);
-  EXPECT_EQ(CacheGeometry(shape_of_two_layers(), mixed_plan(false), options, 4).page_bytes(),
-            16U * (64 + 48) * 4);
+  EXPECT_EQ(
+      CacheGeometry(shape_of_two_layers(), mixed_plan(false), options, &PlainRows<f16>::page_bytes)
+          .page_bytes(),
+      16U * (64 + 48) * 2);
+  EXPECT_EQ(
+      CacheGeometry(shape_of_two_layers(), mixed_plan(false), options, &PlainRows<f32>::page_bytes)
+          .page_bytes(),
+      16U * (64 + 48) * 4);
 }
 
 TEST(CacheGeometry, HeadsShareNoMetadata) {
   const CacheGeometry geometry(shape_of_two_layers(), mixed_plan(true),
-                               small_options(PrefillMode::kChunkCausal), 2);
+                               small_options(PrefillMode::kChunkCausal),
+                               &PlainRows<f16>::page_bytes);
   std::vector<int> entries(static_cast<std::size_t>(geometry.entries_per_sequence()));
   std::vector<int> floats(static_cast<std::size_t>(geometry.compensation_floats_per_sequence()));
   for (int l = 0; l < 2; ++l) {
@@ -152,7 +159,7 @@ TEST(CacheGeometry, HeadsShareNoMetadata) {
             for (std::int64_t i = 0; i < store.table_entries(); ++i) {
               ++entries.at(static_cast<std::size_t>(head.table_offset + i));
             }
-            const std::int64_t width = layer.k_dim + layer.v_dim;
+            const std::int64_t width = kCompensationFloats * (layer.k_dim + layer.v_dim);
             for (std::int64_t i = 0; i < store.compensation_rows() * width; ++i) {
               ++floats.at(static_cast<std::size_t>(head.compensation_offset + i));
             }
@@ -166,7 +173,8 @@ TEST(CacheGeometry, HeadsShareNoMetadata) {
 
 TEST(CacheGeometry, TaskOrderStartsWithTheHeadsThatKeepMost) {
   const CacheGeometry geometry(shape_of_two_layers(), mixed_plan(true),
-                               small_options(PrefillMode::kChunkCausal), 2);
+                               small_options(PrefillMode::kChunkCausal),
+                               &PlainRows<f16>::page_bytes);
   EXPECT_EQ(geometry.layers()[0].task_order, (std::vector<int>{1, 0, 2}));
   EXPECT_EQ(geometry.layers()[1].task_order, (std::vector<int>{1, 0}));
   ASSERT_EQ(geometry.layers()[0].runs.size(), 2U);
@@ -178,7 +186,7 @@ TEST(CacheGeometry, MetadataOfStreamingHeadsDoesNotGrowWithTheContext) {
   const HeadPlan plan(shape_of_two_layers(), KeepWindow{{16, 64}});
   CacheOptions options = small_options(PrefillMode::kWindowed);
   options.max_context = std::int64_t{1} << 33;
-  const CacheGeometry geometry(shape_of_two_layers(), plan, options, 2);
+  const CacheGeometry geometry(shape_of_two_layers(), plan, options, &PlainRows<f16>::page_bytes);
   EXPECT_EQ(geometry.entries_per_sequence(), 5 * 2 * 6);
   EXPECT_EQ(geometry.pages_held(std::int64_t{1} << 33, std::int64_t{1} << 33), 5 * 6);
 }
@@ -186,10 +194,14 @@ TEST(CacheGeometry, MetadataOfStreamingHeadsDoesNotGrowWithTheContext) {
 TEST(CacheGeometry, PoolIsLargeEnoughForEverySequenceAtItsLongest) {
   CacheOptions options = small_options(PrefillMode::kChunkCausal);
   options.max_sequences = 7;
-  const CacheGeometry geometry(shape_of_two_layers(), mixed_plan(true), options, 2);
+  const CacheGeometry geometry(shape_of_two_layers(), mixed_plan(true), options,
+                               &PlainRows<f16>::page_bytes);
   EXPECT_EQ(geometry.num_pages(), 7 * geometry.peak_pages(options.max_context));
   options.max_bytes = 10 * geometry.page_bytes() + 1;
-  EXPECT_EQ(CacheGeometry(shape_of_two_layers(), mixed_plan(true), options, 2).num_pages(), 10);
+  EXPECT_EQ(
+      CacheGeometry(shape_of_two_layers(), mixed_plan(true), options, &PlainRows<f16>::page_bytes)
+          .num_pages(),
+      10);
 }
 
 TEST(CacheGeometry, ErrorsNameValueAndLimit) {
@@ -197,8 +209,9 @@ TEST(CacheGeometry, ErrorsNameValueAndLimit) {
   const auto refuses = [&](auto change, const std::string& name, const std::string& value) {
     CacheOptions options = small_options(PrefillMode::kWindowed);
     change(options);
-    EXPECT_THAT([&] { CacheGeometry(shape_of_two_layers(), plan, options, 2); },
-                ThrowsMessage<ConfigError>(AllOf(HasSubstr(name), HasSubstr("got " + value))));
+    EXPECT_THAT(
+        [&] { CacheGeometry(shape_of_two_layers(), plan, options, &PlainRows<f16>::page_bytes); },
+        ThrowsMessage<ConfigError>(AllOf(HasSubstr(name), HasSubstr("got " + value))));
   };
   for (const int tokens : {-16, 0, 8, 24, 100}) {
     refuses([&](CacheOptions& o) { o.page_tokens = tokens; }, "page_tokens",
@@ -217,16 +230,16 @@ TEST(CacheGeometry, ErrorsNameValueAndLimit) {
 TEST(CacheGeometry, WindowsMayBeEndless) {
   const std::int64_t endless = std::numeric_limits<std::int64_t>::max();
   const CacheOptions options = small_options(PrefillMode::kChunkCausal);
-  const std::int64_t dense =
-      CacheGeometry(shape_of_two_layers(), HeadPlan(shape_of_two_layers()), options, 2)
-          .pages_held(2000, 2000);
+  const std::int64_t dense = CacheGeometry(shape_of_two_layers(), HeadPlan(shape_of_two_layers()),
+                                           options, &PlainRows<f16>::page_bytes)
+                                 .pages_held(2000, 2000);
   for (const HeadBudget& budget :
        {HeadBudget(KeepWindow{{endless, endless}}), HeadBudget(KeepWindow{{0, endless}}),
         HeadBudget(KeepGrowingWindow{endless, endless, endless}),
         HeadBudget(KeepGrowingWindow{endless, 5, 2}),
         HeadBudget(KeepGrowingWindow{4, endless, 1})}) {
     const CacheGeometry geometry(shape_of_two_layers(), HeadPlan(shape_of_two_layers(), budget),
-                                 options, 2);
+                                 options, &PlainRows<f16>::page_bytes);
     EXPECT_EQ(geometry.pages_held(2000, 2000), dense) << budget.index();
     EXPECT_GE(geometry.peak_pages(2000), dense);
     EXPECT_LE(geometry.peak_pages(2000), dense + 5 * 2);
@@ -236,11 +249,15 @@ TEST(CacheGeometry, WindowsMayBeEndless) {
 TEST(CacheGeometry, RefusesAPlanOfAnotherShape) {
   const CacheOptions options = small_options(PrefillMode::kWindowed);
   EXPECT_THAT(
-      [&] { CacheGeometry(shape_of_two_layers(), HeadPlan(std::vector<int>{3}), options, 2); },
+      [&] {
+        CacheGeometry(shape_of_two_layers(), HeadPlan(std::vector<int>{3}), options,
+                      &PlainRows<f16>::page_bytes);
+      },
       ThrowsMessage<ConfigError>(AllOf(HasSubstr("1 layers"), HasSubstr("the model 2"))));
   EXPECT_THAT(
       [&] {
-        CacheGeometry(shape_of_two_layers(), HeadPlan(std::vector<int>{3, 4}), options, 2);
+        CacheGeometry(shape_of_two_layers(), HeadPlan(std::vector<int>{3, 4}), options,
+                      &PlainRows<f16>::page_bytes);
       },
       ThrowsMessage<ConfigError>(
           AllOf(HasSubstr("layer 1"), HasSubstr("4 KV heads"), HasSubstr("the model 2"))));
@@ -250,7 +267,7 @@ TEST(CacheGeometry, GrowingWindowsPrefillChunkCausalOnly) {
   EXPECT_THAT(
       [] {
         CacheGeometry(shape_of_two_layers(), mixed_plan(true),
-                      small_options(PrefillMode::kWindowed), 2);
+                      small_options(PrefillMode::kWindowed), &PlainRows<f16>::page_bytes);
       },
       ThrowsMessage<ConfigError>(HasSubstr("kChunkCausal")));
 }

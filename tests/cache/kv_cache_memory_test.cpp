@@ -21,7 +21,7 @@ namespace {
 
 using test::ModelledCache;
 using test::new_tokens;
-using Model = ModelledCache<f16, TiledLayout>;
+using Model = ModelledCache<f16>;
 
 std::int64_t pages_for(std::int64_t rows, std::int64_t page_tokens) {
   return (rows + page_tokens - 1) / page_tokens;
@@ -123,14 +123,16 @@ TEST(KvCache, AMillionTokensChangeOnlyTheRetrievalHeadsShare) {
   EXPECT_GT(in_use(), 15'600);
   // The same plan without a retrieval head holds next to nothing.
   const HeadPlan streaming(shape, KeepWindow{{16, 64}});
-  EXPECT_EQ(CacheGeometry(shape, streaming, options, 2).pages_held(1'000'000, 1'000'000), 4);
+  EXPECT_EQ(CacheGeometry(shape, streaming, options, &PlainRows<f16>::page_bytes)
+                .pages_held(1'000'000, 1'000'000),
+            4);
 }
 
 TEST(KvCache, FreedPagesServeOthersAtOnce) {
   // A pool for one long sequence: what it gives back is all that the next one can get.
   CacheOptions options = test::mixed_options(PrefillMode::kChunkCausal, 4);
   const HeadPlan plan = test::mixed_plan(PrefillMode::kChunkCausal);
-  const CacheGeometry geometry(test::mixed_shape(), plan, options, 2);
+  const CacheGeometry geometry(test::mixed_shape(), plan, options, &PlainRows<f16>::page_bytes);
   options.max_bytes =
       static_cast<std::size_t>(geometry.peak_pages(options.max_context)) * geometry.page_bytes();
   Model model(test::mixed_shape(), plan, options);
@@ -168,7 +170,8 @@ TEST(KvCache, AsksItsAllocatorOnceForWhatTheGeometrySays) {
     test::CountingResource resource;
     CacheOptions options = test::mixed_options(prefill, 7);
     options.resource = &resource;
-    const CacheGeometry geometry(test::mixed_shape(), test::mixed_plan(prefill), options, 2);
+    const CacheGeometry geometry(test::mixed_shape(), test::mixed_plan(prefill), options,
+                                 &PlainRows<f16>::page_bytes);
     {
       Model model(test::mixed_shape(), test::mixed_plan(prefill), options);
       const std::size_t pages =
@@ -194,7 +197,7 @@ TEST(KvCache, AsksForMetadataOnlyWherePageMemoryIsGiven) {
   CacheOptions options = test::mixed_options(PrefillMode::kWindowed, 7);
   options.resource = &resource;
   const HeadPlan plan = test::mixed_plan(PrefillMode::kWindowed);
-  const CacheGeometry geometry(test::mixed_shape(), plan, options, 2);
+  const CacheGeometry geometry(test::mixed_shape(), plan, options, &PlainRows<f16>::page_bytes);
   const std::size_t bytes = static_cast<std::size_t>(geometry.num_pages()) * geometry.page_bytes();
   std::vector<std::byte> memory(bytes + 64);
   void* aligned = memory.data();

@@ -22,12 +22,12 @@ namespace {
 using test::ModelledCache;
 using test::new_tokens;
 using test::Token;
-using Model = ModelledCache<f16, TiledLayout>;
+using Model = ModelledCache<f16>;
 
 /// Everything that a step or a rollback might have left behind.
-template <class Row, class Layout>
+template <class Rows>
 struct Trace {
-  explicit Trace(const ModelledCache<Row, Layout>& model) : free_pages(model.cache.free_pages()) {
+  explicit Trace(const ModelledCache<Rows>& model) : free_pages(model.cache.free_pages()) {
     for (const auto& [id, sequence] : model.sequences) {
       lengths.push_back(model.cache.length(id));
       lengths.push_back(model.cache.high_water(id));
@@ -40,7 +40,7 @@ struct Trace {
   }
   std::int64_t free_pages;
   std::vector<std::int64_t> lengths;
-  std::vector<test::SeenCopy<Row>> seen;
+  std::vector<test::SeenCopy> seen;
   friend bool operator==(const Trace&, const Trace&) = default;
 };
 
@@ -49,7 +49,7 @@ struct Trace {
 using WalkCase = std::tuple<PrefillMode, std::int64_t>;
 class RandomWalk : public ::testing::TestWithParam<WalkCase> {};
 
-template <class Row, class Layout>
+template <class Rows>
 class Walker {
  public:
   Walker(PrefillMode prefill, std::int64_t rollback, unsigned seed)
@@ -136,7 +136,7 @@ class Walker {
     ASSERT_EQ(Trace(model_), before);
   }
 
-  ModelledCache<Row, Layout> model_;
+  ModelledCache<Rows> model_;
   std::int64_t rollback_;
   std::mt19937 random_;
 };
@@ -144,9 +144,9 @@ class Walker {
 TEST_P(RandomWalk, EndsWhereACacheThatNeverSawTheDetourWouldBe) {
   const auto [prefill, rollback] = GetParam();
   for (unsigned seed = 1; seed <= 3; ++seed) {
-    ASSERT_NO_FATAL_FAILURE((Walker<f16, TiledLayout>(prefill, rollback, seed).take_steps(50)));
+    ASSERT_NO_FATAL_FAILURE((Walker<TiledRows<f16>>(prefill, rollback, seed).take_steps(50)));
   }
-  ASSERT_NO_FATAL_FAILURE((Walker<f32, PlainLayout>(prefill, rollback, 9).take_steps(30)));
+  ASSERT_NO_FATAL_FAILURE((Walker<PlainRows<f32>>(prefill, rollback, 9).take_steps(30)));
 }
 
 INSTANTIATE_TEST_SUITE_P(KvCache, RandomWalk,

@@ -17,6 +17,7 @@
 
 #include "support/boundary_lengths.hpp"
 #include "support/cache_model.hpp"
+#include "support/isa_types.hpp"
 
 namespace headwise {
 namespace {
@@ -27,30 +28,12 @@ using test::new_tokens;
 template <class Types>
 class KvCaches : public ::testing::Test {};
 
-template <class RowT, class LayoutT>
-struct RowAndLayout {
-  using Row = RowT;
-  using Layout = LayoutT;
-};
-using RowsAndLayouts =
-    ::testing::Types<RowAndLayout<f32, PlainLayout>, RowAndLayout<f32, TiledLayout>,
-                     RowAndLayout<f16, PlainLayout>, RowAndLayout<f16, TiledLayout>,
-                     RowAndLayout<bf16, PlainLayout>, RowAndLayout<bf16, TiledLayout>>;
-struct RowAndLayoutNames {
-  template <class T>
-  static std::string GetName(int) {
-    const std::string row = std::is_same_v<typename T::Row, f32>   ? "f32"
-                            : std::is_same_v<typename T::Row, f16> ? "f16"
-                                                                   : "bf16";
-    return row + (std::is_same_v<typename T::Layout, PlainLayout> ? "_plain" : "_tiled");
-  }
-};
-TYPED_TEST_SUITE(KvCaches, RowsAndLayouts, RowAndLayoutNames);
+TYPED_TEST_SUITE(KvCaches, test::AllFormats, test::FormatNames);
 
 TYPED_TEST(KvCaches, ShowsWhatTheRulesSayAtEveryLengthOfADecode) {
   for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
-    ModelledCache<typename TypeParam::Row, typename TypeParam::Layout> model(
-        test::mixed_shape(), test::mixed_plan(prefill), test::mixed_options(prefill, 3));
+    ModelledCache<TypeParam> model(test::mixed_shape(), test::mixed_plan(prefill),
+                                   test::mixed_options(prefill, 3));
     const SequenceId id = model.add();
     for (int length = 0; length < 150; ++length) {
       ASSERT_TRUE(model.matches(id, Phase::kDecode, 1));
@@ -64,8 +47,7 @@ TYPED_TEST(KvCaches, ShowsWhatTheRulesSayAfterOneChunkOfAnyBoundaryLength) {
   for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
     CacheOptions options = test::mixed_options(prefill, 3);
     options.max_context = 700;
-    ModelledCache<typename TypeParam::Row, typename TypeParam::Layout> model(
-        test::mixed_shape(), test::mixed_plan(prefill), options);
+    ModelledCache<TypeParam> model(test::mixed_shape(), test::mixed_plan(prefill), options);
     std::set<std::int64_t> lengths;
     for (const auto& [sink, recent] : {std::pair{4, 12}, {17, 30}, {3, 33}, {16, 16}}) {
       for (const std::int64_t n : test::boundary_lengths(sink, recent, sink + recent + 4, 16)) {
@@ -88,8 +70,7 @@ TYPED_TEST(KvCaches, StoresEveryUsualWidth) {
     const ModelShape shape = ModelShape::uniform(1, 2, 2, dim);
     HeadPlan plan(shape);
     plan.set(0, 1, KeepWindow{{4, 12}});
-    ModelledCache<typename TypeParam::Row, typename TypeParam::Layout> model(
-        shape, plan, test::mixed_options(PrefillMode::kWindowed, 0));
+    ModelledCache<TypeParam> model(shape, plan, test::mixed_options(PrefillMode::kWindowed, 0));
     const SequenceId id = model.add();
     for (const std::int64_t chunk : {5, 30, 1, 1}) {
       model.add_tokens(id, new_tokens(chunk), Phase::kPrompt);
@@ -99,7 +80,7 @@ TYPED_TEST(KvCaches, StoresEveryUsualWidth) {
 }
 
 // From here on the row format does not matter.
-using Model = ModelledCache<f16, TiledLayout>;
+using Model = ModelledCache<f16>;
 
 Model mixed_model(PrefillMode prefill, std::int64_t rollback) {
   return {test::mixed_shape(), test::mixed_plan(prefill), test::mixed_options(prefill, rollback)};
@@ -258,7 +239,7 @@ TEST(KvCache, CountsPositionsBeyond32Bits) {
   plan.set(0, 1, KeepWindow{{3, 30}});
   CacheOptions options = test::mixed_options(PrefillMode::kWindowed, 5);
   options.max_context = std::int64_t{1} << 40;
-  KvCache<f32, PlainLayout> cache(shape, plan, options);
+  KvCache<PlainRows<f32>> cache(shape, plan, options);
   const SequenceId id = cache.add_sequence().value();
   Step step;
   // As if 2^33 tokens had gone by; their rows do not matter, the window is past them.
@@ -297,7 +278,7 @@ TEST(KvCache, TablesStayWhereTheyAre) {
   for (const std::int64_t chunk : {40, 1, 1, 200}) {
     model.add_tokens(id, new_tokens(chunk), Phase::kPrompt);
     const auto after = model.cache.seen(entry, Phase::kDecode, 0, 0).view;
-    EXPECT_EQ(after.pages, before.pages);
+    EXPECT_EQ(after.memory.pages, before.memory.pages);
     EXPECT_EQ(after.page_table, before.page_table);
   }
 }
@@ -359,14 +340,14 @@ TEST(KvCache, FreedAndUnwrittenRowsAreNan) {
   model.add_tokens(id, new_tokens(20), Phase::kPrompt);
   const StepEntry entry{id, {20, 20, 21}, 0};
   const auto view = model.cache.seen(entry, Phase::kDecode, 0, 0).view;
-  const f16* page = view.page_of(Slot{16});
+  const auto* page = reinterpret_cast<const f16*>(view.page_of(Slot{16}));
   const PageShape rows{16, 16, 16};
-  EXPECT_FALSE(std::isnan(to_float(page[TiledLayout::k_offset(rows, 3, 0)])));
-  EXPECT_TRUE(std::isnan(to_float(page[TiledLayout::k_offset(rows, 4, 0)])));
-  EXPECT_TRUE(std::isnan(to_float(page[TiledLayout::v_offset(rows, 15, 15)])));
+  EXPECT_FALSE(std::isnan(to_float(page[TiledRows<f16>::k_offset(rows, 3, 0)])));
+  EXPECT_TRUE(std::isnan(to_float(page[TiledRows<f16>::k_offset(rows, 4, 0)])));
+  EXPECT_TRUE(std::isnan(to_float(page[TiledRows<f16>::v_offset(rows, 15, 15)])));
   model.release(id);
-  EXPECT_TRUE(std::isnan(to_float(page[TiledLayout::k_offset(rows, 3, 0)])));
-  EXPECT_TRUE(std::isnan(to_float(page[TiledLayout::v_offset(rows, 0, 0)])));
+  EXPECT_TRUE(std::isnan(to_float(page[TiledRows<f16>::k_offset(rows, 3, 0)])));
+  EXPECT_TRUE(std::isnan(to_float(page[TiledRows<f16>::v_offset(rows, 0, 0)])));
 }
 #endif
 

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "headwise/cache/geometry.hpp"
+#include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/plan.hpp"
 
@@ -52,7 +53,7 @@ HeadPlan plan() {
 }
 
 CacheGeometry geometry_of(const CacheOptions& options) {
-  return CacheGeometry(shape(), plan(), options, 4);
+  return CacheGeometry(shape(), plan(), options, &PlainRows<f32>::page_bytes);
 }
 
 /// Says that every layer has been attended.
@@ -475,7 +476,7 @@ TEST(PageLedger, CountsTokensBeyond32Bits) {
   const HeadPlan streaming(shape(), KeepWindow{{4, 20}});
   CacheOptions options = options_of(1);
   options.max_context = std::int64_t{1} << 40;
-  PageLedger ledger(CacheGeometry(shape(), streaming, options, 4));
+  PageLedger ledger(CacheGeometry(shape(), streaming, options, &PlainRows<f32>::page_bytes));
   const SequenceId id = ledger.add_sequence().value();
   Step step;
   for (const std::int64_t tokens : {std::int64_t{1} << 33, std::int64_t{1} << 39}) {

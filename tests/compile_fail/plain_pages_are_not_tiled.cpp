@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: MIT
-// expect: KvView<.*PlainLayout>.* to .*KvView<.*TiledLayout>
+// expect: KvView<.*PlainRows<.*>.* to .*KvView<.*TiledRows<
 // Pages of plain rows, an engine's own perhaps, must not be read as tiles.
 #include "headwise/attention/problem.hpp"
-#include "headwise/cache/page_layout.hpp"
+#include "headwise/cache/rows/plain_rows.hpp"
+#include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/core/dtype.hpp"
 
 #ifdef WRONG
-using Layout = headwise::TiledLayout;
+using Format = headwise::TiledRows<headwise::f16>;
 #else
-using Layout = headwise::PlainLayout;
+using Format = headwise::PlainRows<headwise::f16>;
 #endif
 
 int main() {
-  const headwise::KvView<headwise::f16, headwise::PlainLayout> pages;
-  headwise::HeadProblem<headwise::f16, Layout> problem;
+  const headwise::KvView<headwise::PlainRows<headwise::f16>> pages;
+  headwise::HeadProblem<Format> problem;
   problem.past = pages;
   return problem.past.num_rows() == 0 ? 0 : 1;
 }

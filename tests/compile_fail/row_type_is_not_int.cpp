@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// expect: (RowElement.*Row = int|int. does not satisfy .RowElement)
-// Rows are f32, f16 or bf16.
+// expect: (RowFormat.*= int|int.*does not satisfy .RowFormat)
+// Rows are f32, f16 or bf16, or a format by name.
 #include "headwise/cache/kv_cache.hpp"
 
 #ifdef WRONG

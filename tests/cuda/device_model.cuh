@@ -201,7 +201,7 @@ class DeviceModel {
   }
   static cuda::DeviceMemory poisoned(const DeviceModelOptions& options, const ModelShape& shape,
                                      const HeadPlan& plan) {
-    const CacheGeometry geometry(shape, plan, base_options(options), sizeof(Row));
+    const CacheGeometry geometry(shape, plan, base_options(options), &PlainRows<Row>::page_bytes);
     cuda::DeviceMemory pages(static_cast<std::size_t>(geometry.num_pages()) *
                              geometry.page_bytes());
     cuda::require(cudaMemset(pages.data(), 0xFF, pages.num_bytes()), "cudaMemset");  // NaN

@@ -181,6 +181,17 @@ TYPED_TEST(Simd, LoadsAndStoresUnaligned) {
 }
 
 TYPED_TEST(Simd, WidensEveryHalfExactly) { this->template check_every_pattern<f16>(); }
+TYPED_TEST(Simd, WidensEveryByteExactly) {
+  using Ops = simd::Ops<TypeParam>;
+  std::vector<std::int8_t> bytes(256);
+  std::iota(bytes.begin(), bytes.end(), std::int8_t{-128});
+  std::vector<float> x(bytes.size());
+  for (std::size_t i = 0; i < x.size(); i += Ops::kWidth) {
+    Ops::store(x.data() + i, Ops::load(bytes.data() + i));
+  }
+  for (std::size_t i = 0; i < x.size(); ++i) EXPECT_EQ(x[i], static_cast<float>(bytes[i]));
+}
+
 TYPED_TEST(Simd, WidensEveryBfloatExactly) { this->template check_every_pattern<bf16>(); }
 TYPED_TEST(Simd, RoundsToHalfLikeTheCore) { this->template check_rounding<f16>(); }
 TYPED_TEST(Simd, RoundsToBfloatLikeTheCore) { this->template check_rounding<bf16>(); }

@@ -45,7 +45,7 @@ inline HeadPlan every_kind(const ModelShape& shape, PrefillMode prefill) {
 }
 
 /// For tests to which the row format does not matter.
-using Model = AttendedCache<f16, TiledLayout>;
+using Model = AttendedCache<f16>;
 
 /// two_layers() with every kind of head.
 inline Model small_model(PrefillMode prefill, std::int64_t rollback = 4) {

@@ -27,9 +27,9 @@ using Outputs = std::vector<float>;
 /// Some sequences' new tokens, in a step's order.
 using Chunks = std::vector<std::pair<SequenceId, std::vector<Token>>>;
 
-template <class Row, class Layout>
-class AttendedCache : public ModelledCache<Row, Layout> {
-  using Base = ModelledCache<Row, Layout>;
+template <class Rows>
+class AttendedCache : public ModelledCache<Rows> {
+  using Base = ModelledCache<Rows>;
 
  public:
   AttendedCache(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
@@ -142,11 +142,8 @@ class AttendedCache : public ModelledCache<Row, Layout> {
 
   static std::vector<double> stored(Token token, std::int64_t pos, int layer, int head, Side side,
                                     int dim) {
-    std::vector<double> row;
-    for (const float x : row_of(token, pos, layer, head, side, dim)) {
-      row.push_back(static_cast<double>(to_float(from_float<Row>(x))));
-    }
-    return row;
+    const std::vector<float> row = stored_row<FormatOf<Rows>>(token, pos, layer, head, side, dim);
+    return {row.begin(), row.end()};
   }
 
   /// [tokens from start on, group_size, v_dim] of one KV head.

@@ -18,9 +18,11 @@
 #include <vector>
 
 #include "headwise/attention/problem.hpp"
-#include "headwise/cache/page_layout.hpp"
+#include "headwise/cache/rows/plain_rows.hpp"
+#include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/core/kv_view.hpp"
+#include "headwise/simd/simd.hpp"
 
 namespace headwise::test {
 
@@ -156,8 +158,9 @@ struct DenseRows {
 };
 
 /// An AttentionCase with random rows, laid out in pages at random places. Every row that no run
-/// names, and every page in no list, is NaN: a kernel that lets one of them through is caught.
-template <class Row, class Layout>
+/// names, and every page in no list, is NaN, and every stored row that the window hides from all
+/// queries is infinite or NaN: a kernel that lets one of them through is caught.
+template <class Format>
 class PagedHead {
  public:
   explicit PagedHead(const AttentionCase& c, unsigned seed = 1) : case_(c), random_(seed) {
@@ -167,15 +170,20 @@ class PagedHead {
     const auto rows = static_cast<std::size_t>(c.queries) * static_cast<std::size_t>(c.group_size);
     q_ = random_rows(rows, c.k_dim, 2.0F);  // peaked, as attention is
     out_.assign(rows * static_cast<std::size_t>(c.v_dim), std::numeric_limits<float>::quiet_NaN());
-    sums_ = random_rows(2, std::max(c.k_dim, c.v_dim), 3.0F);
+    for (std::int64_t pos = 0; pos < c.past; ++pos) {
+      bool seen = false;
+      for (std::int64_t i = 0; i < c.queries; ++i) seen |= c.window.sees(Pos{c.past + i}, Pos{pos});
+      if (!seen) fill(pos, kNotFinite[pos % 3], kNotFinite[(pos + 1) % 3]);
+    }
+    mean_ = random_rows(1, std::max(c.k_dim, c.v_dim), 0.2F);
     lay_out();
   }
   PagedHead(const PagedHead&) = delete;
   PagedHead& operator=(const PagedHead&) = delete;
 
-  HeadProblem<Row, Layout> problem() {
+  HeadProblem<Format> problem() {
     const AttentionCase& c = case_;
-    HeadProblem<Row, Layout> p;
+    HeadProblem<Format> p;
     p.past = view_;
     p.window = c.window;
     p.first_query = Pos{c.past};
@@ -191,11 +199,25 @@ class PagedHead {
 
   const std::vector<float>& out() const { return out_; }
 
+  static constexpr float kNotFinite[] = {std::numeric_limits<float>::quiet_NaN(),
+                                         std::numeric_limits<float>::infinity(),
+                                         -std::numeric_limits<float>::infinity()};
+  /// Gives all elements of one token's K and of its V a value.
+  void set_row(std::int64_t pos, float k, float v) {
+    fill(pos, k, v);
+    view_ = {};
+    lay_out();
+  }
+  /// Gives all elements of all q a value.
+  void set_q(float q) { std::fill(q_.begin(), q_.end(), q); }
+
   /// Past and own rows, rounded to the row format.
   DenseRows dense_rows() const {
     DenseRows rows{k_, v_};
-    for (float& x : rows.k) x = to_float(from_float<Row>(x));
-    for (float& x : rows.v) x = to_float(from_float<Row>(x));
+    for (std::int64_t pos = 0; pos < case_.past + case_.queries; ++pos) {
+      Format::round_row(&k_[at(pos, case_.k_dim)], case_.k_dim, &rows.k[at(pos, case_.k_dim)]);
+      Format::round_row(&v_[at(pos, case_.v_dim)], case_.v_dim, &rows.v[at(pos, case_.v_dim)]);
+    }
     return rows;
   }
 
@@ -207,6 +229,13 @@ class PagedHead {
     return x;
   }
 
+  void fill(std::int64_t pos, float k, float v) {
+    std::fill_n(&k_[at(pos, case_.k_dim)], case_.k_dim, k);
+    std::fill_n(&v_[at(pos, case_.v_dim)], case_.v_dim, v);
+  }
+
+  static std::size_t at(std::int64_t pos, int dim) { return static_cast<std::size_t>(pos * dim); }
+
   void lay_out() {
     const AttentionCase& c = case_;
     const PageShape shape{c.page_tokens, c.k_dim, c.v_dim};
@@ -216,21 +245,13 @@ class PagedHead {
     table_.resize(num_pages);
     std::iota(table_.begin(), table_.end(), 1);  // page 0 is nobody's
     std::shuffle(table_.begin(), table_.end(), random_);
-    const std::size_t elements = shape.num_elements();
-    storage_.resize((num_pages + 1) * elements + 64 / sizeof(Row));
-    std::fill(storage_.begin(), storage_.end(),
-              from_float<Row>(std::numeric_limits<float>::quiet_NaN()));
+    page_bytes_ = Format::page_bytes(shape);
+    storage_.assign((num_pages + 1) * page_bytes_ + 64, std::byte{0xFF});  // NaN in every format
     void* aligned = storage_.data();
-    std::size_t space = storage_.size() * sizeof(Row);
-    std::align(64, sizeof(Row), aligned, space);
-
-    view_.pages = static_cast<const std::byte*>(aligned);
-    view_.page_bytes = elements * sizeof(Row);
-    view_.page_table = table_.data();
-    view_.page_tokens = c.page_tokens;
-    view_.k_dim = c.k_dim;
-    view_.v_dim = c.v_dim;
-    if (c.compensation > 0) view_.compensation = {sums_.data(), sums_.data(), c.compensation};
+    std::size_t space = storage_.size();
+    pages_ = static_cast<std::byte*>(std::align(64, space - 64, aligned, space));
+    view_ = KvView<Format>::over_pages(pages_, page_bytes_, table_.data(), shape);
+    if (c.compensation > 0) view_.compensation = {mean_.data(), mean_.data(), c.compensation};
 
     if (c.kept == Kept::kAll) {
       store_run(0, 0, c.past);
@@ -261,27 +282,23 @@ class PagedHead {
 
   void store_run(std::int64_t slot, std::int64_t pos, std::int64_t count) {
     view_.add_run({Slot{slot}, Pos{pos}, count});
-    const PageShape shape{case_.page_tokens, case_.k_dim, case_.v_dim};
     for (std::int64_t i = 0; i < count; ++i) {
-      Row* page = const_cast<Row*>(view_.page_of(Slot{slot + i}));
-      const auto row = static_cast<std::size_t>((slot + i) % case_.page_tokens);
-      for (int d = 0; d < case_.k_dim; ++d) {
-        page[Layout::k_offset(shape, row, static_cast<std::size_t>(d))] =
-            from_float<Row>(k_[static_cast<std::size_t>((pos + i) * case_.k_dim + d)]);
-      }
-      for (int d = 0; d < case_.v_dim; ++d) {
-        page[Layout::v_offset(shape, row, static_cast<std::size_t>(d))] =
-            from_float<Row>(v_[static_cast<std::size_t>((pos + i) * case_.v_dim + d)]);
-      }
+      const std::int64_t page = table_[static_cast<std::size_t>((slot + i) / case_.page_tokens)];
+      Format::template encode<simd::Scalar>(
+          pages_ + static_cast<std::size_t>(page) * page_bytes_, view_.shape,
+          static_cast<std::size_t>((slot + i) % case_.page_tokens), &k_[at(pos + i, case_.k_dim)],
+          &v_[at(pos + i, case_.v_dim)]);
     }
   }
 
   AttentionCase case_;
   std::mt19937 random_;
-  std::vector<float> k_, v_, q_, out_, sums_;
+  std::vector<float> k_, v_, q_, out_, mean_;
   std::vector<std::int32_t> table_;
-  std::vector<Row> storage_;
-  KvView<Row, Layout> view_;
+  std::vector<std::byte> storage_;
+  std::byte* pages_ = nullptr;
+  std::size_t page_bytes_ = 0;
+  KvView<Format> view_;
 };
 
 /// |x - truth| / |truth| in the Euclidean norm; |x| where the truth is zero. NaN if any x is.

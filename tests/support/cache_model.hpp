@@ -64,6 +64,16 @@ inline std::vector<float> row_of(Token token, std::int64_t pos, int layer, int h
   return row;
 }
 
+/// The same as a row format keeps it.
+template <class Format>
+std::vector<float> stored_row(Token token, std::int64_t pos, int layer, int head, Side side,
+                              int dim) {
+  const std::vector<float> row = row_of(token, pos, layer, head, side, dim);
+  std::vector<float> stored(row.size());
+  Format::round_row(row.data(), dim, stored.data());
+  return stored;
+}
+
 // Rules ------------------------------------------------------------------------------------------
 
 /// How a query sees a key.
@@ -96,53 +106,50 @@ inline Sight sight(const HeadBudget& budget, PrefillMode prefill, std::int64_t p
 // What a cache shows -----------------------------------------------------------------------------
 
 /// A deep copy of what seen() names for one head.
-template <class Row>
 struct SeenCopy {
   std::vector<std::int64_t> positions;
-  std::vector<Row> rows;  ///< [k_dim] K then [v_dim] V of each
+  std::vector<float> rows;  ///< [k_dim] K then [v_dim] V of each
   std::int64_t folded = 0;
-  std::vector<float> sums;  ///< [k_dim] of K, then [v_dim] of V; empty where nothing is folded
+  std::vector<float> means;  ///< [k_dim] of K, then [v_dim] of V; empty where nothing is folded
   Window window;
 
   friend bool operator==(const SeenCopy&, const SeenCopy&) = default;
 };
 
-template <class Row, class Layout>
-SeenCopy<Row> copy_of(const SeenRows<Row, Layout>& seen) {
-  const KvView<Row, Layout>& view = seen.view;
-  const PageShape shape{view.page_tokens, view.k_dim, view.v_dim};
-  SeenCopy<Row> copy;
+template <class Format>
+SeenCopy copy_of(const SeenRows<Format>& seen) {
+  const KvView<Format>& view = seen.view;
+  SeenCopy copy;
   copy.window = seen.window;
-  const auto k_dim = static_cast<std::size_t>(view.k_dim);
-  const auto v_dim = static_cast<std::size_t>(view.v_dim);
+  const auto k_dim = static_cast<std::size_t>(view.shape.k_dim);
+  const auto v_dim = static_cast<std::size_t>(view.shape.v_dim);
   copy.rows.resize(static_cast<std::size_t>(view.num_rows()) * (k_dim + v_dim));
-  Row* to = copy.rows.data();
+  float* to = copy.rows.data();
   for (const KvRun& run : view.runs()) {
     for (std::int64_t i = 0; i < run.count; ++i) {
       const Slot slot = run.first_slot + i;
-      const Row* page = view.page_of(slot);
-      const auto row = static_cast<std::size_t>(slot.value % view.page_tokens);
+      const auto row = static_cast<std::size_t>(slot.value % view.shape.page_tokens);
       copy.positions.push_back(run.first_pos.value + i);
-      for (std::size_t d = 0; d < k_dim; ++d) *to++ = page[Layout::k_offset(shape, row, d)];
-      for (std::size_t d = 0; d < v_dim; ++d) *to++ = page[Layout::v_offset(shape, row, d)];
+      Format::read_row(view.page_of(slot), view.shape, row, to, to + k_dim);
+      to += k_dim + v_dim;
     }
   }
   copy.folded = view.compensation.count;
   if (copy.folded != 0) {
-    copy.sums.assign(view.compensation.k_sum, view.compensation.k_sum + view.k_dim);
-    copy.sums.insert(copy.sums.end(), view.compensation.v_sum,
-                     view.compensation.v_sum + view.v_dim);
+    copy.means.assign(view.compensation.k_mean, view.compensation.k_mean + view.shape.k_dim);
+    copy.means.insert(copy.means.end(), view.compensation.v_mean,
+                      view.compensation.v_mean + view.shape.v_dim);
   }
   return copy;
 }
 
 /// What the next step of `num_tokens` tokens would see of a sequence, head by head.
-template <class Row, class Layout>
-std::vector<SeenCopy<Row>> seen_by_next(const KvCache<Row, Layout>& cache, SequenceId id,
-                                        Phase phase, std::int64_t num_tokens = 1) {
+template <class Rows>
+std::vector<SeenCopy> seen_by_next(const KvCache<Rows>& cache, SequenceId id, Phase phase,
+                                   std::int64_t num_tokens = 1) {
   const std::int64_t length = cache.length(id);
   const StepEntry entry{id, {length, cache.high_water(id), length + num_tokens}, 0};
-  std::vector<SeenCopy<Row>> copies;
+  std::vector<SeenCopy> copies;
   const auto& layers = cache.geometry().layers();
   for (std::size_t l = 0; l < layers.size(); ++l) {
     for (int h = 0; h < layers[l].shape.num_kv_heads; ++h) {
@@ -155,8 +162,10 @@ std::vector<SeenCopy<Row>> seen_by_next(const KvCache<Row, Layout>& cache, Seque
 // The cache under test, and the model beside it --------------------------------------------------
 
 /// A KvCache and, for each of its sequences, all of its tokens.
-template <class Row, class Layout>
+template <class Rows>
 class ModelledCache {
+  using Format = FormatOf<Rows>;
+
  public:
   struct Sequence {
     std::vector<Token> tokens;
@@ -166,7 +175,7 @@ class ModelledCache {
   ModelledCache(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
       : cache(shape, plan, options), shape_(shape), plan_(plan), options_(options) {}
 
-  KvCache<Row, Layout> cache;
+  KvCache<Rows> cache;
   Step step;
   std::map<SequenceId, Sequence> sequences;
 
@@ -262,7 +271,7 @@ class ModelledCache {
     if (cache.high_water(id) != sequence.high_water) {
       return ::testing::AssertionFailure() << "high water " << cache.high_water(id);
     }
-    const std::vector<SeenCopy<Row>> copies = seen_by_next(cache, id, phase, num_tokens);
+    const std::vector<SeenCopy> copies = seen_by_next(cache, id, phase, num_tokens);
     std::size_t next = 0;
     for (int l = 0; l < shape_.num_layers(); ++l) {
       for (int h = 0; h < shape_.layer(l).num_kv_heads; ++h) {
@@ -289,7 +298,7 @@ class ModelledCache {
   }
 
   /// What a cache that never saw anything but the sequence's surviving tokens would show.
-  std::vector<SeenCopy<Row>> never_seen(SequenceId id, Phase phase) const {
+  std::vector<SeenCopy> never_seen(SequenceId id, Phase phase) const {
     CacheOptions options = options_;
     options.max_sequences = 1;
     options.max_bytes = 0;
@@ -300,7 +309,7 @@ class ModelledCache {
   }
 
  private:
-  std::string fault_in(const SeenCopy<Row>& seen, const Sequence& sequence, int layer, int head,
+  std::string fault_in(const SeenCopy& seen, const Sequence& sequence, int layer, int head,
                        Phase phase, std::int64_t num_tokens) const {
     const auto start = static_cast<std::int64_t>(sequence.tokens.size());
     const auto how = [&](std::int64_t query, std::int64_t key) {
@@ -342,46 +351,42 @@ class ModelledCache {
     return "";
   }
 
-  std::string fault_in_rows(const SeenCopy<Row>& seen, const Sequence& sequence, int layer,
+  std::string fault_in_rows(const SeenCopy& seen, const Sequence& sequence, int layer,
                             int head) const {
-    float row[512];
-    const Row* stored = seen.rows.data();
+    const float* stored = seen.rows.data();
     for (const std::int64_t pos : seen.positions) {
       const Token token = sequence.tokens[static_cast<std::size_t>(pos)];
       for (const Side side : {Side::kK, Side::kV}) {
         const LayerShape& shape = shape_.layer(layer);
         const int dim = side == Side::kK ? shape.k_dim : shape.v_dim;
-        fill_row(token, pos, layer, head, side, std::span(row, static_cast<std::size_t>(dim)));
-        for (int d = 0; d < dim; ++d) {
-          if (!(*stored++ == from_float<Row>(row[d]))) {
-            return "wrong row at position " + std::to_string(pos);
-          }
+        for (const float x : stored_row<Format>(token, pos, layer, head, side, dim)) {
+          if (!(*stored++ == x)) return "wrong row at position " + std::to_string(pos);
         }
       }
     }
     return "";
   }
 
-  std::string fault_in_mean(const SeenCopy<Row>& seen, const Sequence& sequence,
+  std::string fault_in_mean(const SeenCopy& seen, const Sequence& sequence,
                             const std::vector<std::int64_t>& folded, int layer, int head) const {
     if (folded.empty()) return "";
     const int k_dim = shape_.layer(layer).k_dim;
-    std::vector<double> sums(seen.sums.size(), 0.0);
+    std::vector<double> sums(seen.means.size(), 0.0);
     for (const std::int64_t pos : folded) {
       const Token token = sequence.tokens[static_cast<std::size_t>(pos)];
       std::size_t d = 0;
       for (const Side side : {Side::kK, Side::kV}) {
         const int dim = side == Side::kK ? k_dim : shape_.layer(layer).v_dim;
-        for (const float x : row_of(token, pos, layer, head, side, dim)) {
-          sums[d++] += static_cast<double>(to_float(from_float<Row>(x)));
+        for (const float x : stored_row<Format>(token, pos, layer, head, side, dim)) {
+          sums[d++] += static_cast<double>(x);
         }
       }
     }
     const auto count = static_cast<double>(folded.size());
     for (std::size_t d = 0; d < sums.size(); ++d) {
-      const double mean = static_cast<double>(seen.sums[d]) / count;
-      // At most `count` roundings of sums below `count`.
-      if (!(std::fabs(mean - sums[d] / count) <= count * 0x1p-24)) {
+      const auto mean = static_cast<double>(seen.means[d]);
+      // Sums are in double; the mean, of values in [-1, 1), is rounded to a float once.
+      if (!(std::fabs(mean - sums[d] / count) <= 0x1p-24)) {
         return "compensation mean " + std::to_string(mean) + ", not " +
                std::to_string(sums[d] / count) + " in dimension " + std::to_string(d);
       }

@@ -26,11 +26,11 @@ namespace headwise::inline v0 {
 /// @param executor  the engine's threads (core/executor.hpp); the default is the calling one.
 /// Traffic: each stored row that is seen is read once for all query heads of its group.
 /// Allocates only when the step's scratch is too small: reserve_scratch() beforehand.
-template <class Isa = simd::BestIsa, RowElement Row, PageLayout Layout, Executor E = SerialExecutor>
-void attend(const KvCache<Row, Layout>& cache, Step& step, int layer, TensorView<const float> q,
+template <class Isa = simd::BestIsa, class Rows, Executor E = SerialExecutor>
+void attend(const KvCache<Rows>& cache, Step& step, int layer, TensorView<const float> q,
             TensorView<const float> k, TensorView<const float> v, TensorView<float> out,
             E&& executor = E{}) {
-  const AttendTasks<Isa, Row, Layout> tasks(cache, step, layer, q, k, v, out);
+  const AttendTasks<Isa, Rows> tasks(cache, step, layer, q, k, v, out);
   step.scratch().reserve(tasks.scratch_bytes(executor.num_threads()), tasks.num_counters());
   executor.for_each(tasks.size(), tasks);
 }

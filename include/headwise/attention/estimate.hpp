@@ -10,6 +10,7 @@
 #include "headwise/attention/scratch.hpp"
 #include "headwise/cache/geometry.hpp"
 #include "headwise/cache/page_ledger.hpp"
+#include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/plan.hpp"
@@ -41,24 +42,24 @@ struct Estimate {
 /// Page bytes that one sequence of `length` tokens holds between steps: KvCache::held_bytes()
 /// beforehand.
 /// @throws ConfigError as KvCache's constructor.
-template <RowElement Row = f16>
+template <class Rows = f16>
 std::size_t sequence_bytes(const ModelShape& shape, const HeadPlan& plan,
                            const CacheOptions& options, std::int64_t length) {
-  const CacheGeometry geometry(shape, plan, options, sizeof(Row));
+  const CacheGeometry geometry(shape, plan, options, &FormatOf<Rows>::page_bytes);
   return static_cast<std::size_t>(geometry.pages_held(length, length)) * geometry.page_bytes();
 }
 
-/// What a KvCache<Row> of these arguments asks its allocator for, and what its steps need.
+/// What a KvCache<Rows> of these arguments asks its allocator for, and what its steps need.
 /// @param max_chunk  most tokens a sequence gets in one step, in [1, max_context]
 /// @param num_threads  of the executor
 /// @throws ConfigError as KvCache's constructor, or for max_chunk or num_threads below 1.
-template <RowElement Row = f16>
+template <class Rows = f16>
 Estimate estimate(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
                   std::int64_t max_chunk, std::size_t num_threads) {
   if (max_chunk < 1) fail<ConfigError>("max_chunk must be at least 1, got ", max_chunk);
   if (num_threads < 1) fail<ConfigError>("num_threads must be at least 1, got ", num_threads);
-  const CacheGeometry geometry(shape, plan, options, sizeof(Row));
-  const CacheGeometry dense(shape, HeadPlan(shape), options, sizeof(Row));
+  const CacheGeometry geometry(shape, plan, options, &FormatOf<Rows>::page_bytes);
+  const CacheGeometry dense(shape, HeadPlan(shape), options, &FormatOf<Rows>::page_bytes);
   const std::int64_t chunk = std::min(max_chunk, options.max_context);
   const auto bytes = [&](std::int64_t pages_per_sequence) {
     return static_cast<std::size_t>(options.max_sequences * pages_per_sequence) *
@@ -101,15 +102,15 @@ inline constexpr std::int64_t kLongestContext = std::int64_t{1} << 30;
 inline constexpr std::int64_t kMostSequences = std::int64_t{1} << 20;
 
 /// Whether a pool just large enough for steps of `max_chunk` tokens, and the rest, fit.
-template <RowElement Row>
+template <class Rows>
 bool fits_in(const ModelShape& shape, const HeadPlan& plan, CacheOptions options,
              std::int64_t max_chunk, std::size_t num_threads, std::size_t bytes) {
   options.max_bytes = 0;
   options.page_memory = {};
-  const Estimate whole = estimate<Row>(shape, plan, options, max_chunk, num_threads);
+  const Estimate whole = estimate<Rows>(shape, plan, options, max_chunk, num_threads);
   options.max_bytes = whole.resident_bytes + whole.transient_bytes;
   if (options.max_bytes > bytes) return false;
-  return estimate<Row>(shape, plan, options, max_chunk, num_threads).total_bytes() <= bytes;
+  return estimate<Rows>(shape, plan, options, max_chunk, num_threads).total_bytes() <= bytes;
 }
 
 }  // namespace detail
@@ -117,22 +118,22 @@ bool fits_in(const ModelShape& shape, const HeadPlan& plan, CacheOptions options
 /// The longest max_context whose pool (just large enough for steps of `max_chunk` tokens), metadata
 /// and scratch fit into `bytes`; other options as given, max_bytes and page_memory ignored. 0 when
 /// not even one token fits.
-template <RowElement Row = f16>
+template <class Rows = f16>
 std::int64_t longest_context(const ModelShape& shape, const HeadPlan& plan, CacheOptions options,
                              std::int64_t max_chunk, std::size_t num_threads, std::size_t bytes) {
   return detail::largest_fitting(detail::kLongestContext, [&](std::int64_t context) {
     options.max_context = context;
-    return detail::fits_in<Row>(shape, plan, options, max_chunk, num_threads, bytes);
+    return detail::fits_in<Rows>(shape, plan, options, max_chunk, num_threads, bytes);
   });
 }
 
 /// The most sequences of max_context tokens that fit into `bytes`; see longest_context.
-template <RowElement Row = f16>
+template <class Rows = f16>
 std::int64_t most_sequences(const ModelShape& shape, const HeadPlan& plan, CacheOptions options,
                             std::int64_t max_chunk, std::size_t num_threads, std::size_t bytes) {
   return detail::largest_fitting(detail::kMostSequences, [&](std::int64_t sequences) {
     options.max_sequences = static_cast<int>(sequences);
-    return detail::fits_in<Row>(shape, plan, options, max_chunk, num_threads, bytes);
+    return detail::fits_in<Rows>(shape, plan, options, max_chunk, num_threads, bytes);
   });
 }
 

@@ -17,14 +17,16 @@ namespace headwise::inline v0 {
 /// Query `i` (0-based in the step, at position `first_query + i`) sees
 ///  - every row of `past` whose position its `window` allows (the sinks and the recent ones),
 ///  - the compensation row, if there is one, with logit `scale * q.k_mean + ln(count)`,
-///  - the step's own rows 0..i that the window allows, rounded through `Row` exactly as the cache
+///  - the step's own rows 0..i that the window allows, rounded by `Format` exactly as the cache
 ///    will store them.
-/// A query that sees nothing yields a zero row.
-template <class Row, class Layout>
+/// A query that sees nothing yields a zero row (log-sum-exp -inf), and so does one whose visible
+/// scores are all -inf: scores are f32, so one below its range is. What a query does not see
+/// contributes nothing whatever its bits are. Among what it does see, a score of +inf or NaN makes
+/// the row NaN, and an infinite or NaN V makes its element of the row infinite or NaN.
+template <class Format>
 struct HeadProblem {
-  KvView<Row, Layout>
-      past;       ///< rows stored before the step; none of them is at or after first_query
-  Window window;  ///< Window::everything() where `past` already says it all
+  KvView<Format> past;  ///< rows stored before the step; none of them is at or after first_query
+  Window window;        ///< Window::everything() where `past` already says it all
 
   Pos first_query;               ///< position of query 0 and of own row 0
   std::int64_t num_queries = 0;  ///< tokens of this sequence in the step

@@ -7,13 +7,13 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <span>
 #include <vector>
 
 #include "headwise/attention/problem.hpp"
-#include "headwise/cache/page_layout.hpp"
-#include "headwise/core/dtype.hpp"
+#include "headwise/cache/rows/format.hpp"
 
 namespace headwise::inline v0 {
 
@@ -30,15 +30,16 @@ class ReferenceRow {
     for (std::size_t d = 0; d < k.size(); ++d) {
       score += static_cast<double>(q_[d]) * static_cast<double>(k[d]);
     }
-    scores_.push_back(score * scale_ + log_weight);
+    scores_.push_back(as_f32_range(score * scale_ + log_weight));
     for (const T x : v) values_.push_back(static_cast<double>(x));
   }
 
-  /// softmax(scores) * values; zeros where no row was added. Costs O(rows x v_dim).
+  /// softmax(scores) * values; zeros where no row was added or all scores are -inf, NaN where one
+  /// is +inf or NaN. Costs O(rows x v_dim).
   std::vector<double> output(int v_dim) const {
     std::vector<double> out(static_cast<std::size_t>(v_dim), 0.0);
-    if (scores_.empty()) return out;
-    const double max = *std::max_element(scores_.begin(), scores_.end());
+    const double max = largest();
+    if (max == -kInfinity) return out;
     double sum = 0.0;
     for (std::size_t i = 0; i < scores_.size(); ++i) {
       const double weight = std::exp(scores_[i] - max);
@@ -49,7 +50,32 @@ class ReferenceRow {
     return out;
   }
 
+  /// Logarithm of the sum of exp(score); -inf where output() is zeros for want of rows.
+  double lse() const {
+    const double max = largest();
+    if (max == -kInfinity) return max;
+    double sum = 0.0;
+    for (const double score : scores_) sum += std::exp(score - max);
+    return max + std::log(sum);
+  }
+
  private:
+  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+  /// Kernels have scores in f32: one beyond its range is infinite.
+  static double as_f32_range(double score) {
+    if (std::fabs(score) <= static_cast<double>(std::numeric_limits<float>::max())) return score;
+    return score * kInfinity;  // NaN stays
+  }
+  double largest() const {
+    double max = -kInfinity;
+    for (const double score : scores_) {
+      if (!(score <= max)) max = score;  // NaN is kept
+      if (std::isnan(score)) break;
+    }
+    return max;
+  }
+
   const float* q_;
   double scale_;
   std::vector<double> scores_;
@@ -67,44 +93,34 @@ struct ReferenceKey {
 };
 
 /// Every row of the problem, each read once.
-template <class Row, class Layout>
-std::vector<ReferenceKey> reference_keys(const HeadProblem<Row, Layout>& problem) {
-  const auto& past = problem.past;
-  const PageShape shape{past.page_tokens, past.k_dim, past.v_dim};
-  const auto fill = [](int dim, auto element) {
-    std::vector<double> out;
-    for (int d = 0; d < dim; ++d) {
-      out.push_back(static_cast<double>(element(static_cast<std::size_t>(d))));
-    }
-    return out;
+template <RowFormat Format>
+std::vector<ReferenceKey> reference_keys(const HeadProblem<Format>& problem) {
+  const KvView<Format>& past = problem.past;
+  const PageShape& shape = past.shape;
+  const auto doubles = [](const std::vector<float>& x) {
+    return std::vector<double>(x.begin(), x.end());
   };
   std::vector<ReferenceKey> keys;
+  std::vector<float> k(static_cast<std::size_t>(shape.k_dim));
+  std::vector<float> v(static_cast<std::size_t>(shape.v_dim));
   for (const KvRun& run : past.runs()) {
     for (std::int64_t r = 0; r < run.count; ++r) {
       const Slot slot = run.first_slot + r;
-      const Row* page = past.page_of(slot);
-      const auto row = static_cast<std::size_t>(slot.value % past.page_tokens);
-      const auto k = [&](std::size_t d) { return to_float(page[Layout::k_offset(shape, row, d)]); };
-      const auto v = [&](std::size_t d) { return to_float(page[Layout::v_offset(shape, row, d)]); };
-      keys.push_back({fill(past.k_dim, k), fill(past.v_dim, v), 1, run.first_pos + r});
+      Format::read_row(past.page_of(slot), shape,
+                       static_cast<std::size_t>(slot.value % shape.page_tokens), k.data(),
+                       v.data());
+      keys.push_back({doubles(k), doubles(v), 1, run.first_pos + r});
     }
   }
-  if (const auto& sums = past.compensation; sums.count > 0) {
-    const auto mean = [&](const float* sum) {
-      return [&, sum](std::size_t d) {
-        return static_cast<double>(sum[d]) / static_cast<double>(sums.count);
-      };
-    };
-    keys.push_back(
-        {fill(past.k_dim, mean(sums.k_sum)), fill(past.v_dim, mean(sums.v_sum)), sums.count, {}});
+  if (const CompensationRow& row = past.compensation; row.count > 0) {
+    k.assign(row.k_mean, row.k_mean + shape.k_dim);
+    v.assign(row.v_mean, row.v_mean + shape.v_dim);
+    keys.push_back({doubles(k), doubles(v), row.count, {}});
   }
   for (std::int64_t j = 0; j < problem.num_queries; ++j) {
-    const auto rounded = [](const float* row) {
-      return [row](std::size_t d) { return to_float(from_float<Row>(row[d])); };
-    };
-    keys.push_back({fill(past.k_dim, rounded(problem.own_k.row(j, 0))),
-                    fill(past.v_dim, rounded(problem.own_v.row(j, 0))), 1,
-                    problem.first_query + j});
+    Format::round_row(problem.own_k.row(j, 0), shape.k_dim, k.data());
+    Format::round_row(problem.own_v.row(j, 0), shape.v_dim, v.data());
+    keys.push_back({doubles(k), doubles(v), 1, problem.first_query + j});
   }
   return keys;
 }
@@ -113,8 +129,8 @@ std::vector<ReferenceKey> reference_keys(const HeadProblem<Row, Layout>& problem
 
 /// What HeadProblem's docstring says, to the letter.
 /// @return [num_queries, group_size, v_dim]
-template <RowElement Row, PageLayout Layout>
-std::vector<double> reference_attention(const HeadProblem<Row, Layout>& problem) {
+template <RowFormat Format>
+std::vector<double> reference_attention(const HeadProblem<Format>& problem) {
   const std::vector<detail::ReferenceKey> keys = detail::reference_keys(problem);
   std::vector<double> out;
   for (std::int64_t i = 0; i < problem.num_queries; ++i) {
@@ -124,7 +140,7 @@ std::vector<double> reference_attention(const HeadProblem<Row, Layout>& problem)
         if (pos && !problem.window.sees(problem.first_query + i, *pos)) continue;
         query.add(std::span(k), std::span(v), std::log(static_cast<double>(stands_for)));
       }
-      const std::vector<double> row = query.output(problem.past.v_dim);
+      const std::vector<double> row = query.output(problem.past.shape.v_dim);
       out.insert(out.end(), row.begin(), row.end());
     }
   }

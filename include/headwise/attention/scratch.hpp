@@ -45,8 +45,8 @@ inline ScratchSize scratch_size(const CacheGeometry& geometry, std::int64_t max_
 }
 
 /// Grows the step's scratch once, so that no later step of this size allocates.
-template <RowElement Row, PageLayout Layout>
-void reserve_scratch(Step& step, const KvCache<Row, Layout>& cache, std::int64_t max_chunk,
+template <class Rows>
+void reserve_scratch(Step& step, const KvCache<Rows>& cache, std::int64_t max_chunk,
                      std::size_t num_threads) {
   const ScratchSize size = scratch_size(cache.geometry(), max_chunk, num_threads);
   step.scratch().reserve(size.num_bytes, size.num_counters);

@@ -18,7 +18,7 @@ namespace headwise::inline v0 {
 ///     if (sequence.begin(num_tokens) != StepStatus::kOk) ...;
 ///     for (int layer = 0; ...) sequence.attend(layer, q, k, v, out);
 ///     if (sequence.commit() != StepStatus::kOk) ...;
-template <RowElement Row = f16, PageLayout Layout = TiledLayout>
+template <class Rows = f16>
 class SingleSequence {
  public:
   /// @throws ConfigError as KvCache, or when options.max_sequences is not 1.
@@ -50,7 +50,7 @@ class SingleSequence {
   /// Tokens committed; the position of the next one.
   std::int64_t length() const { return cache_.length(id_); }
   /// The cache behind the face.
-  const KvCache<Row, Layout>& cache() const { return cache_; }
+  const KvCache<Rows>& cache() const { return cache_; }
   /// The sequence in cache().
   SequenceId id() const { return id_; }
   /// The step in use, open or not; reserve_scratch() takes it.
@@ -64,7 +64,7 @@ class SingleSequence {
     return options;
   }
 
-  KvCache<Row, Layout> cache_;
+  KvCache<Rows> cache_;
   SequenceId id_;
   Step step_;
 };

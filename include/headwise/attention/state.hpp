@@ -3,7 +3,9 @@
 /// SoftmaxState: attention over some of the rows, mergeable with attention over the others.
 #pragma once
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #include "headwise/core/config.hpp"
@@ -11,53 +13,68 @@
 
 namespace headwise::inline v0 {
 
-/// A score below every score. Finite, so that differences of scores are never NaN, under
-/// -ffast-math or not.
+/// Where the maximum of scores begins: no finite score is below it. Finite, so that differences to
+/// it are never NaN, under -ffast-math or not. It hides nothing: what a query does not see has
+/// probability 0 by its place, not by its score.
 inline constexpr float kNoScore = std::numeric_limits<float>::lowest();
 
-/// One query row's attention over a set of rows with scores s: not yet divided by the sum.
+/// Neither infinite nor NaN; by bits, so that -ffinite-math-only cannot assume the answer.
+constexpr bool is_finite(float x) {
+  return (std::bit_cast<std::uint32_t>(x) & 0x7F800000U) != 0x7F800000U;
+}
+
+/// One query row's attention over a set of rows with scores s.
 ///
 /// Sets merge in any order and any grouping; everything cut (splits of a long head, sinks and ring,
-/// a compensation row, partial results from elsewhere) comes together here.
+/// a compensation row, partial results from elsewhere) comes together here. A set without rows and
+/// one whose scores are all -inf are the same: empty. A score of +inf or NaN makes sum and out NaN.
 struct SoftmaxState {
-  float max = kNoScore;  ///< the largest score
+  float max = kNoScore;  ///< the largest finite score
   float sum = 0.0F;      ///< sum of exp(s - max); 0 exactly where the set is empty
-  float* out = nullptr;  ///< [v_dim] sum of exp(s - max) * v; zeros where the set is empty
+  float* out = nullptr;  ///< [v_dim] sum of exp(s - max) * v, divided by sum: no larger than a V is
 
-  /// Whether no row was seen.
-  bool empty() const { return sum == 0.0F; }
+  /// Whether no row has a probability. By bits: to -ffinite-math-only a NaN may equal 0.
+  bool empty() const { return std::bit_cast<std::uint32_t>(sum) << 1 == 0; }
 
-  /// Logarithm of the sum of exp(s); kNoScore where the set is empty.
-  float lse() const { return empty() ? kNoScore : max + std::log(sum); }
+  /// Logarithm of the sum of exp(s); -infinity where the set is empty.
+  float lse() const { return empty() ? std::bit_cast<float>(0xFF800000U) : max + std::log(sum); }
 };
 
 /// Adds the rows of `from` to `into`. An empty side is recognised by its sum, so no arithmetic is
-/// done on the scores of nothing.
+/// done on the scores of nothing, and its `out` is not read.
 /// @param v_dim  a multiple of 16.
 template <class Isa>
 void merge(SoftmaxState& into, const SoftmaxState& from, int v_dim) noexcept {
   using O = simd::Ops<Isa>;
   if (from.empty()) return;
-  const bool rises = into.empty() || from.max > into.max;
-  const float max = rises ? from.max : into.max;
-  const float keep = into.empty() ? 0.0F : std::exp(into.max - max);
-  const float add = std::exp(from.max - max);
+  if (into.empty()) {
+    into.max = from.max;
+    into.sum = from.sum;
+    for (int d = 0; d < v_dim; d += O::kWidth) O::store(into.out + d, O::load(from.out + d));
+    return;
+  }
+  const float max = from.max > into.max ? from.max : into.max;
+  const float kept = into.sum * std::exp(into.max - max);
+  const float added = from.sum * std::exp(from.max - max);
   into.max = max;
-  into.sum = into.sum * keep + from.sum * add;
+  into.sum = kept + added;
+  // Shares of 1, so that outputs as large as floats get do not overflow.
+  const auto keep = O::broadcast(kept / into.sum);
+  const auto add = O::broadcast(added / into.sum);
   for (int d = 0; d < v_dim; d += O::kWidth) {
-    const auto kept = O::mul(O::load(into.out + d), O::broadcast(keep));
-    O::store(into.out + d, O::fma(O::load(from.out + d), O::broadcast(add), kept));
+    const auto out = O::mul(O::load(into.out + d), keep);
+    O::store(into.out + d, O::fma(O::load(from.out + d), add, out));
   }
 }
 
-/// Writes the attention output of `state`: out / sum, or zeros where nothing was seen.
+/// Writes the attention output of `state`: its out, or zeros where nothing was seen.
 /// @param to  [v_dim], v_dim a multiple of 16; may be state.out itself.
 template <class Isa>
 void write_output(const SoftmaxState& state, float* to, int v_dim) noexcept {
   using O = simd::Ops<Isa>;
-  const auto factor = O::broadcast(state.empty() ? 0.0F : 1.0F / state.sum);
+  const bool empty = state.empty();
   for (int d = 0; d < v_dim; d += O::kWidth) {
-    O::store(to + d, O::mul(O::load(state.out + d), factor));
+    O::store(to + d, empty ? O::zero() : O::load(state.out + d));
   }
 }
 

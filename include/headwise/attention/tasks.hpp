@@ -57,17 +57,19 @@ struct HeadCut {
 /// threads deals the tasks itself: `for (t = ith; t < tasks.size(); t += nth) tasks.run(t, ith)`.
 ///
 /// @tparam Isa  simd tag; part of the type, so that every ISA has its own code.
-template <class Isa, RowElement Row, PageLayout Layout>
+/// @tparam Rows  KvCache's.
+template <class Isa, class Rows>
 class AttendTasks {
+  using Format = FormatOf<Rows>;
+
  public:
   /// Cheap: every thread may make its own.
   /// @param q    [rows, num_qo_heads, k_dim], rows in the order of the step's chunks
   /// @param k,v  [rows, num_kv_heads, k_dim], [rows, num_kv_heads, v_dim]; keys after RoPE
   /// @param out  [rows, num_qo_heads, v_dim], written; must not overlap the others
   /// @pre the step is open, and its scratch holds this layer: see reserve_scratch (scratch.hpp).
-  AttendTasks(const KvCache<Row, Layout>& cache, const Step& step, int layer,
-              TensorView<const float> q, TensorView<const float> k, TensorView<const float> v,
-              TensorView<float> out)
+  AttendTasks(const KvCache<Rows>& cache, const Step& step, int layer, TensorView<const float> q,
+              TensorView<const float> k, TensorView<const float> v, TensorView<float> out)
       : cache_(cache),
         step_(step),
         layer_(layer),
@@ -101,7 +103,7 @@ class AttendTasks {
                         num_counters() <= step_.scratch().num_counters(),
                     "scratch was not reserved");
     const Part part = locate(static_cast<std::int64_t>(task));
-    const HeadProblem<Row, Layout> problem = problem_of(*part.entry, part.kv_head);
+    const HeadProblem<Format> problem = problem_of(*part.entry, part.kv_head);
     if (part.cut.splits_past) {
       const std::int64_t past_rows = problem.past.num_rows();
       const std::int64_t begin = part.index * part.cut.part_size;
@@ -167,7 +169,7 @@ class AttendTasks {
     return {};
   }
 
-  HeadProblem<Row, Layout> problem_of(const StepEntry& entry, int kv_head) const {
+  HeadProblem<Format> problem_of(const StepEntry& entry, int kv_head) const {
     const LayerShape& shape = place_.shape;
     const std::int64_t row = entry.first_row;
     const std::int64_t qo_head = std::int64_t{kv_head} * shape.group_size;
@@ -203,7 +205,7 @@ class AttendTasks {
   }
   float* floats() const { return reinterpret_cast<float*>(step_.scratch().bytes()); }
 
-  const KvCache<Row, Layout>& cache_;
+  const KvCache<Rows>& cache_;
   const Step& step_;
   int layer_;
   const LayerPlace& place_;

@@ -12,8 +12,8 @@
 
 #include "headwise/cache/head_store.hpp"
 #include "headwise/cache/options.hpp"
-#include "headwise/cache/page_layout.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/page_shape.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/plan.hpp"
 
@@ -24,6 +24,9 @@ struct HeadClass {
   HeadStore store;             ///< how each of these heads lays its rows into pages
   std::int64_t num_heads = 0;  ///< in all layers
 };
+
+/// Floats of a compensation row an element: a sum in double, and the mean that attention reads.
+inline constexpr std::int64_t kCompensationFloats = 3;
 
 /// One KV head: its class and where its metadata lie in a sequence's share.
 struct HeadPlace {
@@ -54,11 +57,11 @@ class CacheGeometry {
   /// Tokens of a sequence: no count of rows or pages of one comes near the end of 64 bits.
   static constexpr std::int64_t kLongestContext = std::int64_t{1} << 40;
 
-  /// @param row_bytes  bytes of one row element.
+  /// @param bytes_of  page bytes of the row format (cache/rows/format.hpp)
   /// @throws ConfigError when shape and plan differ, or an option is out of its range.
   CacheGeometry(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
-                std::size_t row_bytes)
-      : options_(options), row_bytes_(row_bytes) {
+                std::size_t (*bytes_of)(const PageShape&))
+      : options_(options), bytes_of_(bytes_of) {
     check(shape, plan);
     std::vector<HeadBudget> budgets;  // budgets[c]: what the heads of class c keep
     for (int l = 0; l < shape.num_layers(); ++l) add_layer(shape.layer(l), plan, l, budgets);
@@ -181,8 +184,7 @@ class CacheGeometry {
                      static_cast<std::int64_t>(heads_.size()),
                      {},
                      {}};
-    const std::size_t bytes = layer.page.num_elements() * row_bytes_;
-    page_bytes_ = std::max(page_bytes_, (bytes + 63) / 64 * 64);
+    page_bytes_ = std::max(page_bytes_, bytes_of_(layer.page));
     max_heads_per_layer_ = std::max(max_heads_per_layer_, shape.num_kv_heads);
 
     for (int h = 0; h < shape.num_kv_heads; ++h) {
@@ -193,7 +195,8 @@ class CacheGeometry {
       std::visit(
           [&](const auto& store) {
             entries_ += store.table_entries();
-            compensation_floats_ += store.compensation_rows() * (shape.k_dim + shape.v_dim);
+            compensation_floats_ +=
+                store.compensation_rows() * kCompensationFloats * (shape.k_dim + shape.v_dim);
           },
           heads.store);
       layer.task_order.push_back(h);
@@ -218,7 +221,7 @@ class CacheGeometry {
   }
 
   CacheOptions options_;
-  std::size_t row_bytes_;
+  std::size_t (*bytes_of_)(const PageShape&);
   std::size_t page_bytes_ = 0;
   std::int64_t entries_ = 0;
   std::int64_t compensation_floats_ = 0;

@@ -13,9 +13,11 @@
 #include <variant>
 
 #include "headwise/cache/geometry.hpp"
-#include "headwise/cache/page_layout.hpp"
 #include "headwise/cache/page_ledger.hpp"
-#include "headwise/cache/row_codec.hpp"
+#include "headwise/cache/rows/format.hpp"
+#include "headwise/cache/rows/int8_rows.hpp"
+#include "headwise/cache/rows/plain_rows.hpp"
+#include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/core/kv_view.hpp"
@@ -25,10 +27,10 @@
 namespace headwise::inline v0 {
 
 /// The stored rows that a step's queries may see, and the rule that says which query sees which.
-template <class Row, class Layout>
+template <class Format>
 struct SeenRows {
-  KvView<Row, Layout> view;  ///< rows stored before the step
-  Window window;             ///< Window::everything() where the view already says it all
+  KvView<Format> view;  ///< rows stored before the step
+  Window window;        ///< Window::everything() where the view already says it all
 };
 
 /// K and V of many independent sequences, head by head as the plan says.
@@ -37,14 +39,18 @@ struct SeenRows {
 /// the new tokens part of their sequences. begin, commit, drop, rollback, add_sequence and release
 /// are one thread's business; they neither allocate (after the first step) nor lock nor throw.
 ///
-/// @tparam Row  element of the stored rows: f32, f16 or bf16.
-/// @tparam Layout  TiledLayout for the CPU kernels; PlainLayout for CUDA and foreign kernels.
-template <RowElement Row = f16, PageLayout Layout = TiledLayout>
+/// @tparam Rows  what a stored row is: f32, f16 or bf16 in the order that the CPU kernels read
+///   fastest, or a row format by name (cache/rows/): PlainRows<f16> for foreign kernels.
+template <class Rows = f16>
+  requires RowFormat<FormatOf<Rows>>
 class KvCache {
  public:
+  /// How pages hold rows.
+  using Format = FormatOf<Rows>;
+
   /// @throws ConfigError when plan and shape differ or an option is out of range; says both values.
   KvCache(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
-      : ledger_(CacheGeometry(shape, plan, options, sizeof(Row))) {}
+      : ledger_(CacheGeometry(shape, plan, options, &Format::page_bytes)) {}
 
   /// An empty sequence, or nothing when max_sequences are in use.
   std::optional<SequenceId> add_sequence() { return ledger_.add_sequence(); }
@@ -96,11 +102,11 @@ class KvCache {
   }
 
   /// What the entry's queries may see of one head, as of the step's start. Any thread.
-  SeenRows<Row, Layout> seen(const StepEntry& entry, Phase phase, int layer, int kv_head) const {
+  SeenRows<Format> seen(const StepEntry& entry, Phase phase, int layer, int kv_head) const {
     const LayerPlace& place = geometry().layers()[static_cast<std::size_t>(layer)];
     const HeadPlace& head = geometry().head(layer, kv_head);
     const bool chunk_causal = is_chunk_causal(phase);
-    SeenRows<Row, Layout> seen{view_of(entry.sequence, place, head), Window::everything()};
+    SeenRows<Format> seen{view_of(entry.sequence, place, head), Window::everything()};
     std::visit(
         [&](const auto& store) {
           const StoredRuns stored = store.runs(entry.lengths.length);
@@ -134,42 +140,35 @@ class KvCache {
     return ledger_.bank(id, static_cast<std::size_t>(head.class_idx));
   }
 
-  KvView<Row, Layout> view_of(SequenceId id, const LayerPlace& place, const HeadPlace& head) const {
-    KvView<Row, Layout> view;
-    view.pages = ledger_.pool().memory();
-    view.page_bytes = geometry().page_bytes();
-    view.page_table = ledger_.table(id, head);
-    view.page_tokens = place.page.page_tokens;
-    view.k_dim = place.page.k_dim;
-    view.v_dim = place.page.v_dim;
-    return view;
+  KvView<Format> view_of(SequenceId id, const LayerPlace& place, const HeadPlace& head) const {
+    return KvView<Format>::over_pages(ledger_.pool().memory(), geometry().page_bytes(),
+                                      ledger_.table(id, head), place.page);
   }
 
-  Row* page_of(SequenceId id, const HeadPlace& head, std::int64_t table_entry) const {
+  std::byte* page_of(SequenceId id, const HeadPlace& head, std::int64_t table_entry) const {
     const std::int32_t page = ledger_.table(id, head)[table_entry];
-    return reinterpret_cast<Row*>(ledger_.pool().memory() +
-                                  static_cast<std::size_t>(page) * geometry().page_bytes());
+    return ledger_.pool().memory() + static_cast<std::size_t>(page) * geometry().page_bytes();
   }
 
   // What a store adds to a view beyond its runs.
 
   void attach(const RetrievalStore&, const StoredRuns&, const StepEntry&, const LayerPlace&,
-              const HeadPlace&, bool, SeenRows<Row, Layout>&) const {}
+              const HeadPlace&, bool, SeenRows<Format>&) const {}
 
   void attach(const StreamingStore& store, const StoredRuns&, const StepEntry& entry,
               const LayerPlace&, const HeadPlace& head, bool chunk_causal,
-              SeenRows<Row, Layout>& seen) const {
+              SeenRows<Format>& seen) const {
     seen.view.page_table += store.first_entry(bank_of(entry.sequence, head));
     if (!chunk_causal) seen.window = {store.ring.sink, store.recent};
   }
 
   void attach(const FoldingStore& store, const StoredRuns& stored, const StepEntry& entry,
-              const LayerPlace& place, const HeadPlace& head, bool,
-              SeenRows<Row, Layout>& seen) const {
+              const LayerPlace& place, const HeadPlace& head, bool, SeenRows<Format>& seen) const {
     if (stored.folded == 0) return;
-    const float* sums = sums_of(store, entry.sequence, place, head, bank_of(entry.sequence, head),
-                                store.fold(entry.lengths.length));
-    seen.view.compensation = {sums, sums + place.page.k_dim, stored.folded};
+    const float* means =
+        means_of(place, sums_of(store, entry.sequence, place, head, bank_of(entry.sequence, head),
+                                store.fold(entry.lengths.length)));
+    seen.view.compensation = {means, means + place.page.k_dim, stored.folded};
   }
 
   // Appending: which rows a store keeps, and where.
@@ -228,44 +227,59 @@ class KvCache {
     const auto sums = [&](int in_bank, std::int64_t fold) {
       return sums_of(store, entry.sequence, place, head, in_bank, fold);
     };
+    const auto carry = [&](const double* from, double* to) {  // sums, and the means behind them
+      if (from != to) std::memcpy(to, from, compensation_bytes(place));
+    };
     const std::int64_t known = store.fold(entry.lengths.high_water);
     const std::int64_t last = store.fold(entry.lengths.next_high_water());
     std::int64_t fold = std::min(known, store.settled_fold(entry.lengths.next_high_water()));
-    if (fold != 0) std::copy_n(sums(bank, fold), width, sums(1 - bank, fold));
+    if (fold != 0) carry(sums(bank, fold), sums(1 - bank, fold));
     while (fold < last) {
       const std::int64_t next = store.next_fold(fold);
-      float* to = sums(1 - bank, next);
+      double* to = sums(1 - bank, next);
       if (next <= known) {
-        std::copy_n(sums(bank, next), width, to);
+        carry(sums(bank, next), to);
       } else {
         const std::int64_t first = fold == 0 ? store.budget.sink : fold;
         if (fold == 0) {
-          std::fill_n(to, width, 0.0F);
-        } else if (const float* from = sums(1 - bank, fold); from != to) {
-          std::copy_n(from, width, to);
+          std::fill_n(to, width, 0.0);
+        } else {
+          carry(sums(1 - bank, fold), to);
         }
         const std::int64_t page = first / store.page_tokens;
-        add_rows<Isa, Row, Layout>(page_of(entry.sequence, head, page), place.page,
-                                   static_cast<std::size_t>(first % store.page_tokens),
-                                   static_cast<std::size_t>(store.page_tokens), to,
-                                   to + place.page.k_dim);
+        Format::template add_rows<Isa>(page_of(entry.sequence, head, page), place.page,
+                                       static_cast<std::size_t>(first % store.page_tokens),
+                                       static_cast<std::size_t>(store.page_tokens), to,
+                                       to + place.page.k_dim);
+        const auto count = static_cast<double>(next - store.budget.sink);
+        float* means = means_of(place, to);
+        for (std::int64_t i = 0; i < width; ++i) means[i] = static_cast<float>(to[i] / count);
       }
       fold = next;
     }
   }
 
+  static std::size_t compensation_bytes(const LayerPlace& place) {
+    return static_cast<std::size_t>(kCompensationFloats * (place.page.k_dim + place.page.v_dim)) *
+           sizeof(float);
+  }
   /// [k_dim] sums of K, then [v_dim] sums of V, over the positions [sink, fold).
-  float* sums_of(const FoldingStore& store, SequenceId id, const LayerPlace& place,
-                 const HeadPlace& head, int bank, std::int64_t fold) const {
-    const std::int64_t row = bank * store.versions() + store.version_index(fold);
-    return ledger_.compensation(id, head) + row * (place.page.k_dim + place.page.v_dim);
+  double* sums_of(const FoldingStore& store, SequenceId id, const LayerPlace& place,
+                  const HeadPlace& head, int bank, std::int64_t fold) const {
+    const auto row = static_cast<std::size_t>(bank * store.versions() + store.version_index(fold));
+    auto* first = reinterpret_cast<std::byte*>(ledger_.compensation(id, head));
+    return reinterpret_cast<double*>(first + row * compensation_bytes(place));
+  }
+  /// The means that belong to a row of sums, in the same order.
+  static float* means_of(const LayerPlace& place, double* sums) {
+    return reinterpret_cast<float*>(sums + place.page.k_dim + place.page.v_dim);
   }
 
   template <class Isa>
   void encode(SequenceId id, const LayerPlace& place, const HeadPlace& head, Slot slot,
               std::int64_t first_entry, const float* k, const float* v) const {
     const std::int64_t page_tokens = place.page.page_tokens;
-    encode_row<Isa, Row, Layout>(page_of(id, head, first_entry + slot.value / page_tokens),
+    Format::template encode<Isa>(page_of(id, head, first_entry + slot.value / page_tokens),
                                  place.page, static_cast<std::size_t>(slot.value % page_tokens), k,
                                  v);
   }

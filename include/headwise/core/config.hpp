@@ -29,12 +29,16 @@
 
 /// @def HEADWISE_ALWAYS_INLINE
 /// Inlined even where the compiler would not: kernels keep their sums in registers.
+/// @def HEADWISE_NEVER_INLINE
+/// Kept out of line: a rare path beside a hot one, or code that must round alike wherever called.
 /// @def HEADWISE_RESTRICT
 /// The pointer's memory is reached through no other pointer.
 #if defined(__GNUC__) || defined(__clang__)
 #define HEADWISE_ALWAYS_INLINE inline __attribute__((always_inline))
+#define HEADWISE_NEVER_INLINE __attribute__((noinline))
 #define HEADWISE_RESTRICT __restrict__
 #else
 #define HEADWISE_ALWAYS_INLINE inline
+#define HEADWISE_NEVER_INLINE
 #define HEADWISE_RESTRICT
 #endif

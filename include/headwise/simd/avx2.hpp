@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include <concepts>
+#include <cstdint>
 
 namespace headwise::inline v0::simd {
 
@@ -24,6 +25,10 @@ struct Ops<Avx2> {
   static HEADWISE_ALWAYS_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
   static HEADWISE_ALWAYS_INLINE V load(const f16* p) { return _mm256_cvtph_ps(load_8x16(p)); }
   static HEADWISE_ALWAYS_INLINE V load(const bf16* p) { return widen(load_8x16(p)); }
+  static HEADWISE_ALWAYS_INLINE V load(const std::int8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(static_cast<const void*>(p)));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  }
   static HEADWISE_ALWAYS_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   static HEADWISE_ALWAYS_INLINE void store(f16* p, V v) { store_8x16(p, to_f16(v)); }
   static HEADWISE_ALWAYS_INLINE void store(bf16* p, V v) { store_8x16(p, to_bf16(v)); }

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include <concepts>
+#include <cstdint>
 
 // Without optimisation g++ has some intrinsics as macros, whose casts would warn here.
 #pragma GCC diagnostic push
@@ -33,6 +34,10 @@ struct Ops<Avx512> {
     return _mm512_maskz_cvtph_ps(kAll, load_16x16(p));
   }
   static HEADWISE_ALWAYS_INLINE V load(const bf16* p) { return widen(load_16x16(p)); }
+  static HEADWISE_ALWAYS_INLINE V load(const std::int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(p)));
+    return _mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepi8_epi32(kAll, bytes));
+  }
   static HEADWISE_ALWAYS_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static HEADWISE_ALWAYS_INLINE void store(f16* p, V v) { store_16x16(p, to_f16(v)); }
   static HEADWISE_ALWAYS_INLINE void store(bf16* p, V v) { store_16x16(p, to_bf16(v)); }

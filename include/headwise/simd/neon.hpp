@@ -27,6 +27,11 @@ struct Ops<Neon> {
   static HEADWISE_ALWAYS_INLINE V load(const float* p) { return vld1q_f32(p); }
   static HEADWISE_ALWAYS_INLINE V load(const f16* p) { return widen_f16(load_4x16(p)); }
   static HEADWISE_ALWAYS_INLINE V load(const bf16* p) { return widen_bf16(load_4x16(p)); }
+  static HEADWISE_ALWAYS_INLINE V load(const std::int8_t* p) {
+    std::int8_t bytes[8] = {};
+    std::memcpy(bytes, p, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(bytes)))));
+  }
   static HEADWISE_ALWAYS_INLINE void store(float* p, V v) { vst1q_f32(p, v); }
   static HEADWISE_ALWAYS_INLINE void store(f16* p, V v) { store_4x16(p, to_f16(v)); }
   static HEADWISE_ALWAYS_INLINE void store(bf16* p, V v) { store_4x16(p, to_bf16(v)); }

@@ -22,6 +22,7 @@ struct Ops<Scalar> {
   static HEADWISE_ALWAYS_INLINE V load(const float* p) { return *p; }
   static HEADWISE_ALWAYS_INLINE V load(const f16* p) { return to_float(*p); }
   static HEADWISE_ALWAYS_INLINE V load(const bf16* p) { return to_float(*p); }
+  static HEADWISE_ALWAYS_INLINE V load(const std::int8_t* p) { return *p; }
   static HEADWISE_ALWAYS_INLINE void store(float* p, V v) { *p = v; }
   static HEADWISE_ALWAYS_INLINE void store(f16* p, V v) { *p = from_float<f16>(v); }
   static HEADWISE_ALWAYS_INLINE void store(bf16* p, V v) { *p = from_float<bf16>(v); }

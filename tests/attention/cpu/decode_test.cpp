@@ -6,30 +6,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <random>
+#include <span>
 #include <vector>
 
 #include "headwise/attention/reference.hpp"
 #include "support/attention_cases.hpp"
 #include "support/isa_types.hpp"
+#include "support/run_kernels.hpp"
 
 namespace headwise::test {
 namespace {
-
-/// Decodes a problem in splits that begin at `cuts`; the last does the own rows.
-template <class Isa, class Row, class Layout>
-void decode(const HeadProblem<Row, Layout>& problem, std::vector<std::int64_t> cuts = {0}) {
-  const auto& past = problem.past;
-  const std::int64_t rows = problem.num_queries * problem.group_size;
-  const std::size_t stride = decode_partial_floats(rows, past.v_dim);
-  AlignedFloats partials(stride * cuts.size());
-  AlignedFloats scratch(decode_scratch_floats(rows, past.k_dim, past.v_dim));
-  cuts.push_back(past.num_rows());
-  for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
-    decode_split<Isa>(problem, {cuts[i], cuts[i + 1], i + 2 == cuts.size()},
-                      partials.data() + i * stride, scratch.data());
-  }
-  merge_splits<Isa>(problem, partials.data(), stride, static_cast<std::int64_t>(cuts.size()) - 1);
-}
 
 template <class Types>
 class CpuDecode : public ::testing::Test {};
@@ -38,9 +25,9 @@ TYPED_TEST_SUITE(CpuDecode, AllKernels, KernelNames);
 TYPED_TEST(CpuDecode, EqualsTheOracleOnEveryCase) {
   using Isa = typename TypeParam::Isa;
   for (const AttentionCase& c : attention_cases()) {
-    PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(c);
+    PagedHead<typename TypeParam::Format> head(c);
     const auto problem = head.problem();
-    decode<Isa>(problem);
+    decode_in_splits<Isa>(problem);
     EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5) << c.name;
   }
 }
@@ -52,38 +39,108 @@ TYPED_TEST(CpuDecode, GivesTheSameWhereverTheRowsAreCut) {
       {.name = "ring", .past = 700, .queries = 3, .window = {5, 90}, .kept = Kept::kRing},
       {.name = "compensation", .past = 200, .kept = Kept::kSecondRun, .compensation = 50}};
   for (const AttentionCase& c : cases) {
-    PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(c);
+    PagedHead<typename TypeParam::Format> head(c);
     const auto problem = head.problem();
     const std::vector<double> truth = reference_attention(problem);
     const std::int64_t rows = problem.past.num_rows();
     for (const std::int64_t cut :
          {std::int64_t{0}, std::int64_t{1}, std::int64_t{17}, rows / 2, rows - 1, rows}) {
-      decode<Isa>(problem, {0, cut});
+      decode_in_splits<Isa>(problem, {0, cut});
       EXPECT_LE(relative_error(head.out(), truth), 1e-5) << c.name << " cut at " << cut;
     }
-    decode<Isa>(problem, {0, 3, 16, 64, 64, rows - 2});
+    decode_in_splits<Isa>(problem, {0, 3, 16, 64, 64, rows - 2});
     EXPECT_LE(relative_error(head.out(), truth), 1e-5) << c.name << " cut in six";
   }
 }
 
 TYPED_TEST(CpuDecode, GivesTheSameBitsForTheSameCuts) {
   using Isa = typename TypeParam::Isa;
-  PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(
-      {.name = "", .group_size = 7, .past = 300});
+  PagedHead<typename TypeParam::Format> head({.name = "", .group_size = 7, .past = 300});
   const auto problem = head.problem();
-  decode<Isa>(problem, {0, 64});
+  decode_in_splits<Isa>(problem, {0, 64});
   const std::vector<float> once = head.out();
-  decode<Isa>(problem, {0, 64});
+  decode_in_splits<Isa>(problem, {0, 64});
   EXPECT_EQ(once, head.out());
 }
 
 TYPED_TEST(CpuDecode, HoldsItsErrorOverALongHead) {
   using Isa = typename TypeParam::Isa;
-  PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(
+  PagedHead<typename TypeParam::Format> head(
       {.name = "", .k_dim = 32, .v_dim = 32, .group_size = 2, .past = 9000});
   const auto problem = head.problem();
-  decode<Isa>(problem, {0, 4096, 8192});
+  decode_in_splits<Isa>(problem, {0, 4096, 8192});
   EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5);
+}
+
+/// [token][kv_head][dim] arrays, K and V apart, the head in question being the second of three.
+template <class E>
+struct OwnArrays {
+  static constexpr int kHeads = 3, kDim = 48;
+  std::vector<E> k, v;
+  explicit OwnArrays(std::int64_t tokens)
+      : k(static_cast<std::size_t>(tokens) * kHeads * kDim), v(k.size()) {
+    std::mt19937 random(4);
+    std::normal_distribution<float> normal;
+    for (E& x : k) x = from_float<E>(normal(random));
+    for (E& x : v) x = from_float<E>(normal(random));
+  }
+};
+
+template <class Types>
+class OverRows : public ::testing::Test {};
+TYPED_TEST_SUITE(OverRows, PlainKernels, KernelNames);
+
+TYPED_TEST(OverRows, BothKernelsReadAnEnginesOwnArraysLikeTheOracle) {
+  using Format = typename TypeParam::Format;
+  using E = typename Format::Element;
+  using Arrays = OwnArrays<E>;
+  for (const std::int64_t tokens : {0, 1, 63, 64, 65, 300}) {
+    const Arrays arrays(tokens);
+    for (const std::int64_t queries : {1, 30}) {
+      for (const Window window : {Window::everything(), Window{4, 50}}) {
+        PagedHead<Format> head({.name = "",
+                                .k_dim = Arrays::kDim,
+                                .v_dim = Arrays::kDim,
+                                .group_size = 3,
+                                .past = tokens,
+                                .queries = queries,
+                                .window = window});
+        auto problem = head.problem();
+        problem.past = KvView<Format>::over_rows(
+            arrays.k.data() + Arrays::kDim, arrays.v.data() + Arrays::kDim,
+            Arrays::kHeads * Arrays::kDim, Arrays::kHeads * Arrays::kDim, tokens, Arrays::kDim,
+            Arrays::kDim);
+        // The oracle over the arrays themselves: no view, no pages.
+        std::vector<double> truth;
+        for (std::int64_t i = 0; i < queries; ++i) {
+          for (int g = 0; g < 3; ++g) {
+            ReferenceRow row(problem.q.row(i, g), static_cast<double>(problem.scale));
+            std::vector<float> k(Arrays::kDim), v(Arrays::kDim);
+            for (std::int64_t j = 0; j <= tokens + i; ++j) {
+              if (!window.sees(Pos{tokens + i}, Pos{j})) continue;
+              for (std::int64_t d = 0; d < Arrays::kDim; ++d) {
+                const auto at =
+                    static_cast<std::size_t>((j * Arrays::kHeads + 1) * Arrays::kDim + d);
+                k[static_cast<std::size_t>(d)] =
+                    j < tokens ? to_float(arrays.k[at])
+                               : to_float(from_float<E>(problem.own_k.row(j - tokens, 0)[d]));
+                v[static_cast<std::size_t>(d)] =
+                    j < tokens ? to_float(arrays.v[at])
+                               : to_float(from_float<E>(problem.own_v.row(j - tokens, 0)[d]));
+              }
+              row.add(std::span<const float>(k), std::span<const float>(v));
+            }
+            const std::vector<double> out = row.output(Arrays::kDim);
+            truth.insert(truth.end(), out.begin(), out.end());
+          }
+        }
+        decode_in_splits<typename TypeParam::Isa>(problem);
+        ASSERT_LE(relative_error(head.out(), truth), 1e-5) << tokens << ' ' << queries;
+        prefill_in_tiles<typename TypeParam::Isa>(problem, 17);
+        ASSERT_LE(relative_error(head.out(), truth), 1e-5) << tokens << ' ' << queries;
+      }
+    }
+  }
 }
 
 // The toy of RazorAttention's specification: one dimension, scale 1, q = 1; here dimension 0 of 16.
@@ -96,34 +153,31 @@ class CompensationToy : public ::testing::Test {
   double attend(std::int64_t weight) {
     constexpr int kDim = 16;
     const PageShape shape{16, kDim, kDim};
-    AlignedFloats page(shape.num_elements());
+    using Format = PlainRows<f32>;
+    AlignedFloats page(Format::page_bytes(shape) / sizeof(float));
     const int kept[] = {0, 4};
     for (std::size_t i = 0; i < 2; ++i) {
-      page.data()[PlainLayout::k_offset(shape, i, 0)] = kKeys[kept[i]];
-      page.data()[PlainLayout::v_offset(shape, i, 0)] = kValues[kept[i]];
+      page.data()[Format::k_offset(shape, i, 0)] = kKeys[kept[i]];
+      page.data()[Format::v_offset(shape, i, 0)] = kValues[kept[i]];
     }
     const std::int32_t table[] = {0};
     float q[kDim] = {1.0F}, own_k[kDim] = {kKeys[5]}, own_v[kDim] = {kValues[5]}, out[kDim];
-    // Means 2 and 4, whatever the weight.
-    float k_sum[kDim] = {2.0F * static_cast<float>(weight)};
-    float v_sum[kDim] = {4.0F * static_cast<float>(weight)};
+    float k_mean[kDim] = {2.0F};
+    float v_mean[kDim] = {4.0F};
 
-    HeadProblem<f32, PlainLayout> problem;
-    problem.past.pages = reinterpret_cast<const std::byte*>(page.data());
-    problem.past.page_bytes = shape.num_elements() * sizeof(float);
-    problem.past.page_table = table;
-    problem.past.page_tokens = 16;
-    problem.past.k_dim = problem.past.v_dim = kDim;
+    HeadProblem<Format> problem;
+    problem.past = KvView<Format>::over_pages(reinterpret_cast<const std::byte*>(page.data()),
+                                              Format::page_bytes(shape), table, shape);
     problem.past.add_run({Slot{0}, Pos{0}, 1});
     problem.past.add_run({Slot{1}, Pos{4}, 1});
-    problem.past.compensation = {k_sum, v_sum, weight};
+    problem.past.compensation = {k_mean, v_mean, weight};
     problem.first_query = Pos{5};
     problem.num_queries = 1;
     problem.q = {q, kDim, kDim};
     problem.own_k = {own_k, kDim, kDim};
     problem.own_v = {own_v, kDim, kDim};
     problem.out = {out, kDim, kDim};
-    decode<simd::BestIsa>(problem);
+    decode_in_splits<simd::BestIsa>(problem);
     EXPECT_NEAR(static_cast<double>(out[0]), reference_attention(problem)[0], 1e-5);
     return static_cast<double>(out[0]);
   }
@@ -136,11 +190,12 @@ TEST_F(CompensationToy, DiffersWithWeightOne) { EXPECT_NEAR(attend(1), 6.423354,
 TEST_F(CompensationToy, IsAbsentWithCountZero) { EXPECT_NEAR(attend(0), 10.976481, 2e-6); }
 
 TEST(CpuDecodeOfNothing, WritesZeros) {
-  PagedHead<f16, TiledLayout> head({.name = "", .group_size = 2, .past = 40});
+  PagedHead<TiledRows<f16>> head({.name = "", .group_size = 2, .past = 40});
   auto problem = head.problem();
   const std::int64_t rows = problem.num_queries * problem.group_size;
-  AlignedFloats partial(decode_partial_floats(rows, problem.past.v_dim));
-  AlignedFloats scratch(decode_scratch_floats(rows, problem.past.k_dim, problem.past.v_dim));
+  AlignedFloats partial(decode_partial_floats(rows, problem.past.shape.v_dim));
+  AlignedFloats scratch(
+      decode_scratch_floats(rows, problem.past.shape.k_dim, problem.past.shape.v_dim));
   decode_split<simd::BestIsa>(problem, {0, 0, false}, partial.data(), scratch.data());
   merge_splits<simd::BestIsa>(problem, partial.data(), 0, 1);
   EXPECT_TRUE(std::ranges::all_of(head.out(), [](float x) { return x == 0.0F; }));

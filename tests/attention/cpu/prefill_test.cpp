@@ -10,18 +10,10 @@
 #include "headwise/attention/reference.hpp"
 #include "support/attention_cases.hpp"
 #include "support/isa_types.hpp"
+#include "support/run_kernels.hpp"
 
 namespace headwise::test {
 namespace {
-
-template <class Isa, class Row, class Layout>
-void prefill(const HeadProblem<Row, Layout>& problem, std::int64_t tile) {
-  AlignedFloats scratch(
-      prefill_scratch_floats(problem.group_size, problem.past.k_dim, problem.past.v_dim));
-  for (std::int64_t begin = 0; begin < problem.num_queries; begin += tile) {
-    prefill_tile<Isa>(problem, begin, std::min(begin + tile, problem.num_queries), scratch.data());
-  }
-}
 
 template <class Types>
 class CpuPrefill : public ::testing::Test {};
@@ -30,21 +22,21 @@ TYPED_TEST_SUITE(CpuPrefill, AllKernels, KernelNames);
 TYPED_TEST(CpuPrefill, EqualsTheOracleOnEveryCase) {
   using Isa = typename TypeParam::Isa;
   for (const AttentionCase& c : attention_cases()) {
-    PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(c);
+    PagedHead<typename TypeParam::Format> head(c);
     const auto problem = head.problem();
-    prefill<Isa>(problem, prefill_tile_queries(c.group_size));
+    prefill_in_tiles<Isa>(problem, prefill_tile_queries(c.group_size));
     EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5) << c.name;
   }
 }
 
 TYPED_TEST(CpuPrefill, GivesTheSameForEveryTile) {
   using Isa = typename TypeParam::Isa;
-  PagedHead<typename TypeParam::Row, typename TypeParam::Layout> head(
+  PagedHead<typename TypeParam::Format> head(
       {.name = "", .group_size = 4, .past = 70, .queries = 100, .window = {3, 50}});
   const auto problem = head.problem();
   const std::vector<double> truth = reference_attention(problem);
   for (const std::int64_t tile : {1, 2, 13, 48}) {
-    prefill<Isa>(problem, tile);
+    prefill_in_tiles<Isa>(problem, tile);
     EXPECT_LE(relative_error(head.out(), truth), 1e-5) << tile;
   }
 }

@@ -74,7 +74,7 @@ TYPED_TEST(SoftmaxRow, IgnoresSumsOfNothing) {
 }
 
 TEST(QueryScratch, HoldsWhatLoadQueriesLaysOut) {
-  PagedHead<f16, TiledLayout> head({.name = "", .group_size = 5, .queries = 3});
+  PagedHead<TiledRows<f16>> head({.name = "", .group_size = 5, .queries = 3});
   const auto problem = head.problem();
   AlignedFloats scratch(detail::query_scratch_floats(15, 64));
   AlignedFloats state(detail::query_state_floats(15, 64));
@@ -87,7 +87,7 @@ TEST(QueryScratch, HoldsWhatLoadQueriesLaysOut) {
 }
 
 TEST(QueryScratch, LaysQOutInPanels) {
-  PagedHead<f16, TiledLayout> head({.name = "", .k_dim = 80, .group_size = 5, .queries = 3});
+  PagedHead<TiledRows<f16>> head({.name = "", .k_dim = 80, .group_size = 5, .queries = 3});
   const auto problem = head.problem();
   AlignedFloats scratch(detail::query_scratch_floats(15, 80));
   AlignedFloats state(detail::query_state_floats(15, 64));

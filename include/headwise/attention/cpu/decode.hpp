@@ -33,64 +33,71 @@ constexpr std::size_t decode_partial_floats(std::int64_t num_rows, int v_dim) {
 
 namespace detail {
 
-template <class Isa, class Row>
-void attend_stored_rows(const QueryRows& queries, const KvView<Row, TiledLayout>& past,
-                        const StoredRows& rows, float*) noexcept {
-  attend_block<Isa, true>(queries, block_in_place<Isa>(past, rows));
-}
-
-template <class Isa, class Row>
-void attend_stored_rows(const QueryRows& queries, const KvView<Row, PlainLayout>& past,
-                        const StoredRows& rows, float* packed) noexcept {
-  attend_block<Isa, false>(queries, pack_block<Isa>(past, rows, packed));
+/// In place where the format's pages hold tiles, else packed.
+/// @param packed  [packed_block_floats]
+template <class Isa, class Format>
+void attend_stored_rows(const QueryRows& queries, const KvView<Format>& past,
+                        const StoredRows& rows, [[maybe_unused]] float* packed) noexcept {
+  if constexpr (TiledInPlace<Format>) {
+    attend_block<Isa, true>(queries, block_in_place<Isa>(past, rows));
+  } else {
+    attend_block<Isa, false>(queries, pack_block<Isa>(past, rows, packed));
+  }
 }
 
 }  // namespace detail
 
 /// Attends all queries of the step, and all query heads of the group, over one split of the rows.
 ///
-/// Each K and V row of the split is read once: (k_dim + v_dim) x sizeof(Row) bytes a row, which is
+/// Each K and V row of the split is read once: as many bytes as the format stores of it, which is
 /// the bound up to a group of about 4 on AVX2; beyond, 2 (k_dim + v_dim) flop a row and query row
 /// are. The result depends on the split alone, never on threads or other sequences.
 /// @param partial  [decode_partial_floats], 64-byte aligned: the split's softmax states
 /// @param scratch  [decode_scratch_floats], 64-byte aligned
-template <class Isa, class Row, class Layout>
-void decode_split(const HeadProblem<Row, Layout>& problem, DecodeSplit split, float* partial,
+template <class Isa, class Format>
+void decode_split(const HeadProblem<Format>& problem, DecodeSplit split, float* partial,
                   float* scratch) noexcept {
   const auto& past = problem.past;
-  const auto queries = detail::load_queries<Isa>(problem, 0, problem.num_queries, scratch, partial);
+  auto queries = detail::load_queries<Isa>(problem, 0, problem.num_queries, scratch, partial);
   if (queries.num_rows() == 0) return;
   float* packed = scratch + detail::query_scratch_floats(
-                                static_cast<std::size_t>(queries.num_rows()), past.k_dim);
+                                static_cast<std::size_t>(queries.num_rows()), past.shape.k_dim);
 
-  detail::reset_state<Isa>(queries, split.own_rows ? past.compensation : CompensationRow{});
-  std::int64_t run_begin = 0;
-  for (const KvRun& run : past.runs()) {
-    const std::int64_t begin = std::clamp(split.begin - run_begin, std::int64_t{0}, run.count);
-    const std::int64_t end = std::clamp(split.end - run_begin, begin, run.count);
-    run_begin += run.count;
-    detail::for_each_seen(
-        queries.window, queries.first_query, queries.last_query(), run.first_pos + begin,
-        end - begin, [&](std::int64_t first, std::int64_t last) {
-          const std::int64_t row = begin + first;
-          detail::for_each_block(past, run.first_slot + row, run.first_pos + row, last - first,
-                                 [&](const detail::StoredRows& rows) {
-                                   detail::attend_stored_rows<Isa>(queries, past, rows, packed);
-                                 });
-        });
+  for (;; queries.weight = detail::safe_weight(problem)) {
+    detail::reset_state<Isa>(queries, split.own_rows ? past.compensation : CompensationRow{});
+    std::int64_t run_begin = 0;
+    for (const KvRun& run : past.runs()) {
+      const std::int64_t begin = std::clamp(split.begin - run_begin, std::int64_t{0}, run.count);
+      const std::int64_t end = std::clamp(split.end - run_begin, begin, run.count);
+      run_begin += run.count;
+      detail::for_each_seen(
+          queries.window, queries.first_query, queries.last_query(), run.first_pos + begin,
+          end - begin, [&](std::int64_t first, std::int64_t last) {
+            const std::int64_t row = begin + first;
+            detail::for_each_block(past, run.first_slot + row, run.first_pos + row, last - first,
+                                   [&](const detail::StoredRows& rows) {
+                                     detail::attend_stored_rows<Isa>(queries, past, rows, packed);
+                                   });
+          });
+    }
+    if (split.own_rows) detail::attend_own_rows<Isa>(problem, queries, packed);
+
+    bool finite = true;
+    for (std::ptrdiff_t row = 0; row < queries.num_rows(); ++row) {
+      finite &= detail::finish_row<Isa>(queries, row, queries.out + row * queries.v_dim);
+    }
+    if (finite || queries.weight != 1.0F) return;
   }
-  if (split.own_rows) detail::attend_own_rows<Isa>(problem, queries, packed);
-  detail::add_lanes<Isa>(queries);
 }
 
 /// Merges the partial results of a head's splits, in index order, and writes the head's output
 /// rows.
 /// @param partials  num_splits partial results, the first of which is overwritten
 /// @param stride  floats from one to the next; at least decode_partial_floats
-template <class Isa, class Row, class Layout>
-void merge_splits(const HeadProblem<Row, Layout>& problem, float* partials, std::size_t stride,
+template <class Isa, class Format>
+void merge_splits(const HeadProblem<Format>& problem, float* partials, std::size_t stride,
                   std::int64_t num_splits) noexcept {
-  const int v_dim = problem.past.v_dim;
+  const int v_dim = problem.past.shape.v_dim;
   const auto num_rows =
       static_cast<std::size_t>(problem.num_queries) * static_cast<std::size_t>(problem.group_size);
   const std::size_t line = detail::round_up_to_line(num_rows);

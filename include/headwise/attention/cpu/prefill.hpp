@@ -36,39 +36,40 @@ constexpr std::size_t prefill_scratch_floats(int group_size, int k_dim, int v_di
 /// row.
 /// @param query_end  at most query_begin + prefill_tile_queries(group_size)
 /// @param scratch  [prefill_scratch_floats], 64-byte aligned
-template <class Isa, class Row, class Layout>
-void prefill_tile(const HeadProblem<Row, Layout>& problem, std::int64_t query_begin,
+template <class Isa, class Format>
+void prefill_tile(const HeadProblem<Format>& problem, std::int64_t query_begin,
                   std::int64_t query_end, float* scratch) noexcept {
   if (query_begin >= query_end) return;
   const auto& past = problem.past;
   const auto num_rows = static_cast<std::size_t>(query_end - query_begin) *
                         static_cast<std::size_t>(problem.group_size);
-  float* state = scratch + detail::query_scratch_floats(num_rows, past.k_dim);
-  float* packed = state + detail::query_state_floats(num_rows, past.v_dim);
+  float* state = scratch + detail::query_scratch_floats(num_rows, past.shape.k_dim);
+  float* packed = state + detail::query_state_floats(num_rows, past.shape.v_dim);
 
-  const auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, state);
-  detail::reset_state<Isa>(queries, past.compensation);
-  for (const KvRun& run : past.runs()) {
-    detail::for_each_seen(queries.window, queries.first_query, queries.last_query(), run.first_pos,
-                          run.count, [&](std::int64_t first, std::int64_t last) {
-                            detail::for_each_block(
-                                past, run.first_slot + first, run.first_pos + first, last - first,
-                                [&](const detail::StoredRows& rows) {
-                                  detail::attend_block<Isa, false>(
-                                      queries, detail::pack_block<Isa>(past, rows, packed));
-                                });
-                          });
-  }
-  detail::attend_own_rows<Isa>(problem, queries, packed);
-  detail::add_lanes<Isa>(queries);
-
-  std::size_t row = 0;
-  for (std::int64_t i = query_begin; i < query_end; ++i) {
-    for (int g = 0; g < problem.group_size; ++g, ++row) {
-      float* out = queries.out + row * static_cast<std::size_t>(past.v_dim);
-      write_output<Isa>(SoftmaxState{queries.max[row], queries.sum[row], out},
-                        problem.out.row(i, g), past.v_dim);
+  auto queries = detail::load_queries<Isa>(problem, query_begin, query_end, scratch, state);
+  for (;; queries.weight = detail::safe_weight(problem)) {
+    detail::reset_state<Isa>(queries, past.compensation);
+    for (const KvRun& run : past.runs()) {
+      detail::for_each_seen(queries.window, queries.first_query, queries.last_query(),
+                            run.first_pos, run.count, [&](std::int64_t first, std::int64_t last) {
+                              detail::for_each_block(
+                                  past, run.first_slot + first, run.first_pos + first, last - first,
+                                  [&](const detail::StoredRows& rows) {
+                                    detail::attend_block<Isa, false>(
+                                        queries, detail::pack_block<Isa>(past, rows, packed));
+                                  });
+                            });
     }
+    detail::attend_own_rows<Isa>(problem, queries, packed);
+
+    bool finite = true;
+    std::ptrdiff_t row = 0;
+    for (std::int64_t i = query_begin; i < query_end; ++i) {
+      for (int g = 0; g < problem.group_size; ++g, ++row) {
+        finite &= detail::finish_row<Isa>(queries, row, problem.out.row(i, g));
+      }
+    }
+    if (finite || queries.weight != 1.0F) return;
   }
 }
 

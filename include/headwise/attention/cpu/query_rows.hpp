@@ -4,9 +4,12 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "headwise/attention/cpu/pack.hpp"
 #include "headwise/attention/cpu/tile_product.hpp"
@@ -14,6 +17,7 @@
 #include "headwise/attention/problem.hpp"
 #include "headwise/attention/state.hpp"
 #include "headwise/core/config.hpp"
+#include "headwise/core/dtype.hpp"
 #include "headwise/simd/math.hpp"
 #include "headwise/simd/simd.hpp"
 
@@ -28,7 +32,7 @@ struct QueryRows {
   float* rescale = nullptr;    ///< [rows]: what the block does to the earlier blocks' sums
   float* max = nullptr;        ///< [rows]: SoftmaxState, as arrays
   float* sum = nullptr;        ///< [rows]
-  float* out = nullptr;        ///< [rows][v_dim]
+  float* out = nullptr;        ///< [rows][v_dim]: not divided by sum before finish_row()
 
   Window window;
   Pos first_query;
@@ -36,6 +40,7 @@ struct QueryRows {
   int group_size = 0;
   int k_dim = 0;
   int v_dim = 0;
+  float weight = 1.0F;  ///< factor on what is added to out, a power of two: see safe_weight()
 
   HEADWISE_ALWAYS_INLINE int num_rows() const { return num_queries * group_size; }
   /// Floats from one panel of q to the next.
@@ -67,17 +72,17 @@ constexpr std::size_t query_state_floats(std::size_t num_rows, int v_dim) {
 /// Queries [begin, end) of a problem, loaded into scratch.
 /// @param scratch  [query_scratch_floats], 64-byte aligned
 /// @param state  [query_state_floats], 64-byte aligned
-template <class Isa, class Row, class Layout>
-QueryRows load_queries(const HeadProblem<Row, Layout>& problem, std::int64_t begin,
-                       std::int64_t end, float* scratch, float* state) noexcept {
+template <class Isa, class Format>
+QueryRows load_queries(const HeadProblem<Format>& problem, std::int64_t begin, std::int64_t end,
+                       float* scratch, float* state) noexcept {
   using O = simd::Ops<Isa>;
   QueryRows rows;
   rows.window = problem.window;
   rows.first_query = problem.first_query + begin;
   rows.num_queries = static_cast<int>(end - begin);
   rows.group_size = problem.group_size;
-  rows.k_dim = problem.past.k_dim;
-  rows.v_dim = problem.past.v_dim;
+  rows.k_dim = problem.past.shape.k_dim;
+  rows.v_dim = problem.past.shape.v_dim;
 
   const auto num_rows = static_cast<std::size_t>(rows.num_rows());
   rows.q = scratch;
@@ -117,37 +122,76 @@ void reset_state(const QueryRows& rows, const CompensationRow& row) noexcept {
   using O = simd::Ops<Isa>;
   reset_state<Isa>(rows);
   if (row.count <= 0) return;
-  const auto count = static_cast<float>(row.count);
-  const auto share = O::broadcast(1.0F / count);
   for (int r = 0; r < rows.num_rows(); ++r) {
     const float* q = rows.q + static_cast<std::ptrdiff_t>(r) * kPanel;
     float* out = rows.out + static_cast<std::ptrdiff_t>(r) * rows.v_dim;
     auto dot = O::zero();
     for (int d = 0; d < rows.k_dim; d += O::kWidth) {
       const auto x = O::load(q + d / kPanel * rows.q_stride() + d % kPanel);
-      dot = O::fma(x, O::mul(share, O::load(row.k_sum + d)), dot);
+      dot = O::fma(x, O::load(row.k_mean + d), dot);
     }
-    rows.max[r] = O::reduce_add(dot) + std::log(count);
-    rows.lane_sums[static_cast<std::ptrdiff_t>(r) * kTile] = 1.0F;
+    const float score = O::reduce_add(dot) + std::log(static_cast<float>(row.count));
+    if (std::bit_cast<std::uint32_t>(score) == 0xFF800000U) continue;  // -inf: as if not there
+    rows.max[r] = score;
+    rows.lane_sums[static_cast<std::ptrdiff_t>(r) * kTile] =
+        is_finite(score) ? 1.0F : std::bit_cast<float>(0x7FC00000U);
     for (int d = 0; d < rows.v_dim; d += O::kWidth) {
-      O::store(out + d, O::mul(share, O::load(row.v_sum + d)));
+      O::store(out + d, O::mul(O::broadcast(rows.weight), O::load(row.v_mean + d)));
     }
   }
 }
 
-/// After the last block: the sums of the softmax states.
-template <class Isa>
-void add_lanes(const QueryRows& rows) noexcept {
-  using O = simd::Ops<Isa>;
-  for (int r = 0; r < rows.num_rows(); ++r) {
-    rows.sum[r] = O::reduce_add(O::load(rows.lane_sums + static_cast<std::ptrdiff_t>(r) * kTile));
+/// Whether 16 x `count` elements at `x` are all finite; by bits, for the sake of -ffast-math.
+template <class Isa, class Element>
+bool are_finite(const Element* x, std::ptrdiff_t count) noexcept {
+  using Bits = std::conditional_t<sizeof(Element) == 2, std::uint16_t, std::uint32_t>;
+  constexpr Bits kExponent =  // all ones: infinite or NaN
+      static_cast<Bits>(std::same_as<Element, f16>    ? 0x7C00U
+                        : std::same_as<Element, bf16> ? 0x7F80U
+                                                      : 0x7F800000U);
+  Bits largest[kTile] = {};
+  for (std::ptrdiff_t i = 0; i < count; ++i, x += kTile) {
+    for (int lane = 0; lane < kTile; ++lane) {
+      const auto exponent = static_cast<Bits>(std::bit_cast<Bits>(x[lane]) & kExponent);
+      largest[lane] = std::max(largest[lane], exponent);
+    }
   }
+  return *std::max_element(largest, largest + kTile) < kExponent;
+}
+
+/// After the last block: a row's sum, and its out divided by it, or zeros where nothing was seen.
+/// @param to  [v_dim], may be the row's out
+/// @return whether all of it is finite
+template <class Isa>
+bool finish_row(const QueryRows& rows, std::ptrdiff_t row, float* to) noexcept {
+  using O = simd::Ops<Isa>;
+  const float sum = O::reduce_add(O::load(rows.lane_sums + row * kTile));
+  rows.sum[row] = sum;
+  if (SoftmaxState{.max = rows.max[row], .sum = sum}.empty()) {
+    std::fill_n(to, rows.v_dim, 0.0F);
+    return true;
+  }
+  const float* out = rows.out + row * rows.v_dim;
+  const auto factor = O::broadcast(1.0F / (sum * rows.weight));
+  for (int d = 0; d < rows.v_dim; d += O::kWidth) {
+    O::store(to + d, O::mul(O::load(out + d), factor));
+  }
+  return are_finite<Isa>(to, rows.v_dim / kTile);
+}
+
+/// A QueryRows::weight with which no sum over this problem's rows is larger than the largest V.
+/// With the weight 1 sums are exact to smaller V, and overflow where V comes near the end of the
+/// range (3e38 / rows): then all is done again with this one, and V below 1e-38 x rows suffer.
+template <class Format>
+float safe_weight(const HeadProblem<Format>& problem) {
+  const auto rows = static_cast<std::uint64_t>(problem.past.num_rows() + problem.num_queries + 1);
+  return std::ldexp(1.0F, -static_cast<int>(std::bit_width(rows)));
 }
 
 /// Turns one row of scores into exp(score - max) and updates that row's max and sums.
 /// @param scores  [64]; whole tiles around [seen.first, seen.last) hold scores
 /// @param rows_end  probabilities are needed up to here
-/// @param lane_sums  [16] of the row, as many as the vector is wide are used: see add_lanes()
+/// @param lane_sums  [16] of the row, as many as the vector is wide are used: see finish_row()
 /// @return the factor by which what was summed so far shrinks
 template <class Isa>
 float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& max,
@@ -160,10 +204,14 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
   }
   const int begin = seen.first / kTile * kTile;
   const int end = (rows_end + kTile - 1) / kTile * kTile;
+  const bool whole = seen.count() == end - begin;
+  const auto fill_hidden = [&](float value) {
+    std::fill(scores + begin, scores + seen.first, value);
+    std::fill(scores + seen.hole_first, scores + seen.hole_last, value);
+    std::fill(scores + seen.last, scores + end, value);
+  };
   // What is hidden, or no row at all, is replaced rather than computed with: it may be NaN.
-  std::fill(scores + begin, scores + seen.first, kNoScore);
-  std::fill(scores + seen.hole_first, scores + seen.hole_last, kNoScore);
-  std::fill(scores + seen.last, scores + end, kNoScore);
+  if (!whole) fill_hidden(kNoScore);
 
   V top = O::load(scores + begin);
   for (int i = begin + O::kWidth; i < end; i += O::kWidth) top = O::max(top, O::load(scores + i));
@@ -175,13 +223,61 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
   }
   const V ceiling = O::broadcast(max);
   V total = O::mul(O::load(lane_sums), O::broadcast(shrink));
-  for (int i = begin; i < end; i += O::kWidth) {
+  const auto probability = [&](int i) {
     const V p = simd::exp<Isa>(O::sub(O::load(scores + i), ceiling));
     O::store(scores + i, p);
-    total = O::add(total, p);
+    return p;
+  };
+  if (whole) {
+    for (int i = begin; i < end; i += O::kWidth) total = O::add(total, probability(i));
+  } else {
+    // A probability of 0 by place: where every score that is seen is as low as kNoScore or -inf,
+    // the score of what is hidden is no lower.
+    for (int i = begin; i < end; i += O::kWidth) probability(i);
+    fill_hidden(0.0F);
+    for (int i = begin; i < end; i += O::kWidth) total = O::add(total, O::load(scores + i));
   }
   O::store(lane_sums, total);
   return shrink;
+}
+
+/// The output product where V that some query does not see is infinite or NaN, which times 0 is
+/// NaN: query by query, and only what it sees.
+/// @param output  as for all rows at once
+template <class Isa, bool kFetch, class Element>
+HEADWISE_NEVER_INLINE void multiply_visible(const QueryRows& rows, const TileBlock<Element>& block,
+                                            const SeeingQueries& queries,
+                                            TileProduct<Element> output) noexcept {
+  output.num_rows = rows.group_size;
+  output.fetch = {};
+  for (int i = queries.first; i < queries.last; ++i) {
+    const VisibleRows seen =
+        visible_rows(rows.window, rows.first_query + i, block.row0, block.first, block.last);
+    const std::ptrdiff_t row = std::ptrdiff_t{i} * rows.group_size;
+    const auto multiply = [&](int begin, int end) {
+      if (begin == end) return;
+      output.a = rows.scores + row * kBlockRows + begin;
+      output.b = block.v + begin * kTile;
+      output.c = rows.out + row * rows.v_dim;
+      output.rescale = rows.rescale + row;
+      output.depth = end - begin;
+      multiply_tiles<Isa, kFetch>(output);
+      std::fill_n(rows.rescale + row, rows.group_size, 1.0F);  // once a block
+    };
+    multiply(seen.first, seen.hole_first);
+    multiply(seen.hole_last, seen.last);
+  }
+}
+
+/// Whether all V that [first, last) of the block have is finite.
+template <class Isa, class Element>
+bool has_finite_v(const TileBlock<Element>& block, int v_dim) noexcept {
+  bool finite = true;
+  for (int strip = 0; strip < v_dim / kTile; ++strip) {
+    finite &= are_finite<Isa>(block.v + strip * block.v_stride + block.first * kTile,
+                              block.last - block.first);
+  }
+  return finite;
 }
 
 /// Attends those query rows that see something of a block: scores, softmax, output.
@@ -214,9 +310,11 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   constexpr int kLinesPerRow = 4;
   const char* fetch = reinterpret_cast<const char*>(block.v) + block.fetch_with_v.far;
   std::ptrdiff_t row = first_row;
+  bool all_see_all = true;
   for (int i = queries.first; i < queries.last; ++i) {
     const VisibleRows seen =
         visible_rows(rows.window, rows.first_query + i, block.row0, block.first, block.last);
+    all_see_all &= seen.count() == block.last - block.first;
     for (int g = 0; g < rows.group_size; ++g, ++row) {
       if constexpr (kFetch) {
         for (int line = 0; line < kLinesPerRow; ++line, fetch += 64) {
@@ -225,6 +323,12 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
       }
       rows.rescale[row] = softmax_row<Isa>(rows.scores + row * kBlockRows, seen, block.last,
                                            rows.max[row], rows.lane_sums + row * kTile);
+    }
+  }
+
+  if (rows.weight != 1.0F) {
+    for (float* p = rows.scores + first_row * kBlockRows; p < rows.scores + row * kBlockRows; ++p) {
+      *p *= rows.weight;
     }
   }
 
@@ -240,13 +344,17 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   output.num_tiles = rows.v_dim / kTile;
   output.depth = block.last - block.first;
   output.fetch = block.fetch_with_v;
-  multiply_tiles<Isa, kFetch>(output);
+  if (all_see_all || has_finite_v<Isa>(block, rows.v_dim)) {
+    multiply_tiles<Isa, kFetch>(output);
+  } else {
+    multiply_visible<Isa, kFetch>(rows, block, queries, output);
+  }
 }
 
 /// Attends all query rows over those of the step's own rows that they see.
 /// @param packed  [packed_block_floats]
-template <class Isa, class Row, class Layout>
-void attend_own_rows(const HeadProblem<Row, Layout>& problem, const QueryRows& rows,
+template <class Isa, class Format>
+void attend_own_rows(const HeadProblem<Format>& problem, const QueryRows& rows,
                      float* packed) noexcept {
   for_each_seen(
       rows.window, rows.first_query, rows.last_query(), problem.first_query, problem.num_queries,

@@ -8,7 +8,7 @@
 #include <concepts>
 #include <cstddef>
 
-#include "headwise/cache/page_layout.hpp"
+#include "headwise/cache/rows/tiles.hpp"
 #include "headwise/core/config.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/simd/simd.hpp"
@@ -19,8 +19,6 @@
 #endif
 
 namespace headwise::inline v0::detail {
-
-inline constexpr int kTile = static_cast<int>(TiledLayout::kTile);
 
 /// Columns of a panel of the left factor. A row of a panel lies a constant distance behind the one
 /// before, so that one pointer and constants address all rows of a block: with a stride known only

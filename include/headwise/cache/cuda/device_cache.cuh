@@ -19,6 +19,7 @@
 #include "headwise/cache/cuda/table_update.cuh"
 #include "headwise/cache/geometry.hpp"
 #include "headwise/cache/page_ledger.hpp"
+#include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/dtype.hpp"
 
@@ -48,9 +49,9 @@ class DeviceCache {
   ///   (RazorAttention's compensation rows exist on the CPU only in this version).
   /// @throws CudaError when memory cannot be allocated.
   DeviceCache(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
-      : geometry_(checked(shape, CacheGeometry(shape, plan, options, sizeof(Row)))),
+      : geometry_(checked(shape, CacheGeometry(shape, plan, options, &PlainRows<Row>::page_bytes))),
         pages_(options.page_memory.empty() ? pool_bytes() : 0),
-        ledger_(CacheGeometry(shape, plan, with_pages(options), sizeof(Row))),
+        ledger_(CacheGeometry(shape, plan, with_pages(options), &PlainRows<Row>::page_bytes)),
         layout_(num_sequences(), geometry().classes().size(), most_ranges(), most_ids()),
         state_(layout_.total_bytes),
         tables_(num_sequences() * static_cast<std::size_t>(geometry().entries_per_sequence()) *

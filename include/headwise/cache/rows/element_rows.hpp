@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: MIT
+/// @file element_rows.hpp
+/// What all formats share whose rows are nothing but elements, each rounded by itself.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+
+#include "headwise/cache/rows/tiles.hpp"
+#include "headwise/core/dtype.hpp"
+#include "headwise/core/page_shape.hpp"
+#include "headwise/simd/simd.hpp"
+
+namespace headwise::inline v0::detail {
+
+/// The parts of a RowFormat (format.hpp) that do not depend on where elements lie.
+template <RowElement E>
+struct ElementRows {
+  /// What an element is stored as.
+  using Element = E;
+
+  /// @copydoc RowFormat
+  static constexpr std::size_t page_bytes(const PageShape& shape) {
+    const std::size_t elements = static_cast<std::size_t>(shape.page_tokens) *
+                                 static_cast<std::size_t>(shape.k_dim + shape.v_dim);
+    return (elements * sizeof(E) + 63) / 64 * 64;
+  }
+
+  /// Finite floats of a row that rounding makes infinite; cheap where there are none.
+  /// @param dim  a multiple of 16
+  template <class Isa>
+  static std::int64_t count_overflows([[maybe_unused]] const float* row, [[maybe_unused]] int dim) {
+    if constexpr (std::same_as<E, f32>) {
+      return 0;
+    } else {
+      constexpr std::uint32_t kFirst =  // bits of the smallest float that rounds to infinity
+          std::same_as<E, f16> ? 0x477FF000U : 0x7F7F8000U;
+      std::uint32_t largest = 0;
+      for (int d = 0; d < dim; d += kTile) {
+        for (int i = 0; i < kTile; ++i) largest = std::max(largest, magnitude(row[d + i]));
+      }
+      if (largest < kFirst) return 0;
+      return std::count_if(row, row + dim, [](float x) {
+        return magnitude(x) >= kFirst && magnitude(x) < 0x7F800000U;
+      });
+    }
+  }
+
+  /// @copydoc RowFormat
+  static void round_row(const float* from, int dim, float* to) {
+    for (int d = 0; d < dim; ++d) to[d] = to_float(from_float<E>(from[d]));
+  }
+
+  /// @copydoc RowFormat
+  template <class Isa>
+  static void pack_own_k(const float* rows, std::ptrdiff_t stride, int count, int dim,
+                         float* tiles) noexcept {
+    using O = simd::Ops<Isa>;
+    pack_k<Isa>(count, dim, tiles, [&](int row, int d) {
+      return O::template round_to<E>(O::load(rows + row * stride + d));
+    });
+  }
+
+  /// @copydoc RowFormat
+  template <class Isa>
+  static void pack_own_v(const float* rows, std::ptrdiff_t stride, int count, int dim,
+                         float* strips) noexcept {
+    using O = simd::Ops<Isa>;
+    pack_v<Isa>(count, dim, strips, [&](int row, int d) {
+      return O::template round_to<E>(O::load(rows + row * stride + d));
+    });
+  }
+
+ private:
+  static std::uint32_t magnitude(float x) { return std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFU; }
+};
+
+/// Adds 16 elements to 16 sums.
+template <class Isa, RowElement E>
+void add_strip(const E* from, double* sums) {
+  alignas(64) float strip[kTile];
+  convert_strip<Isa>(from, strip);
+  for (int i = 0; i < kTile; ++i) sums[i] += static_cast<double>(strip[i]);
+}
+
+}  // namespace headwise::inline v0::detail

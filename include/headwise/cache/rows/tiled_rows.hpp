@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT
+/// @file tiled_rows.hpp
+/// TiledRows: elements in the order in which the CPU kernels read them.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+
+#include "headwise/cache/rows/element_rows.hpp"
+#include "headwise/cache/rows/format.hpp"
+#include "headwise/cache/rows/tiles.hpp"
+
+namespace headwise::inline v0 {
+
+/// K [page_tokens / 16][k_dim][16 tokens], V [v_dim / 16][page_tokens][16 dims].
+///
+/// One K load serves 16 tokens of one dimension, so q.k needs no horizontal sums, and a tile is
+/// already the packed operand of prefill's matrix product. Reads 1.4-1.6x faster than plain rows.
+/// @tparam E  what elements are rounded to, to nearest even: f32, f16 or bf16.
+template <RowElement E>
+struct TiledRows : detail::ElementRows<E> {
+  using Memory = PagedMemory;     ///< @copydoc RowFormat
+  using Page = const std::byte*;  ///< @copydoc RowFormat
+
+  /// @copydoc RowFormat
+  static constexpr const char* name() {
+    if constexpr (std::same_as<E, f32>) return "f32_tiled";
+    if constexpr (std::same_as<E, f16>) return "f16_tiled";
+    if constexpr (std::same_as<E, bf16>) return "bf16_tiled";
+  }
+
+  /// Elements from the page's begin to element `dim` of K row `row`.
+  static constexpr std::size_t k_offset(const PageShape& shape, std::size_t row, std::size_t dim) {
+    return row / kRows * kRows * static_cast<std::size_t>(shape.k_dim) + dim * kRows + row % kRows;
+  }
+  /// Elements from the page's begin to element `dim` of V row `row`.
+  static constexpr std::size_t v_offset(const PageShape& shape, std::size_t row, std::size_t dim) {
+    const auto page_tokens = static_cast<std::size_t>(shape.page_tokens);
+    return page_tokens * static_cast<std::size_t>(shape.k_dim) + dim / kRows * kRows * page_tokens +
+           row * kRows + dim % kRows;
+  }
+
+  /// @copydoc RowFormat
+  template <class Isa>
+  static std::int64_t encode(std::byte* page, const PageShape& shape, std::size_t row,
+                             const float* k, const float* v) {
+    E* elements = reinterpret_cast<E*>(page);
+    for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.k_dim); dim += kRows) {
+      alignas(64) E strip[kRows];
+      detail::convert_strip<Isa>(k + dim, strip);
+      E* to = elements + k_offset(shape, row, dim);
+      for (std::size_t i = 0; i < kRows; ++i) to[i * kRows] = strip[i];
+    }
+    for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.v_dim); dim += kRows) {
+      detail::convert_strip<Isa>(v + dim, elements + v_offset(shape, row, dim));
+    }
+    return detail::ElementRows<E>::template count_overflows<Isa>(k, shape.k_dim) +
+           detail::ElementRows<E>::template count_overflows<Isa>(v, shape.v_dim);
+  }
+
+  /// @copydoc RowFormat
+  template <class Isa>
+  static void add_rows(const std::byte* page, const PageShape& shape, std::size_t first,
+                       std::size_t last, double* k_sum, double* v_sum) {
+    const E* elements = elements_of(page);
+    for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.v_dim); dim += kRows) {
+      for (std::size_t row = first; row < last; ++row) {
+        detail::add_strip<Isa>(elements + v_offset(shape, row, dim), v_sum + dim);
+      }
+    }
+    for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.k_dim); ++dim) {
+      for (std::size_t row = first; row < last;) {  // one dimension of up to 16 tokens at a time
+        const std::size_t lane = row % kRows;
+        const std::size_t lanes = std::min(kRows - lane, last - row);
+        alignas(64) float tokens[kRows];
+        detail::convert_strip<Isa>(elements + k_offset(shape, row - lane, dim), tokens);
+        for (std::size_t i = 0; i < lanes; ++i) {
+          k_sum[dim] += static_cast<double>(tokens[lane + i]);
+        }
+        row += lanes;
+      }
+    }
+  }
+
+  /// @copydoc RowFormat
+  static void read_row(Page page, const PageShape& shape, std::size_t row, float* k, float* v) {
+    const E* elements = elements_of(page);
+    for (std::size_t d = 0; d < static_cast<std::size_t>(shape.k_dim); ++d) {
+      k[d] = to_float(elements[k_offset(shape, row, d)]);
+    }
+    for (std::size_t d = 0; d < static_cast<std::size_t>(shape.v_dim); ++d) {
+      v[d] = to_float(elements[v_offset(shape, row, d)]);
+    }
+  }
+
+  /// The 64 rows around `row` (as many as the page has), where they lie.
+  HEADWISE_ALWAYS_INLINE static detail::RowTiles<E> tiles(Page page, const PageShape& shape,
+                                                          std::size_t row) {
+    const std::size_t block = row / detail::kBlockRows * detail::kBlockRows;
+    const E* elements = elements_of(page);
+    return {elements + k_offset(shape, block, 0), elements + v_offset(shape, block, 0),
+            static_cast<std::ptrdiff_t>(shape.page_tokens) * detail::kTile};
+  }
+
+  /// @copydoc RowFormat
+  template <class Isa>
+  static int pack(Page page, const PageShape& shape, std::size_t row, int count, float* k,
+                  float* v) noexcept {
+    const detail::RowTiles<E> stored = tiles(page, shape, row);
+    const int first = static_cast<int>(row % detail::kBlockRows);
+    const std::ptrdiff_t tile = static_cast<std::ptrdiff_t>(shape.k_dim) * detail::kTile;
+    const std::ptrdiff_t k_begin = first / detail::kTile * tile;
+    const std::ptrdiff_t k_end = (first + count + detail::kTile - 1) / detail::kTile * tile;
+    widen<Isa>(stored.k + k_begin, k_end - k_begin, k + k_begin);
+    for (int strip = 0; strip < shape.v_dim / detail::kTile; ++strip) {
+      widen<Isa>(stored.v + strip * stored.v_stride + first * detail::kTile,
+                 static_cast<std::ptrdiff_t>(count) * detail::kTile,
+                 v + (strip * detail::kBlockRows + first) * detail::kTile);
+    }
+    return first;
+  }
+
+ private:
+  static constexpr std::size_t kRows = detail::kTile;
+
+  static const E* elements_of(const std::byte* page) { return reinterpret_cast<const E*>(page); }
+
+  template <class Isa>
+  static void widen(const E* from, std::ptrdiff_t count, float* to) noexcept {
+    using O = simd::Ops<Isa>;
+    for (std::ptrdiff_t i = 0; i < count; i += O::kWidth) O::store(to + i, O::load(from + i));
+  }
+};
+
+}  // namespace headwise::inline v0

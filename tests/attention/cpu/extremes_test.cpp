@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: MIT
+// Hidden rows of any bits, scores at the end of the range, sums beyond it: both kernels, every ISA.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "headwise/attention/reference.hpp"
+#include "support/attention_cases.hpp"
+#include "support/isa_types.hpp"
+#include "support/run_kernels.hpp"
+
+namespace headwise::test {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+template <class Types>
+class Extremes : public ::testing::Test {
+ protected:
+  using Isa = typename Types::Isa;
+  using Head = PagedHead<typename Types::Format>;
+
+  /// Every output of both kernels, however the work is cut, is the oracle's where that is finite,
+  /// and not finite elsewhere.
+  static void expect_oracle(Head& head, const std::string& what) {
+    const auto problem = head.problem();
+    const std::vector<double> truth = reference_attention(problem);
+    const std::int64_t rows = problem.past.num_rows();
+    const auto dim = static_cast<std::size_t>(problem.past.shape.v_dim);
+    const auto compare = [&](const std::string& how) {
+      for (std::size_t row = 0; row < truth.size(); row += dim) {
+        double error = 0.0, norm = 0.0;
+        for (std::size_t d = row; d < row + dim; ++d) {
+          const auto x = static_cast<double>(head.out()[d]);
+          ASSERT_EQ(std::isfinite(x), std::isfinite(truth[d]))
+              << what << ", " << how << ", row " << row / dim << ": " << x << ", not " << truth[d];
+          if (!std::isfinite(x)) continue;
+          error += std::pow((x - truth[d]) * 1e-30, 2);  // V may be 1e38
+          norm += std::pow(truth[d] * 1e-30, 2);
+        }
+        ASSERT_LE(std::sqrt(error), 1e-5 * std::sqrt(norm)) << what << ", " << how;
+      }
+    };
+    decode_in_splits<Isa>(problem);
+    compare("decode");
+    decode_in_splits<Isa>(problem, {0, rows / 3, rows / 3, rows / 2});
+    compare("decode in splits");
+    prefill_in_tiles<Isa>(problem, prefill_tile_queries(problem.group_size));
+    compare("prefill");
+    prefill_in_tiles<Isa>(problem, 5);
+    compare("prefill in small tiles");
+  }
+};
+TYPED_TEST_SUITE(Extremes, AllKernels, KernelNames);
+
+TYPED_TEST(Extremes, ALaterRowOfTheStepContributesNothingWhateverItsBitsAre) {
+  for (const float value : {std::numeric_limits<float>::quiet_NaN(), kInfinity, 70000.0F}) {
+    for (const std::int64_t queries : {2, 16, 40, 64, 65, 130}) {
+      const AttentionCase c{
+          .name = "", .k_dim = 16, .v_dim = 32, .group_size = 2, .past = 3, .queries = queries};
+      for (const std::int64_t bad : {queries - 1, queries / 2}) {
+        typename TestFixture::Head in_v(c), in_both(c);
+        in_v.set_row(c.past + bad, 0.5F, value);
+        in_both.set_row(c.past + bad, value, value);
+        this->expect_oracle(in_v, "V");
+        this->expect_oracle(in_both, "K and V");
+      }
+    }
+  }
+}
+
+TYPED_TEST(Extremes, ARowThatTheWindowLeavesBehindContributesNothingWhateverItsBitsAre) {
+  const AttentionCase cases[] = {
+      {.name = "ring",
+       .v_dim = 32,
+       .past = 150,
+       .queries = 70,
+       .window = {4, 60},
+       .kept = Kept::kRing},
+      {.name = "dense",
+       .v_dim = 32,
+       .group_size = 3,
+       .past = 150,
+       .queries = 30,
+       .window = {4, 60}},
+      {.name = "own rows", .v_dim = 32, .past = 0, .queries = 120, .window = {2, 20}}};
+  for (const AttentionCase& c : cases) {
+    // Seen by the first queries and not by later ones, stored and of the step.
+    for (const std::int64_t pos : {c.past - 59, c.past - 30, c.past + 1, c.past + 10}) {
+      if (pos < c.window.sink) continue;
+      for (const float value : {std::numeric_limits<float>::quiet_NaN(), kInfinity}) {
+        typename TestFixture::Head head(c);
+        head.set_row(pos, 0.25F, value);
+        this->expect_oracle(head, c.name);
+      }
+    }
+  }
+}
+
+TYPED_TEST(Extremes, ScoresOfMinusInfinityAreNoRows) {
+  // The first 20 tokens have scores of -inf, whichever way: stored as infinite, or out of range.
+  const AttentionCase c{
+      .name = "", .k_dim = 16, .v_dim = 16, .group_size = 2, .past = 9, .queries = 70};
+  for (const float k : {kInfinity, 3e38F}) {
+    typename TestFixture::Head head(c);
+    head.set_q(-1.0F);
+    for (std::int64_t pos = 0; pos < c.past + c.queries; ++pos) {
+      head.set_row(pos, pos < 20 ? k : 1.0F, static_cast<float>(pos % 50));
+    }
+    this->expect_oracle(head, "minus infinity");
+  }
+}
+
+TYPED_TEST(Extremes, HugeNegativeScoresHideNothingButWhatIsHidden) {
+  const AttentionCase c{.name = "", .k_dim = 16, .v_dim = 16, .past = 9, .queries = 70};
+  for (const float k : {1e30F, 1e37F, 2.1e37F, 8.0e37F}) {
+    typename TestFixture::Head head(c);
+    head.set_q(-1.0F);
+    for (std::int64_t pos = 0; pos < c.past + c.queries; ++pos) {
+      head.set_row(pos, k, static_cast<float>(pos % 50));
+    }
+    this->expect_oracle(head, std::to_string(k));
+  }
+}
+
+TYPED_TEST(Extremes, PlusInfinityOrNanAmongVisibleScoresIsNan) {
+  for (const float k : {kInfinity, std::numeric_limits<float>::quiet_NaN()}) {
+    typename TestFixture::Head head(
+        {.name = "", .k_dim = 16, .v_dim = 16, .past = 70, .queries = 20});
+    head.set_q(1.0F);
+    head.set_row(80, k, 1.0F);
+    this->expect_oracle(head, "visible");
+  }
+}
+
+TYPED_TEST(Extremes, TheMeanOfHugeValuesIsTheMean) {
+  // In the row format's own range: 6e4 fits f16.
+  using Format = typename TypeParam::Format;
+  float huge = 1e38F, rounded = 0.0F;
+  Format::round_row(&huge, 1, &rounded);
+  if (!is_finite(rounded)) huge = 6e4F;
+  for (const std::int64_t queries : {1, 90}) {
+    typename TestFixture::Head head({.name = "",
+                                     .k_dim = 16,
+                                     .v_dim = 16,
+                                     .past = 300,
+                                     .queries = queries,
+                                     .compensation = 10});
+    head.set_q(0.0F);
+    for (std::int64_t pos = 0; pos < 300 + queries; ++pos) {
+      head.set_row(pos, 1.0F, pos % 4 == 0 ? huge / 2.0F : huge);
+    }
+    this->expect_oracle(head, "huge");
+  }
+}
+
+TYPED_TEST(Extremes, ACompensationRowOfMinusInfinityIsNone) {
+  typename TestFixture::Head head({.name = "", .k_dim = 16, .v_dim = 16, .past = 5, .queries = 70});
+  const std::vector<float> k(16, 3e38F), v(16, 5.0F);
+  auto problem = head.problem();
+  problem.past.compensation = {k.data(), v.data(), 10};
+  head.set_q(-10.0F);
+  const std::vector<double> truth = reference_attention(problem);
+  decode_in_splits<typename TypeParam::Isa>(problem);
+  EXPECT_LE(relative_error(head.out(), truth), 1e-5);
+  prefill_in_tiles<typename TypeParam::Isa>(problem, 48);
+  EXPECT_LE(relative_error(head.out(), truth), 1e-5);
+}
+
+TYPED_TEST(Extremes, APartialOfScoresOfMinusInfinityIsEmpty) {
+  typename TestFixture::Head head({.name = "", .k_dim = 16, .v_dim = 16, .past = 5});
+  head.set_q(-1.0F);  // -inf, rounded or in the sum
+  for (std::int64_t pos = 0; pos < 6; ++pos) head.set_row(pos, 3e38F, 2.0F);
+  const auto problem = head.problem();
+  AlignedFloats partial(decode_partial_floats(1, 16));
+  AlignedFloats scratch(decode_scratch_floats(1, 16, 16));
+  decode_split<typename TypeParam::Isa>(problem, {0, 5, true}, partial.data(), scratch.data());
+  const SoftmaxState state{partial.data()[0], partial.data()[16], partial.data() + 32};
+  EXPECT_TRUE(state.empty());
+  EXPECT_EQ(state.lse(), -kInfinity);
+  EXPECT_EQ(state.out[0], 0.0F);
+}
+
+}  // namespace
+}  // namespace headwise::test

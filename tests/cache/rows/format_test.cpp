@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: MIT
+#include "headwise/cache/rows/format.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <initializer_list>
+#include <random>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "headwise/cache/rows/plain_rows.hpp"
+#include "headwise/cache/rows/tiled_rows.hpp"
+#include "headwise/core/dtype.hpp"
+#include "support/isa_types.hpp"
+
+namespace headwise {
+namespace {
+
+constexpr PageShape kShapes[] = {{16, 16, 16}, {64, 32, 32}, {32, 80, 96}, {48, 256, 48}};
+
+template <class Types>
+class RowFormats : public ::testing::Test {
+ protected:
+  std::mt19937 random{11};
+  std::vector<float> floats(int count) {
+    std::vector<float> x(static_cast<std::size_t>(count));
+    for (float& value : x) value = std::uniform_real_distribution<float>(-2.0F, 2.0F)(random);
+    return x;
+  }
+};
+TYPED_TEST_SUITE(RowFormats, test::AllKernels, test::KernelNames);
+
+TEST(FormatOf, AnElementIsItsTiledRowsAndAFormatItself) {
+  static_assert(std::is_same_v<FormatOf<f16>, TiledRows<f16>>);
+  static_assert(std::is_same_v<FormatOf<PlainRows<bf16>>, PlainRows<bf16>>);
+  static_assert(RowFormat<Int8Rows> && RowFormat<PlainRows<f32>> && !RowFormat<f16>);
+}
+
+TYPED_TEST(RowFormats, ReadsBackWhatRoundRowSays) {
+  using Format = typename TypeParam::Format;
+  for (const PageShape& shape : kShapes) {
+    std::vector<std::byte> page(Format::page_bytes(shape), std::byte{0xFF});
+    const std::vector<float> k = this->floats(shape.k_dim);
+    const std::vector<float> v = this->floats(shape.v_dim);
+    Format::template encode<typename TypeParam::Isa>(page.data(), shape, 13, k.data(), v.data());
+    std::vector<float> rounded_k(k.size()), rounded_v(v.size()), read_k(k.size()), read_v(v.size());
+    Format::round_row(k.data(), shape.k_dim, rounded_k.data());
+    Format::round_row(v.data(), shape.v_dim, rounded_v.data());
+    const auto memory = Format::Memory::over_pages(page.data(), page.size(), shape);
+    Format::read_row(memory.page(0), shape, 13, read_k.data(), read_v.data());
+    EXPECT_EQ(read_k, rounded_k);
+    EXPECT_EQ(read_v, rounded_v);
+  }
+}
+
+TYPED_TEST(RowFormats, AddsExactlyTheRowsAskedFor) {
+  using Format = typename TypeParam::Format;
+  for (const PageShape& shape : kShapes) {
+    const auto tokens = static_cast<std::size_t>(shape.page_tokens);
+    for (const auto& [first, last] : std::initializer_list<std::pair<std::size_t, std::size_t>>{
+             {0, tokens}, {0, 1}, {4, 7}, {4, tokens}, {15, 16}, {7, tokens - 1}, {3, 3}}) {
+      // Rows outside stay NaN: one of them in a sum would show.
+      std::vector<std::byte> page(Format::page_bytes(shape), std::byte{0xFF});
+      const std::vector<float> k_before = this->floats(shape.k_dim);
+      const std::vector<float> v_before = this->floats(shape.v_dim);
+      std::vector<double> k_sum(k_before.begin(), k_before.end());
+      std::vector<double> v_sum(v_before.begin(), v_before.end());
+      std::vector<double> k_truth = k_sum;
+      std::vector<double> v_truth = v_sum;
+      for (std::size_t row = first; row < last; ++row) {
+        const std::vector<float> k = this->floats(shape.k_dim);
+        const std::vector<float> v = this->floats(shape.v_dim);
+        Format::template encode<typename TypeParam::Isa>(page.data(), shape, row, k.data(),
+                                                         v.data());
+        std::vector<float> stored_k(k.size()), stored_v(v.size());
+        Format::round_row(k.data(), shape.k_dim, stored_k.data());
+        Format::round_row(v.data(), shape.v_dim, stored_v.data());
+        for (std::size_t d = 0; d < k.size(); ++d) k_truth[d] += static_cast<double>(stored_k[d]);
+        for (std::size_t d = 0; d < v.size(); ++d) v_truth[d] += static_cast<double>(stored_v[d]);
+      }
+      Format::template add_rows<typename TypeParam::Isa>(page.data(), shape, first, last,
+                                                         k_sum.data(), v_sum.data());
+      const double bound = 1e-13;
+      for (std::size_t d = 0; d < k_sum.size(); ++d) {
+        ASSERT_NEAR(k_sum[d], k_truth[d], bound) << first << " to " << last;
+      }
+      for (std::size_t d = 0; d < v_sum.size(); ++d) {
+        ASSERT_NEAR(v_sum[d], v_truth[d], bound) << first << " to " << last;
+      }
+    }
+  }
+}
+
+TYPED_TEST(RowFormats, HasPagesOfWholeCacheLinesThatHoldAllRows) {
+  using Format = typename TypeParam::Format;
+  for (const PageShape& shape : kShapes) {
+    const std::size_t bytes = Format::page_bytes(shape);
+    EXPECT_EQ(bytes % 64, 0U);
+    // Rows that are written last change no row that was written before.
+    std::vector<std::byte> page(bytes, std::byte{0xFF});
+    std::vector<std::vector<float>> rows;
+    const auto memory = Format::Memory::over_pages(page.data(), bytes, shape);
+    for (int row = 0; row < shape.page_tokens; ++row) {
+      rows.push_back(this->floats(std::max(shape.k_dim, shape.v_dim)));
+      Format::template encode<typename TypeParam::Isa>(page.data(), shape,
+                                                       static_cast<std::size_t>(row),
+                                                       rows.back().data(), rows.back().data());
+    }
+    for (int row = 0; row < shape.page_tokens; ++row) {
+      const std::vector<float>& x = rows[static_cast<std::size_t>(row)];
+      std::vector<float> k(static_cast<std::size_t>(shape.k_dim)), rounded_k = k;
+      std::vector<float> v(static_cast<std::size_t>(shape.v_dim)), rounded_v = v;
+      Format::read_row(memory.page(0), shape, static_cast<std::size_t>(row), k.data(), v.data());
+      Format::round_row(x.data(), shape.k_dim, rounded_k.data());
+      Format::round_row(x.data(), shape.v_dim, rounded_v.data());
+      EXPECT_EQ(k, rounded_k);
+      EXPECT_EQ(v, rounded_v);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace headwise
