@@ -64,11 +64,14 @@ num_jobs() {
   echo $((cores > 0 ? cores : 1))
 }
 
-build() { # [target...]
+configure() { # [argument of cmake...]
   local log
   log=$(mktemp)
-  cmake --preset release >"$log" 2>&1 || { cat "$log"; exit 1; }
+  cmake --preset release "$@" >"$log" 2>&1 || { cat "$log"; exit 1; }
   rm -f "$log"
+}
+
+build() { # [target...]
   cmake --build --preset release --parallel "$(num_jobs)" ${1:+--target "$@"}
 }
 
@@ -77,16 +80,19 @@ command=${1:-}
 case $command in
   demo)
     install_packages
+    configure
     build needle_lm
     exec build/release/examples/needle_lm/needle_lm demo "$@"
     ;;
   test)
     install_packages
+    configure -D HEADWISE_BUILD_BENCHMARKS=OFF  # no test runs them
     build
     exec ctest --preset release --parallel "$(num_jobs)" "$@"
     ;;
   bench)
     install_packages python3-matplotlib
+    configure -D HEADWISE_BUILD_BENCHMARKS=ON
     build
     mkdir -p build/bench
     for program in build/release/bench/*_bench; do

@@ -1,43 +1,50 @@
 // SPDX-License-Identifier: MIT
 /// @file run_kernels.hpp
-/// Both CPU kernels as functions of a whole problem.
+/// Both CPU kernels as functions of a whole problem. They are compiled once, in run_kernels.cpp:
+/// every ISA times every format takes half a minute.
 #pragma once
 
-#include <algorithm>
-#include <cstddef>
 #include <cstdint>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "headwise/attention/cpu/decode.hpp"
-#include "headwise/attention/cpu/prefill.hpp"
-#include "support/attention_cases.hpp"
+#include "headwise/attention/problem.hpp"
+#include "headwise/simd/simd.hpp"
 
 namespace headwise::test {
+
+/// One ISA's kernels over one format.
+template <class Format>
+struct Kernels {
+  void (*decode_in_splits)(const HeadProblem<Format>&, std::vector<std::int64_t> cuts) = nullptr;
+  void (*prefill_in_tiles)(const HeadProblem<Format>&, std::int64_t tile) = nullptr;
+  void (*decode_one_split)(const HeadProblem<Format>&, DecodeSplit, float* partial,
+                           float* scratch) noexcept = nullptr;
+};
+
+/// @param isa  simd::isa_name of one that this build has
+template <class Format>
+Kernels<Format> kernels_on(std::string_view isa);
 
 /// Decodes a problem in splits that begin at `cuts`; the last does the own rows.
 template <class Isa, class Format>
 void decode_in_splits(const HeadProblem<Format>& problem, std::vector<std::int64_t> cuts = {0}) {
-  const auto& past = problem.past;
-  const std::int64_t rows = problem.num_queries * problem.group_size;
-  const std::size_t stride = decode_partial_floats(rows, past.shape.v_dim);
-  AlignedFloats partials(stride * cuts.size());
-  AlignedFloats scratch(decode_scratch_floats(rows, past.shape.k_dim, past.shape.v_dim));
-  cuts.push_back(past.num_rows());
-  for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
-    decode_split<Isa>(problem, {cuts[i], cuts[i + 1], i + 2 == cuts.size()},
-                      partials.data() + i * stride, scratch.data());
-  }
-  merge_splits<Isa>(problem, partials.data(), stride, static_cast<std::int64_t>(cuts.size()) - 1);
+  kernels_on<Format>(simd::isa_name<Isa>()).decode_in_splits(problem, std::move(cuts));
+}
+
+/// decode_split alone.
+template <class Isa, class Format>
+void decode_one_split(const HeadProblem<Format>& problem, DecodeSplit split, float* partial,
+                      float* scratch) {
+  kernels_on<Format>(simd::isa_name<Isa>()).decode_one_split(problem, split, partial, scratch);
 }
 
 /// Prefills a problem in tiles of `tile` queries.
 template <class Isa, class Format>
 void prefill_in_tiles(const HeadProblem<Format>& problem, std::int64_t tile) {
-  AlignedFloats scratch(prefill_scratch_floats(problem.group_size, problem.past.shape.k_dim,
-                                               problem.past.shape.v_dim));
-  for (std::int64_t begin = 0; begin < problem.num_queries; begin += tile) {
-    prefill_tile<Isa>(problem, begin, std::min(begin + tile, problem.num_queries), scratch.data());
-  }
+  kernels_on<Format>(simd::isa_name<Isa>()).prefill_in_tiles(problem, tile);
 }
 
 }  // namespace headwise::test

@@ -10,7 +10,10 @@
 #include <string>
 #include <vector>
 
+#include "headwise/attention/cpu/decode.hpp"
+#include "headwise/attention/cpu/prefill.hpp"
 #include "headwise/attention/reference.hpp"
+#include "headwise/attention/state.hpp"
 #include "support/attention_cases.hpp"
 #include "support/isa_types.hpp"
 #include "support/run_kernels.hpp"
@@ -180,7 +183,7 @@ TYPED_TEST(Extremes, APartialOfScoresOfMinusInfinityIsEmpty) {
   const auto problem = head.problem();
   AlignedFloats partial(decode_partial_floats(1, 16));
   AlignedFloats scratch(decode_scratch_floats(1, 16, 16));
-  decode_split<typename TypeParam::Isa>(problem, {0, 5, true}, partial.data(), scratch.data());
+  decode_one_split<typename TypeParam::Isa>(problem, {0, 5, true}, partial.data(), scratch.data());
   const SoftmaxState state{partial.data()[0], partial.data()[16], partial.data() + 32};
   EXPECT_TRUE(state.empty());
   EXPECT_EQ(state.lse(), -kInfinity);

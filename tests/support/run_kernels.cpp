@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT
+#include "support/run_kernels.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <tuple>
+
+#include "headwise/attention/cpu/prefill.hpp"
+#include "support/attention_cases.hpp"
+#include "support/isa_types.hpp"
+
+namespace headwise::test {
+namespace {
+
+template <class Isa, class Format>
+void run_decode(const HeadProblem<Format>& problem, std::vector<std::int64_t> cuts) {
+  const auto& past = problem.past;
+  const std::int64_t rows = problem.num_queries * problem.group_size;
+  const std::size_t stride = decode_partial_floats(rows, past.shape.v_dim);
+  AlignedFloats partials(stride * cuts.size());
+  AlignedFloats scratch(decode_scratch_floats(rows, past.shape.k_dim, past.shape.v_dim));
+  cuts.push_back(past.num_rows());
+  for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
+    decode_split<Isa>(problem, {cuts[i], cuts[i + 1], i + 2 == cuts.size()},
+                      partials.data() + i * stride, scratch.data());
+  }
+  merge_splits<Isa>(problem, partials.data(), stride, static_cast<std::int64_t>(cuts.size()) - 1);
+}
+
+template <class Isa, class Format>
+void run_prefill(const HeadProblem<Format>& problem, std::int64_t tile) {
+  AlignedFloats scratch(prefill_scratch_floats(problem.group_size, problem.past.shape.k_dim,
+                                               problem.past.shape.v_dim));
+  for (std::int64_t begin = 0; begin < problem.num_queries; begin += tile) {
+    prefill_tile<Isa>(problem, begin, std::min(begin + tile, problem.num_queries), scratch.data());
+  }
+}
+
+template <class Format, class... Isas>
+Kernels<Format> find(std::string_view isa, std::tuple<Isas...>) {
+  Kernels<Format> found;
+  const auto look_at = [&]<class Isa>(Isa) {
+    if (simd::isa_name<Isa>() == isa)
+      found = {&run_decode<Isa, Format>, &run_prefill<Isa, Format>, &decode_split<Isa, Format>};
+  };
+  (look_at(Isas{}), ...);
+  return found;
+}
+
+}  // namespace
+
+template <class Format>
+Kernels<Format> kernels_on(std::string_view isa) {
+  return find<Format>(isa, type_lists::Isas{});
+}
+
+// AllFormats; one that is not here does not link.
+template Kernels<PlainRows<f32>> kernels_on(std::string_view);
+template Kernels<TiledRows<f32>> kernels_on(std::string_view);
+template Kernels<PlainRows<f16>> kernels_on(std::string_view);
+template Kernels<TiledRows<f16>> kernels_on(std::string_view);
+template Kernels<PlainRows<bf16>> kernels_on(std::string_view);
+template Kernels<TiledRows<bf16>> kernels_on(std::string_view);
+template Kernels<Int8Rows> kernels_on(std::string_view);
+
+}  // namespace headwise::test
