@@ -244,7 +244,10 @@ class Books {
     reserve(step);
     const StepStatus status = enter(step, chunks);
     if (status != StepStatus::kOk) {
-      for (const StepEntry& entry : step.entries_) state(entry.sequence).pending_length = -1;
+      for (const StepEntry& entry : step.entries_) {
+        state(entry.sequence).pending_length = -1;
+        shrink_tables(entry.sequence.index);
+      }
       step.entries_.clear();
       return status;
     }
@@ -417,7 +420,15 @@ class Books {
     free_sequences_[num_free_sequences_++] = index;
   }
 
+  /// Tables are as large as the committed tokens need: a step that came to nothing leaves no block
+  /// that its pages do not pay for.
+  void shrink_tables(std::int32_t index) {
+    tables_.shrink(index, pages_of(sequences_[static_cast<std::size_t>(index)].high_water));
+  }
+
   void reserve(Step& step) const {
+    step.books_ = nullptr;  // what it was elsewhere it is no more, also where begin refuses
+    step.epoch_ = 0;
     step.entries_.clear();
     step.num_growing_ = 0;
     step.planned_threads_ = 0;
@@ -486,6 +497,7 @@ class Books {
       for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
         give_back(index, c, rule.changes(kept, entry.lengths).take);
       });
+      shrink_tables(index);
     }
     close_step();
   }
