@@ -111,13 +111,16 @@ class Books {
   Books& operator=(const Books&) = delete;
 
   /// What follows from shape, plan and options.
-  const CacheGeometry& geometry() const { return geometry_; }
+  const CacheGeometry& geometry() const& { return geometry_; }
   /// The pages and who holds them.
-  const PagePool& pool() const { return pool_; }
+  const PagePool& pool() const& { return pool_; }
   /// Where they are named.
-  const PageTables& tables() const { return tables_; }
+  const PageTables& tables() const& { return tables_; }
   /// @copydoc tables()
-  PageTables& tables() { return tables_; }
+  PageTables& tables() & { return tables_; }
+  const CacheGeometry& geometry() const&& = delete;
+  const PagePool& pool() const&& = delete;
+  const PageTables& tables() const&& = delete;
 
   // Sequences -------------------------------------------------------------------------------------
 

@@ -120,7 +120,8 @@ class Step {
   std::int64_t num_overflows() const { return num_overflows_.load(std::memory_order_relaxed); }
 
   /// Memory that attention keeps between the step's tasks; reserve_scratch() sizes it.
-  const Scratch& scratch() const { return scratch_; }
+  const Scratch& scratch() const& { return scratch_; }
+  const Scratch& scratch() const&& = delete;
   /// Grows the scratch to at least `bytes`. Where it grows, planned work is gone.
   void reserve_scratch_bytes(std::size_t bytes) {
     if (bytes <= scratch_.num_bytes()) return;

@@ -216,7 +216,7 @@ class PagePool {
   static std::size_t num_granules(const PoolShape& shape, std::int64_t num_slabs) {
     const auto per_slab = static_cast<std::int64_t>(shape.slab_bytes() / shape.granule());
     const std::int64_t granules = detail::checked_mul(num_slabs, per_slab, "pages of a pool");
-    if (granules > std::numeric_limits<std::int32_t>::max()) {
+    if (num_slabs > max_slabs(shape)) {
       fail<ConfigError>("a pool has at most 2^31 - 1 pages of ", shape.granule(),
                         " bytes, asked for ", granules);
     }

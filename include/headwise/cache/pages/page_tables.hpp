@@ -201,7 +201,8 @@ class PageTables {
   }
 
   /// What the tables were built for.
-  const Shape& shape() const { return shape_; }
+  const Shape& shape() const& { return shape_; }
+  const Shape& shape() const&& = delete;
   /// All entries, as offset() counts them.
   std::span<const std::int32_t> entries() const { return entries_; }
 
