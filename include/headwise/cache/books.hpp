@@ -346,6 +346,9 @@ class Books {
 
   /// What the rule of class `c` remembers of a sequence.
   const AnyKeepState& keep_state(std::int32_t index, std::size_t c) const {
+    HEADWISE_ASSERT(index >= 0 && index < geometry_.options().max_sequences,
+                    "an entry of no sequence");
+    HEADWISE_ASSERT(c < geometry_.classes().size(), "class out of range");
     return states_[static_cast<std::size_t>(index) * geometry_.classes().size() + c];
   }
   /// Compensation rows of one sequence, as HeadPlace::compensation_offset counts.
