@@ -5,6 +5,7 @@
 /// The file is taken for hostile: every length and offset is checked against the file before use.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -21,6 +22,7 @@
 #include "headwise/core/check.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/heads/bounded_json.hpp"
+#include "headwise/heads/text_file.hpp"
 
 namespace needle_lm {
 
@@ -112,34 +114,35 @@ class SafeTensors {
   }
 
   Tensor read_entry(const std::string& name, const nlohmann::json& entry) const {
+    const std::string shown = headwise::detail::excerpt(name);  // as long and wild as it likes
     const auto is_length = [](const nlohmann::json& value) { return value.is_number_unsigned(); };
     if (!entry.is_object() || !entry.contains("dtype") || !entry["dtype"].is_string() ||
         !entry.contains("shape") || !entry["shape"].is_array() || !entry.contains("data_offsets") ||
         !entry["data_offsets"].is_array() || entry["data_offsets"].size() != 2 ||
         !is_length(entry["data_offsets"][0]) || !is_length(entry["data_offsets"][1])) {
-      fail(name, ": expected {dtype: text, shape: [...], data_offsets: [begin, end]}");
+      fail(shown, ": expected {dtype: text, shape: [...], data_offsets: [begin, end]}");
     }
     const auto dtype = entry["dtype"].get<std::string>();
     std::uint64_t bytes = element_bytes(dtype);
-    if (bytes == 0) fail(name, ": unknown dtype ", dtype);
+    if (bytes == 0) fail(shown, ": unknown dtype ", headwise::detail::excerpt(dtype));
 
     const auto begin = entry["data_offsets"][0].get<std::uint64_t>();
     const auto end = entry["data_offsets"][1].get<std::uint64_t>();
     if (begin > end || end > data_.size()) {
-      fail(name, ": offsets [", begin, ", ", end, ") in ", data_.size(), " bytes of data");
+      fail(shown, ": offsets [", begin, ", ", end, ") in ", data_.size(), " bytes of data");
     }
     Shape shape;
     for (const auto& dim : entry["shape"]) {
-      if (!is_length(dim)) fail(name, ": dimension ", brief(dim), " is no natural number");
+      if (!is_length(dim)) fail(shown, ": dimension ", brief(dim), " is no natural number");
       const auto size = dim.get<std::uint64_t>();
       if (size > data_.size() || (size != 0 && bytes > data_.size() / size)) {
-        fail(name, ": dimension ", size, " leads beyond ", data_.size(), " bytes of data");
+        fail(shown, ": dimension ", size, " leads beyond ", data_.size(), " bytes of data");
       }
       bytes *= size;
       shape.push_back(static_cast<std::int64_t>(size));
     }
     if (bytes != end - begin) {
-      fail(name, ": shape and dtype need ", bytes, " bytes, offsets give ", end - begin);
+      fail(shown, ": shape and dtype need ", bytes, " bytes, offsets give ", end - begin);
     }
     return {dtype, std::move(shape), data_.subspan(begin, end - begin)};
   }
@@ -151,9 +154,12 @@ class SafeTensors {
   }
 
   static std::string to_text(const Shape& shape) {
+    constexpr std::size_t kShown = 8;
     std::string text = "[";
-    for (const auto dim : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(dim);
-    return text + "]";
+    for (std::size_t i = 0; i < std::min(shape.size(), kShown); ++i) {
+      text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+    }
+    return text + (shape.size() > kShown ? ", ...]" : "]");
   }
 
   template <class To, class From = To>

@@ -519,6 +519,18 @@ TEST_F(BooksTest, AStepOfOtherBooksIsStale) {
   EXPECT_EQ(books.commit(step), StepStatus::kOk);
 }
 
+TEST_F(BooksTest, AStepThatOtherBooksRefusedIsStaleHereAndCommitsNothing) {
+  BooksOf other(options_of(3));
+  const SequenceId here = add();
+  ASSERT_EQ(begin({{here, 5}}), StepStatus::kOk);
+  const SequenceChunk nobody{SequenceId{}, 5};
+  ASSERT_EQ(other.books.begin(step, {&nobody, 1}), StepStatus::kInvalidChunk);
+  EXPECT_FALSE(books.is_open(step));
+  EXPECT_EQ(books.commit(step), StepStatus::kStale) << "no layer was attended";
+  EXPECT_EQ(books.length(here), 0);
+  EXPECT_EQ(advance(here, 5), StepStatus::kOk);
+}
+
 TEST(Books, AStepOfFormerBooksAtTheSameAddressIsStale) {
   std::optional<Books> books;
   books.emplace(geometry_of(options_of(1)), nullptr, false);
@@ -881,6 +893,45 @@ TEST(Books, TablesNeverRunOutBeforePagesWithoutForks) {
     }
   }
   EXPECT_GT(refused, 50);
+}
+
+TEST(Books, StepsThatCameToNothingLeaveTheTablesToOthers) {
+  CacheOptions options = options_of(64);
+  options.max_context = 400'000;
+  options.max_bytes = 800 * slab_bytes_of(options);
+  BooksOf own(options);
+  std::vector<SequenceId> ids;
+  for (int i = 0; i < 64; ++i) {
+    ids.push_back(own.add());
+    if (i % 2 == 0) {
+      ASSERT_EQ(own.advance(ids.back(), 100), StepStatus::kOk);
+    }
+    ASSERT_EQ(own.begin({{ids.back(), 50'000}}), StepStatus::kOk) << "sequence " << i;
+    if (i % 3 != 0) {
+      ASSERT_EQ(own.books.drop(own.step), StepStatus::kOk);
+    }  // else the next begin drops it
+  }
+  (void)own.begin({});
+  ASSERT_NO_FATAL_FAILURE(expect_holders_counted(own.books, ids));
+}
+
+TEST(Books, AStepWithoutTablesLeavesThoseOfItsSequencesAsTheyWere) {
+  // One of the two has room for long tables, not both: many forks hold the others.
+  CacheOptions options = options_of(64);
+  options.max_context = 400'000;
+  options.max_bytes = 800 * slab_bytes_of(options);
+  BooksOf own(options);
+  const SequenceId a = own.add();
+  const SequenceId b = own.add();
+  const SequenceId parent = own.add();
+  ASSERT_EQ(own.advance(parent, 33'000), StepStatus::kOk);
+  SequenceId child;
+  SequenceId last;
+  while (own.fork(parent, child) == StepStatus::kOk) last = child;
+  own.books.release(last);
+  ASSERT_EQ(own.begin({{a, 33'000}, {b, 33'000}}), StepStatus::kOutOfTables);
+  EXPECT_FALSE(own.books.tables().has_block(a.index));
+  EXPECT_EQ(own.fork(parent, child), StepStatus::kOk);
 }
 
 TEST(Books, ASequenceGrowsToTheLongestContextWhateverItsHeadsKeep) {

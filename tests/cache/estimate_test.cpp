@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory_resource>
 
 #include "headwise/cache/kv_cache.hpp"
@@ -158,10 +159,63 @@ TEST(Estimate, ShortChunksNeedNoSecondRings) {
   EXPECT_EQ(estimate<f16>(model.shape, model.plan, model.options).transient_bytes, 0U);
 }
 
+/// Of the widest rows: 2^25 bytes a token in f32.
+const ModelShape& wide() {
+  static const ModelShape shape = ModelShape::uniform(1, 64, 64, kMaxDim);
+  return shape;
+}
+
+TEST(Estimate, BytesThatPass64BitsAreRefusedNotWrapped) {
+  const HeadPlan windows(wide(), KeepWindow{{16, 16}});
+  const HeadPlan dense(wide());
+  CacheOptions options{.page_tokens = 16, .max_bytes = std::size_t{1} << 30};
+  options.max_context = kMaxTokens / 4;
+  EXPECT_EQ(estimate<f32>(wide(), windows, options).dense_bytes, std::size_t{1} << 63);
+  options.max_context = kMaxTokens;  // 2^65 bytes
+  EXPECT_THROW((void)estimate<f32>(wide(), windows, options), ConfigError);
+  EXPECT_THROW((void)estimate<f32>(wide(), dense, options), ConfigError);
+  EXPECT_THROW((void)sequence_bytes<f32>(wide(), dense, options, kMaxTokens), ConfigError);
+}
+
+TEST(Estimate, InversesAnswerForTheWidestRowsAndForAllBytes) {
+  const CacheOptions options{.page_tokens = 16, .max_context = kMaxTokens};
+  EXPECT_EQ(most_sequences<f32>(wide(), HeadPlan(wide()), options, std::size_t{64} << 30), 0);
+  EXPECT_GT(most_sequences<f32>(wide(), HeadPlan(wide(), KeepWindow{{16, 16}}), options,
+                                std::size_t{64} << 30),
+            10)
+      << "whatever a dense cache would need";
+
+  // Where bytes are no limit, the names of pages are: 2^31 - 1 of them.
+  const ModelShape small = ModelShape::uniform(1, 1, 1, 16);
+  CacheOptions few{.page_tokens = 16, .max_context = std::int64_t{1} << 30};
+  EXPECT_EQ(
+      most_sequences<f16>(small, HeadPlan(small), few, std::numeric_limits<std::size_t>::max()),
+      31);  // of 2^26 pages each
+}
+
+TEST(Estimate, RollbackBeyondTheContextCostsNoMoreThanTheContext) {
+  const ModelShape shape = ModelShape::uniform(1, 1, 1, 16);
+  CacheOptions options{.page_tokens = 16, .max_context = 64};
+  options.prefill = PrefillMode::kChunkCausal;
+  const HeadPlan plan(shape, KeepGrowingWindow{4, kMaxTokens, 5});
+  const auto metadata = [&](std::int64_t max_rollback) {
+    options.max_rollback = max_rollback;
+    return estimate<f32>(shape, plan, options).metadata_bytes;
+  };
+  EXPECT_EQ(metadata(1 << 20), metadata(64));
+  EXPECT_EQ(metadata(kMaxTokens), metadata(64));
+}
+
 TEST(Estimate, RefusesWhatMakesNoSense) {
   Model model;
   model.options.max_chunk = -1;
   EXPECT_THROW((void)estimate<f16>(model.shape, model.plan, model.options), ConfigError);
+  model.options.max_chunk = 0;
+  for (const std::int64_t length : {std::int64_t{-1}, std::int64_t{5001}, kMaxTokens}) {
+    EXPECT_THROW((void)sequence_bytes<f16>(model.shape, model.plan, model.options, length),
+                 ConfigError)
+        << length;
+  }
 }
 
 }  // namespace

@@ -439,6 +439,25 @@ TEST(KvCache, FreedAndUnwrittenRowsAreNan) {
 }
 #endif
 
+#if HEADWISE_HARDENED && GTEST_HAS_DEATH_TEST
+TEST(KvCache, EntriesAndLayersThatNobodyBeganAreCaughtInHardenedBuilds) {
+  Model model = mixed_model(PrefillMode::kWindowed, 6);
+  const SequenceId id = model.add();
+  EXPECT_DEATH((void)model.cache.seen(StepChunk{}, 0, 0), "no sequence");
+  const StepChunk beyond{SequenceId{99}, {}, 0, Phase::kDecode};
+  EXPECT_DEATH((void)model.cache.seen(beyond, 0, 0), "no sequence");
+  const StepChunk of_empty{id, {5, 5, 6}, 0, Phase::kDecode};
+  EXPECT_DEATH((void)model.cache.seen(of_empty, 0, 0), "no page tables");
+  EXPECT_DEATH((void)model.cache.rows_seen(99, of_empty), "class out of range");
+  const Step never;
+  EXPECT_DEATH(never.note_head_done(0), "never begun");
+  ASSERT_EQ(model.begin({{id, new_tokens(3)}}, Phase::kPrompt), StepStatus::kOk);
+  EXPECT_DEATH(model.step.note_head_done(3), "layer out of range");
+  ASSERT_EQ(model.cache.drop(model.step), StepStatus::kOk);
+  EXPECT_DEATH(model.append_layer(0), "not open");
+}
+#endif
+
 TEST(KvCache, ARecycledSequenceSeesNothingOfTheFormerOne) {
   for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
     Model model = mixed_model(prefill, 6);

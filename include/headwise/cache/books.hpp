@@ -111,13 +111,16 @@ class Books {
   Books& operator=(const Books&) = delete;
 
   /// What follows from shape, plan and options.
-  const CacheGeometry& geometry() const { return geometry_; }
+  const CacheGeometry& geometry() const& { return geometry_; }
   /// The pages and who holds them.
-  const PagePool& pool() const { return pool_; }
+  const PagePool& pool() const& { return pool_; }
   /// Where they are named.
-  const PageTables& tables() const { return tables_; }
+  const PageTables& tables() const& { return tables_; }
   /// @copydoc tables()
-  PageTables& tables() { return tables_; }
+  PageTables& tables() & { return tables_; }
+  const CacheGeometry& geometry() const&& = delete;
+  const PagePool& pool() const&& = delete;
+  const PageTables& tables() const&& = delete;
 
   // Sequences -------------------------------------------------------------------------------------
 
@@ -244,7 +247,10 @@ class Books {
     reserve(step);
     const StepStatus status = enter(step, chunks);
     if (status != StepStatus::kOk) {
-      for (const StepChunk& chunk : step.chunks_) state(chunk.sequence).pending_length = -1;
+      for (const StepChunk& chunk : step.chunks_) {
+        state(chunk.sequence).pending_length = -1;
+        shrink_tables(chunk.sequence.index);
+      }
       step.chunks_.clear();
       return status;
     }
@@ -340,6 +346,9 @@ class Books {
 
   /// What the rule of class `c` remembers of a sequence.
   const AnyKeepState& keep_state(std::int32_t index, std::size_t c) const {
+    HEADWISE_ASSERT(index >= 0 && index < geometry_.options().max_sequences,
+                    "an chunk of no sequence");
+    HEADWISE_ASSERT(c < geometry_.classes().size(), "class out of range");
     return states_[static_cast<std::size_t>(index) * geometry_.classes().size() + c];
   }
   /// Compensation rows of one sequence, as HeadGeometry::compensation_offset counts.
@@ -417,7 +426,15 @@ class Books {
     free_sequences_[num_free_sequences_++] = index;
   }
 
+  /// Tables are as large as the committed tokens need: a step that came to nothing leaves no block
+  /// that its pages do not pay for.
+  void shrink_tables(std::int32_t index) {
+    tables_.shrink(index, pages_of(sequences_[static_cast<std::size_t>(index)].high_water));
+  }
+
   void reserve(Step& step) const {
+    step.books_ = nullptr;  // what it was elsewhere it is no more, also where begin refuses
+    step.epoch_ = 0;
     step.chunks_.clear();
     step.num_growing_ = 0;
     step.planned_threads_ = 0;
@@ -486,6 +503,7 @@ class Books {
       for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
         give_back(index, c, rule.changes(kept, chunk.lengths).take);
       });
+      shrink_tables(index);
     }
     close_step();
   }

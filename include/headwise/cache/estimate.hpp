@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -50,7 +51,10 @@ inline Estimate estimate_of(const CacheGeometry& geometry, const CacheGeometry& 
   std::size_t peak = 0;
   const std::vector<std::int64_t> pages = geometry.peak_pages(options.max_chunk);
   for (std::size_t size = 0; size < pages.size(); ++size) {
-    peak += static_cast<std::size_t>(pages[size]) * geometry.pool().page_bytes(size);
+    peak = checked_add(peak,
+                       checked_mul(static_cast<std::size_t>(pages[size]),
+                                   geometry.pool().page_bytes(size), "bytes of pages"),
+                       "bytes of pages");
   }
   Estimate result;
   result.resident_bytes = for_all(geometry.bytes_held(longest, longest));
@@ -65,11 +69,12 @@ inline Estimate estimate_of(const CacheGeometry& geometry, const CacheGeometry& 
 
 /// Page bytes that one sequence of `length` tokens holds between steps: KvCache::held_bytes()
 /// beforehand.
-/// @throws ConfigError as KvCache's constructor.
+/// @throws ConfigError as KvCache's constructor, and for a length outside [0, max_context].
 template <class Rows = f16>
 std::size_t sequence_bytes(const ModelShape& shape, const HeadPlan& plan,
                            const CacheOptions& options, std::int64_t length) {
   const CacheGeometry geometry(shape, plan, options, &FormatOf<Rows>::page_bytes);
+  detail::checked_range(length, 0, geometry.options().max_context, "length");
   return geometry.bytes_held(length, length);
 }
 
@@ -123,11 +128,22 @@ template <class Rows, BytesBeside Beside>
 bool fits_in(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
              std::size_t bytes, const Beside& beside) {
   const CacheGeometry geometry(shape, plan, options, &FormatOf<Rows>::page_bytes);
-  // A pool far beyond all bytes may have more pages than can be named, and bytes than 64 bits count.
-  const auto held = static_cast<double>(geometry.bytes_held(options.max_context, 0));
-  if (held * options.max_sequences > static_cast<double>(bytes)) return false;
-  const std::size_t cache = estimate<Rows>(shape, plan, options).total_bytes();
-  return cache <= bytes && beside(options) <= bytes - cache;
+  // In double: a pool far beyond all bytes may have more pages than can be named, and more bytes
+  // than 64 bits count.
+  const std::vector<std::int64_t> pages = geometry.peak_pages(geometry.options().max_chunk);
+  double slabs = 0.0;
+  for (std::size_t size = 0; size < pages.size(); ++size) {
+    slabs += std::ceil(static_cast<double>(pages[size]) * options.max_sequences /
+                       static_cast<double>(geometry.pool().pages_per_slab(size)));
+  }
+  if (slabs * static_cast<double>(geometry.pool().slab_bytes()) > static_cast<double>(bytes) ||
+      slabs > static_cast<double>(PagePool::max_slabs(geometry.pool()))) {
+    return false;
+  }
+  const std::size_t pool = geometry.pool_bytes();
+  const std::size_t metadata = BooksLayout(geometry, /*keeps_log=*/false).sections.total_bytes();
+  if (pool > bytes || metadata > bytes - pool) return false;
+  return beside(options) <= bytes - pool - metadata;
 }
 
 }  // namespace detail

@@ -79,7 +79,7 @@ class CacheGeometry {
     add_table_levels();
   }
 
-  /// As given, max_chunk within [1, max_context].
+  /// As given, max_chunk within [1, max_context], max_rollback within [0, max_context].
   const CacheOptions& options() const& { return options_; }
   /// One for each budget and page size that the plan has, in order of appearance.
   const std::vector<HeadClass>& classes() const& { return classes_; }
@@ -134,11 +134,16 @@ class CacheGeometry {
     return pages;
   }
   /// Their bytes.
+  /// @throws ConfigError where they pass 64 bits, which no pool holds.
   std::size_t bytes_held(std::int64_t length, std::int64_t high_water) const {
     std::size_t bytes = 0;
     for (const HeadClass& heads : classes_) {
-      bytes += static_cast<std::size_t>(heads.num_heads * entries_held(heads, length, high_water)) *
-               pool_.page_bytes(heads.page_size);
+      const std::int64_t pages = heads.num_heads * entries_held(heads, length, high_water);
+      bytes = detail::checked_add(
+          bytes,
+          detail::checked_mul(static_cast<std::size_t>(pages), pool_.page_bytes(heads.page_size),
+                              "bytes of a sequence"),
+          "bytes of a sequence");
     }
     return bytes;
   }
@@ -250,6 +255,7 @@ class CacheGeometry {
     if (options.resource == nullptr) fail<ConfigError>("resource must not be null");
     if (options.max_chunk == 0) options.max_chunk = options.max_context;
     options.max_chunk = std::min(options.max_chunk, options.max_context);
+    options.max_rollback = std::min(options.max_rollback, options.max_context);
     return options;
   }
 

@@ -22,6 +22,7 @@
 #include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/cache/step.hpp"
+#include "headwise/core/check.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/core/kv_view.hpp"
 #include "headwise/core/tensor_view.hpp"
@@ -202,6 +203,7 @@ class KvCache {
   template <class Isa>
   void append(const Step& step, const StepChunk& chunk, int layer, int kv_head,
               TensorView<const float> k, TensorView<const float> v) const requires(Place::kOnHost) {
+    HEADWISE_ASSERT(is_open(step), "rows of a step that is not open");
     const PageShape& page = geometry().layer(layer).page;
     const HeadGeometry& head = geometry().head(layer, kv_head);
     visit_head(chunk, head, [&](const auto& rule, const auto& state) {

@@ -13,6 +13,7 @@
 
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/cache/options.hpp"
+#include "headwise/core/check.hpp"
 #include "headwise/core/scratch.hpp"
 
 namespace headwise::inline v0 {
@@ -120,7 +121,8 @@ class Step {
   std::int64_t num_overflows() const { return num_overflows_.load(std::memory_order_relaxed); }
 
   /// Memory that attention keeps between the step's tasks; reserve_scratch() sizes it.
-  const Scratch& scratch() const { return scratch_; }
+  const Scratch& scratch() const& { return scratch_; }
+  const Scratch& scratch() const&& = delete;
   /// Grows the scratch to at least `bytes`. Where it grows, planned work is gone.
   void reserve_scratch_bytes(std::size_t bytes) {
     if (bytes <= scratch_.num_bytes()) return;
@@ -136,8 +138,8 @@ class Step {
   template <class HeadsOf>
   void note_planned(std::size_t num_threads, HeadsOf&& heads_of) {
     planned_threads_ = num_threads;
-    for (std::size_t l = 0; l < num_layers_; ++l) {
-      if (!is_attended(static_cast<int>(l), heads_of(static_cast<int>(l)))) clear_heads_done(l);
+    for (int l = 0; l < static_cast<int>(num_layers_); ++l) {
+      if (!is_attended(l, heads_of(l))) heads_done(l).store(0, std::memory_order_relaxed);
     }
   }
 
@@ -145,13 +147,12 @@ class Step {
   /// False where there are none.
   bool is_attended(int layer, int num_kv_heads) const {
     const std::int64_t wanted = num_growing_ * num_kv_heads;
-    return wanted > 0 &&
-           heads_done_[static_cast<std::size_t>(layer)].load(std::memory_order_acquire) >= wanted;
+    return wanted > 0 && heads_done(layer).load(std::memory_order_acquire) >= wanted;
   }
   /// Begins a layer, perhaps anew after an executor threw: none of its heads is done.
   /// @return a number that no other attempt since begin has; not 0
   std::uint32_t start_layer(int layer) {
-    clear_heads_done(static_cast<std::size_t>(layer));
+    heads_done(layer).store(0, std::memory_order_relaxed);
     return next_attempt();
   }
   /// As start_layer(), for work that finishes no head.
@@ -164,7 +165,7 @@ class Step {
   void note_head_done(int layer) const { note_heads_done(layer, 1); }
   /// Notes `heads` of them, counted once for each sequence with new tokens.
   void note_heads_done(int layer, std::int64_t heads) const {
-    heads_done_[static_cast<std::size_t>(layer)].fetch_add(heads, std::memory_order_release);
+    heads_done(layer).fetch_add(heads, std::memory_order_release);
   }
 
   /// Counts elements that became infinite. Any thread.
@@ -175,8 +176,10 @@ class Step {
  private:
   friend class Books;
 
-  void clear_heads_done(std::size_t layer) {
-    heads_done_[layer].store(0, std::memory_order_relaxed);
+  std::atomic<std::int64_t>& heads_done(int layer) const {
+    HEADWISE_ASSERT(layer >= 0 && static_cast<std::size_t>(layer) < num_layers_,
+                    "layer out of range, or a step that was never begun");
+    return heads_done_[static_cast<std::size_t>(layer)];
   }
 
   std::vector<StepChunk> chunks_;

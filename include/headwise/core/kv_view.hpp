@@ -81,9 +81,10 @@ struct KvView {
   }
 
   /// The runs in use.
-  std::span<const KvRun> runs() const {
+  std::span<const KvRun> runs() const& {
     return {run_storage.data(), static_cast<std::size_t>(num_runs)};
   }
+  std::span<const KvRun> runs() const&& = delete;  ///< would outlive the view
 
   /// Appends a run unless it is empty; kMaxRuns at most.
   void add_run(KvRun run) {

@@ -162,6 +162,54 @@ TEST(PageTables, AnArenaWithoutRoomRefusesAndChangesNothing) {
   EXPECT_TRUE(tables->reserve(2, 1));
 }
 
+TEST(PageTables, AShrunkBlockKeepsItsFirstEntriesAndGivesBackTheRest) {
+  for (const std::int64_t pages : {1, 2, 3, 4, 5, 8, 9}) {
+    OwnTables tables(shape_of(26, 2, true));
+    ASSERT_TRUE(tables->reserve(0, 11));
+    const auto value = [](std::size_t c, std::int64_t h, std::int64_t i) {
+      return static_cast<std::int32_t>(c * 1000) + static_cast<std::int32_t>(h * 100 + i);
+    };
+    const auto heads = shape_of(26, 2).heads;
+    for (std::size_t c = 0; c < 2; ++c) {
+      for (std::int64_t h = 0; h < heads[c]; ++h) {
+        for (std::int64_t i = 0; i < tables->stride(0, c); ++i) {
+          tables->head(0, c, h)[i] = value(c, h, i);
+        }
+      }
+    }
+    EXPECT_FALSE(tables->reserve(1, 1));
+    (void)drained(tables);
+    tables->shrink(0, pages);
+    Changes expected;
+    const std::size_t level = pages <= 2 ? 0 : pages <= 4 ? 1 : pages <= 8 ? 2 : 3;
+    for (std::size_t c = 0; c < 2; ++c) {
+      const std::int64_t per_head = shape_of(26, 2).levels[level].per_head[c];
+      ASSERT_EQ(tables->stride(0, c), per_head) << pages << " pages";
+      if (level < 3) expected[{0, c}] = {0, per_head};  // a device is told of the move
+      for (std::int64_t h = 0; h < heads[c]; ++h) {
+        for (std::int64_t i = 0; i < per_head; ++i) {
+          ASSERT_EQ(tables->head(0, c, h)[i], value(c, h, i)) << pages << " pages";
+        }
+      }
+    }
+    EXPECT_EQ(drained(tables), expected);
+    EXPECT_EQ(tables->reserve(1, 1), level < 3);
+  }
+  OwnTables tables(shape_of(26, 2));
+  tables->shrink(0, 4);  // has none
+  ASSERT_TRUE(tables->reserve(0, 11));
+  tables->shrink(0, 0);
+  EXPECT_FALSE(tables->has_block(0));
+  EXPECT_TRUE(tables->reserve(1, 11));
+}
+
+#if HEADWISE_HARDENED && GTEST_HAS_DEATH_TEST
+TEST(PageTables, TablesOfASequenceThatHasNoneAreABugOfTheCaller) {
+  OwnTables tables(shape_of(26, 2));
+  EXPECT_DEATH((void)tables->head(0, 0, 0), "has no page tables");
+}
+#endif
+
 TEST(PageTables, ReleasedNeighboursBecomeOneRoom) {
   // In every order of release of three neighbours.
   std::vector<std::int32_t> order{0, 1, 2};

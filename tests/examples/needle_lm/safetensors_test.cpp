@@ -101,7 +101,7 @@ TEST_F(SafeTensorsTest, RefusesEntriesOfWrongTypes) {
         R"({"dtype": "F32", "shape": [2], "data_offsets": [0, -8]})",
         R"({"dtype": "F32", "shape": [2], "data_offsets": [0, 8.0]})",
         R"({"dtype": "F32", "shape": [2], "data_offsets": [0, 1e30]})"}) {
-    EXPECT_THAT(refusal(std::string("{\"t\": ") + entry + "}"), HasSubstr("t: expected {dtype"))
+    EXPECT_THAT(refusal(std::string("{\"t\": ") + entry + "}"), HasSubstr("'t': expected {dtype"))
         << entry;
   }
 }
@@ -125,7 +125,19 @@ TEST_F(SafeTensorsTest, RefusesOffsetsAndShapesThatDoNotFit) {
   EXPECT_THAT(refusal(entry("F32", "[[2]]", "[0, 8]")), HasSubstr("array is no natural number"));
   EXPECT_THAT(refusal(entry("F64", "[1]", "[0, 8]")), HasSubstr("shape [1], expected [2]"));
   EXPECT_THAT(refusal(entry("I32", "[2]", "[0, 8]")), HasSubstr("dtype I32, expected F32"));
-  EXPECT_THAT(refusal(entry("F31", "[2]", "[0, 8]")), HasSubstr("unknown dtype F31"));
+  EXPECT_THAT(refusal(entry("F31", "[2]", "[0, 8]")), HasSubstr("unknown dtype 'F31'"));
+
+  // What a file says is shown short and printable.
+  const std::string wild = "\\u001b[31m" + std::string(300'000, 'x');
+  std::string ones = "[1";
+  for (int i = 0; i < 100'000; ++i) ones += ", 1";
+  ones += "]";
+  for (const std::string& header :
+       {"{\"" + wild + "\": 5}", entry(wild, "[1]", "[0, 4]"), entry("F64", ones, "[0, 8]")}) {
+    const std::string message = refusal(header);
+    EXPECT_LT(message.size(), 400U);
+    EXPECT_EQ(message.find('\x1b'), std::string::npos);
+  }
 }
 
 TEST_F(SafeTensorsTest, SurvivesDamagedFiles) {

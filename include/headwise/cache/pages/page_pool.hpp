@@ -114,10 +114,17 @@ class PagePool {
         num_free_slabs_(num_slabs),
         poisons_(poisons) {}
 
+  /// Most slabs of a pool: their pages are named by an int32.
+  static std::int64_t max_slabs(const PoolShape& shape) {
+    return std::numeric_limits<std::int32_t>::max() /
+           static_cast<std::int64_t>(shape.slab_bytes() / shape.granule());
+  }
+
   /// Page 0.
   std::byte* memory() const { return memory_; }
   /// How it is laid out.
-  const PoolShape& shape() const { return shape_; }
+  const PoolShape& shape() const& { return shape_; }
+  const PoolShape& shape() const&& = delete;
   /// Address of a page.
   std::byte* address(std::int32_t page) const {
     return memory_ + static_cast<std::size_t>(page) * shape_.granule();
@@ -209,7 +216,7 @@ class PagePool {
   static std::size_t num_granules(const PoolShape& shape, std::int64_t num_slabs) {
     const auto per_slab = static_cast<std::int64_t>(shape.slab_bytes() / shape.granule());
     const std::int64_t granules = detail::checked_mul(num_slabs, per_slab, "pages of a pool");
-    if (granules > std::numeric_limits<std::int32_t>::max()) {
+    if (num_slabs > max_slabs(shape)) {
       fail<ConfigError>("a pool has at most 2^31 - 1 pages of ", shape.granule(),
                         " bytes, asked for ", granules);
     }

@@ -113,6 +113,32 @@ class PageTables {
     return true;
   }
 
+  /// Makes the sequence's block as small as `pages` pages of tokens allow, where it stands; without
+  /// pages it is released. What lies beyond is forgotten.
+  void shrink(std::int32_t index, std::int64_t pages) {
+    Block& block = block_of(index);
+    if (block.level < 0) return;
+    if (pages == 0) return release(index);
+    const TableLevel& old = level_of(block);
+    while (block.level > 0 &&
+           shape_.levels[static_cast<std::size_t>(block.level) - 1].capacity_pages >= pages) {
+      --block.level;
+    }
+    const TableLevel& level = level_of(block);
+    if (&level == &old) return;
+    for (std::size_t c = 0; c < shape_.heads.size(); ++c) {
+      for (std::int64_t h = 0; h < shape_.heads[c];
+           ++h) {  // ascending: none lies further than before
+        const std::int32_t* from =
+            entries_.data() + block.begin + old.first[c] + h * old.per_head[c];
+        std::int32_t* to = head(index, c, h);
+        if (to != from) std::copy_n(from, level.per_head[c], to);
+      }
+      note(index, c, 0, level.per_head[c]);
+    }
+    give_back({block.begin + level.num_entries, block.begin + old.num_entries});
+  }
+
   /// The sequence's block is free again.
   void release(std::int32_t index) {
     Block& block = block_of(index);
@@ -175,7 +201,8 @@ class PageTables {
   }
 
   /// What the tables were built for.
-  const Shape& shape() const { return shape_; }
+  const Shape& shape() const& { return shape_; }
+  const Shape& shape() const&& = delete;
   /// All entries, as offset() counts them.
   std::span<const std::int32_t> entries() const { return entries_; }
 
@@ -187,6 +214,7 @@ class PageTables {
 
   Block& block_of(std::int32_t index) { return blocks_[static_cast<std::size_t>(index)]; }
   const TableLevel& level_of(const Block& block) const {
+    HEADWISE_ASSERT(block.level >= 0, "the sequence has no page tables: empty, or released");
     return shape_.levels[static_cast<std::size_t>(block.level)];
   }
   Change& change_of(std::int32_t index, std::size_t c) {
