@@ -52,6 +52,8 @@ struct Hostile {
 
 TEST(Tsv, RefusesDamagedFilesWithFileLineAndValue) {
   const std::string nul("1\t2\n3\t\0\n", 8);
+  const std::string many_lines = std::string(1 << 20, '\n').append("1");
+  const std::string many_tabs = std::string(1 << 20, '\t').append("1");
   const Hostile cases[] = {
       {"", "f.tsv:1: no values, expected a line for every layer"},
       {" \r\n\n", "f.tsv:1: no values, expected a line for every layer"},
@@ -70,8 +72,8 @@ TEST(Tsv, RefusesDamagedFilesWithFileLineAndValue) {
       {"1\t2\n3\t4\nx", "f.tsv:3: 'x' is not a number"},
       {std::string("1\t2\n\0 3", 7), "f.tsv:2: '#' is not a number"},
       {std::string("1\t2\n\0", 5), "f.tsv:2: '#' is not a number"},
-      {std::string(1 << 20, '\n') + "1", "f.tsv:1: an empty line, expected one for every layer"},
-      {std::string(1 << 20, '\t') + "1", "f.tsv:1: a value is missing beside a tab"},
+      {many_lines, "f.tsv:1: an empty line, expected one for every layer"},
+      {many_tabs, "f.tsv:1: a value is missing beside a tab"},
       {"0x10\t1\n", "f.tsv:1: '0x10' is not a number"},
       {"1\t\t2\n", "f.tsv:1: a value is missing beside a tab"},
       {"1\t \t2\n", "f.tsv:1: a value is missing beside a tab"},

@@ -50,11 +50,13 @@ class SingleSequence {
   /// Tokens committed; the position of the next one.
   std::int64_t length() const { return cache_.length(id_); }
   /// The cache behind the face.
-  const KvCache<Rows>& cache() const { return cache_; }
+  const KvCache<Rows>& cache() const& { return cache_; }
+  const KvCache<Rows>& cache() const&& = delete;
   /// The sequence in cache().
   SequenceId id() const { return id_; }
   /// The step in use, open or not; reserve_scratch() takes it.
-  Step& step() { return step_; }
+  Step& step() & { return step_; }
+  Step& step() && = delete;
 
  private:
   static const CacheOptions& checked(const CacheOptions& options) {
