@@ -192,6 +192,17 @@ float safe_weight(const HeadProblem<Format>& problem) {
   return std::ldexp(1.0F, -static_cast<int>(std::bit_width(rows)));
 }
 
+/// Whether one of `count` scores is +inf or NaN; by bits, for the sake of -ffast-math.
+inline bool spoils_row(const float* scores, int count) noexcept {
+  std::uint32_t spoilt = 0;
+  for (int i = 0; i < count; ++i) {
+    const auto bits = std::bit_cast<std::uint32_t>(scores[i]);
+    spoilt |= static_cast<std::uint32_t>((bits & 0x7FFFFFFFU) >= 0x7F800000U) &
+              static_cast<std::uint32_t>(bits != 0xFF800000U);
+  }
+  return spoilt != 0;
+}
+
 /// Turns one row of scores into exp(score - max) and updates that row's max and sums.
 /// @param scores  [64]; whole tiles around [seen.first, seen.last) hold scores
 /// @param rows_end  probabilities are needed up to here
@@ -216,6 +227,9 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
   };
   // What is hidden, or no row at all, is replaced rather than computed with: it may be NaN.
   if (!whole) fill_hidden(kNoScore);
+  // Arithmetic makes the row NaN by itself where the compiler lets it.
+  constexpr bool kNanMayBeLost = __FINITE_MATH_ONLY__ != 0;
+  const bool spoilt = kNanMayBeLost && spoils_row(scores + begin, end - begin);
 
   V top = O::load(scores + begin);
   for (int i = begin + O::kWidth; i < end; i += O::kWidth) top = O::max(top, O::load(scores + i));
@@ -242,6 +256,7 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
     for (int i = begin; i < end; i += O::kWidth) total = O::add(total, O::load(scores + i));
   }
   O::store(lane_sums, total);
+  if (spoilt) *lane_sums = std::bit_cast<float>(0x7FC00000U);
   return shrink;
 }
 
