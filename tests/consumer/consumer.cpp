@@ -170,10 +170,9 @@ int main() {
   constexpr std::uint32_t kOne = 0x3F800000U;
   constexpr std::uint32_t kInfinity = 0x7F800000U;
   constexpr std::uint32_t kNan = 0x7FC00000U;
-  const bool spoils = spoils_only_its_own_row(kNan, kOne) &&
-                      spoils_only_its_own_row(kInfinity, kOne) &&
-                      spoils_only_its_own_row(kOne, kNan) &&
-                      spoils_only_its_own_row(kOne, kInfinity);
+  const bool spoils =
+      spoils_only_its_own_row(kNan, kOne) && spoils_only_its_own_row(kInfinity, kOne) &&
+      spoils_only_its_own_row(kOne, kNan) && spoils_only_its_own_row(kOne, kInfinity);
   std::printf("what is not finite %s\n", spoils ? "stays so" : "is LOST or LEAKS");
 
   const bool right = engine.worst_error() < 2e-3;  // rows are stored in f16

@@ -327,8 +327,8 @@ class StepWork {
     threads_ = reinterpret_cast<float*>(base + sections.threads);
     std::uninitialized_value_construct_n(counters_, size.num_counters);
     shares_ = reinterpret_cast<std::atomic<bool>*>(base + sections.shares);
-    std::uninitialized_value_construct_n(
-        shares_, static_cast<std::size_t>(size.num_layers) * num_threads);
+    std::uninitialized_value_construct_n(shares_,
+                                         static_cast<std::size_t>(size.num_layers) * num_threads);
 
     auto* item = reinterpret_cast<WorkItem*>(base + sections.items);
     auto* task = reinterpret_cast<std::int32_t*>(base + sections.tasks);

@@ -108,8 +108,7 @@ TYPED_TEST(Extremes, ALaterRowDoesNotCostEarlierQueriesDigitsOfTinyValues) {
   constexpr std::int64_t past = 5;
   for (const float value : {std::numeric_limits<float>::quiet_NaN(), kInfinity, 3e38F}) {
     for (const std::int64_t queries : {2, 70}) {
-      const AttentionCase c{
-          .name = "", .k_dim = 16, .v_dim = 16, .past = past, .queries = queries};
+      const AttentionCase c{.name = "", .k_dim = 16, .v_dim = 16, .past = past, .queries = queries};
       std::vector<float> outs[2];
       for (const bool large : {false, true}) {
         typename TestFixture::Head head(c);

@@ -183,9 +183,10 @@ bool finish_row(const QueryRows& rows, std::ptrdiff_t row, float* to) noexcept {
 }
 
 /// A QueryRows::weight, a power of two, with which no sum over this problem's rows is larger than
-/// the largest V. With the weight 1 sums are exact to smaller V, and overflow where V comes near the
-/// end of the range (3e38 / rows): then all is done again, with this one for the query rows that
-/// overflowed. Theirs alone, for V below 1e-38 x rows suffer, and other rows may not see the large V.
+/// the largest V. With the weight 1 sums are exact to smaller V, and overflow where V comes near
+/// the end of the range (3e38 / rows): then all is done again, with this one for the query rows
+/// that overflowed. Theirs alone, for V below 1e-38 x rows suffer, and other rows may not see the
+/// large V.
 template <class Format>
 float safe_weight(const HeadProblem<Format>& problem) {
   const auto rows = static_cast<std::uint64_t>(problem.past.num_rows() + problem.num_queries + 1);
