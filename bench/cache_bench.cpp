@@ -32,7 +32,7 @@ HeadPlan half_streaming(const ModelShape& shape) {
 /// Claims the whole step's rows without storing them: only the bookkeeping is timed.
 void skip_rows(Step& step) {
   for (int layer = 0; layer < kLayers; ++layer) {
-    for (std::size_t i = 0; i < step.entries().size() * kKvHeads; ++i) step.note_head_done(layer);
+    for (std::size_t i = 0; i < step.chunks().size() * kKvHeads; ++i) step.note_head_done(layer);
   }
 }
 
@@ -78,7 +78,7 @@ void append(benchmark::State& state) {
     return;
   }
   for (auto _ : state) {
-    cache.template append<simd::BestIsa>(step, step.entries()[0], 0, 0, view, view);
+    cache.template append<simd::BestIsa>(step, step.chunks()[0], 0, 0, view, view);
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * tokens * 2 * kHeadDim *

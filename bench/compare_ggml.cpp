@@ -110,7 +110,7 @@ class Headwise {
           const auto view = TensorView<const float>::nhd(all.data(), heads(), kHeadDim);
           return TensorView<const float>{view.row(0, head), view.stride_n, view.stride_h};
         };
-        cache_.append<simd::BestIsa>(step_, step_.entries()[0], 0, head, rows(k_), rows(v_));
+        cache_.append<simd::BestIsa>(step_, step_.chunks()[0], 0, head, rows(k_), rows(v_));
         step_.note_head_done(0);
       }
       require(cache_.commit(step_));

@@ -91,7 +91,7 @@ class BenchLayer {
     open(1, Phase::kDecode);
     std::int64_t rows = 0;
     for (int head = 0; head < shape_.num_kv_heads; ++head) {
-      rows += cache_.seen(step_.entries()[0], 0, head).view.num_rows();
+      rows += cache_.seen(step_.chunks()[0], 0, head).view.num_rows();
     }
     require(cache_.drop(step_));
     return rows;
@@ -128,7 +128,7 @@ class BenchLayer {
       for (int head = 0; head < shape_.num_kv_heads; ++head) {
         const float* start = rows.data() + head * kHeadDim;
         const auto view = TensorView<const float>::nhd(start, 1, kHeadDim);
-        cache_.template append<simd::BestIsa>(step_, step_.entries()[0], 0, head, view, view);
+        cache_.template append<simd::BestIsa>(step_, step_.chunks()[0], 0, head, view, view);
         step_.note_head_done(0);
       }
       require(cache_.commit(step_));

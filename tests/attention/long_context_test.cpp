@@ -37,7 +37,7 @@ double decode_error(std::int64_t past, int group_size) {
     return TensorView<const float>{x.data() + token * kDim, kDim, kDim};
   };
   EXPECT_EQ(cache.begin(step, {{id, past}}), StepStatus::kOk);
-  cache.append<simd::BestIsa>(step, step.entries()[0], 0, 0, kv(k, 0), kv(v, 0));
+  cache.append<simd::BestIsa>(step, step.chunks()[0], 0, 0, kv(k, 0), kv(v, 0));
   step.note_head_done(0);
   EXPECT_EQ(cache.commit(step), StepStatus::kOk);
 

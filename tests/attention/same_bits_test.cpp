@@ -136,8 +136,8 @@ TEST(SameBits, ASequencesBitsDoNotDependOnItsBatchMates) {
         const std::vector<Outputs> out = model.run(chunks, phase);
         for (std::size_t l = 0; l < out.size(); ++l) {
           std::int64_t row = 0;
-          for (const StepEntry& entry : model.step.entries()) {
-            if (entry.sequence == id) row = entry.first_row;
+          for (const StepChunk& chunk : model.step.chunks()) {
+            if (chunk.sequence == id) row = chunk.first_row;
           }
           const auto width = static_cast<std::ptrdiff_t>(out[l].size()) / model.step.num_rows();
           const auto begin = out[l].begin() + row * width;

@@ -41,10 +41,10 @@ class DecodeStep : public ::testing::Test {
   /// Appends rows without attending them: this is about what comes after.
   void store(std::initializer_list<SequenceChunk> chunks) {
     ASSERT_EQ(cache_->begin(step_, chunks), StepStatus::kOk);
-    for (const StepEntry& entry : step_.entries()) {
+    for (const StepChunk& chunk : step_.chunks()) {
       for (int head = 0; head < kHeads; ++head) {
-        const TensorView<const float> rows{k().row(entry.first_row, head), kHeads * kDim, kDim};
-        cache_->append<simd::BestIsa>(step_, entry, 0, head, rows, rows);
+        const TensorView<const float> rows{k().row(chunk.first_row, head), kHeads * kDim, kDim};
+        cache_->append<simd::BestIsa>(step_, chunk, 0, head, rows, rows);
         step_.note_head_done(0);
       }
     }

@@ -108,7 +108,7 @@ TEST(CacheGeometry, MostRowsSeenIsABoundAtEveryLength) {
     for (int c = 0; c < 5; ++c) {
       std::int64_t most = 0;
       for (std::int64_t length = 0; length <= context; ++length) {
-        most = std::max(most, cache.rows_seen(c, StepEntry{SequenceId{0, 0}, {length, length, length + 1}}));
+        most = std::max(most, cache.rows_seen(c, StepChunk{SequenceId{0, 0}, {length, length, length + 1}}));
       }
       EXPECT_LE(most, cache.geometry().most_rows_seen(c)) << "class " << c;
       EXPECT_GE(most + 32, cache.geometry().most_rows_seen(c)) << "class " << c;
@@ -126,7 +126,7 @@ TEST(CacheGeometry, LayersThatAreCutAlikeAreOneKind) {
   const KvCache<f16> cache(shape, plan, {.max_context = 100});
   const CacheGeometry& geometry = cache.geometry();
   std::vector<int> kinds;
-  for (const LayerPlace& layer : geometry.layers()) kinds.push_back(layer.kind);
+  for (const LayerGeometry& layer : geometry.layers()) kinds.push_back(layer.kind);
   EXPECT_EQ(kinds, (std::vector<int>{0, 0, 1, 2, 3}));
   EXPECT_EQ(geometry.layer_kinds(), (std::vector<int>{0, 2, 3, 4}));
 }
@@ -167,7 +167,7 @@ TEST(StepWork, NamesEveryPartOfEveryHeadOnce) {
 
     const StepWork& work = StepWork::in(step.scratch());
     const std::byte* const end = step.scratch().bytes() + step.scratch().num_bytes();
-    for (const LayerPlace& layer : cache.geometry().layers()) {
+    for (const LayerGeometry& layer : cache.geometry().layers()) {
       const LayerWork& tasks = work.of_kind(layer.kind);
       // parts[e][h]: how often each part of head h of entry e is named.
       std::vector<std::vector<std::vector<int>>> parts(
@@ -182,20 +182,20 @@ TEST(StepWork, NamesEveryPartOfEveryHeadOnce) {
         const std::int64_t part = (t - item.first_task) % of_head;
         ASSERT_GE(head, 0);
         const int kv_head = layer.task_order.at(static_cast<std::size_t>(item.first_head + head));
-        const StepEntry& entry = step.entries()[static_cast<std::size_t>(item.entry)];
-        const HeadPlace& place = cache.geometry().head(
+        const StepChunk& chunk = step.chunks()[static_cast<std::size_t>(item.chunk)];
+        const HeadGeometry& place = cache.geometry().head(
             static_cast<int>(&layer - cache.geometry().layers().data()), kv_head);
-        const HeadCut expected = HeadCut::of(entry.num_tokens(), layer.shape.group_size,
-                                             cache.rows_seen(place.class_idx, entry));
+        const HeadCut expected = HeadCut::of(chunk.num_tokens(), layer.shape.group_size,
+                                             cache.rows_seen(place.class_idx, chunk));
         ASSERT_EQ(of_head, expected.num_parts());
         auto& named =
-            parts[static_cast<std::size_t>(item.entry)][static_cast<std::size_t>(kv_head)];
+            parts[static_cast<std::size_t>(item.chunk)][static_cast<std::size_t>(kv_head)];
         named.resize(static_cast<std::size_t>(of_head));
         ++named[static_cast<std::size_t>(part)];
         if (part == 0 && of_head > 1) counters.push_back(item.first_counter + head);
         if (part == 0 && item.cut.num_splits > 1) {
           const std::int64_t floats = item.cut.partial_floats_of(
-              entry.num_tokens(), layer.shape.group_size, layer.shape.v_dim);
+              chunk.num_tokens(), layer.shape.group_size, layer.shape.v_dim);
           const std::int64_t first = item.first_partial + head * floats;
           partials.emplace_back(first, first + floats);
           ASSERT_LE(reinterpret_cast<const std::byte*>(work.partials(first + floats)),

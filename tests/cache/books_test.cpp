@@ -70,8 +70,8 @@ std::size_t slab_bytes_of(const CacheOptions& options) {
 
 /// Says that every layer has been attended.
 void attend_all(const Step& step) {
-  for (const StepEntry& entry : step.entries()) {
-    if (entry.num_tokens() == 0) continue;
+  for (const StepChunk& chunk : step.chunks()) {
+    if (chunk.num_tokens() == 0) continue;
     for (int l = 0; l < 2; ++l) {
       for (int h = 0; h < 2; ++h) step.note_head_done(l);
     }
@@ -124,7 +124,7 @@ void expect_holders_counted(const Books& books, const std::vector<SequenceId>& l
   std::map<std::int32_t, std::size_t> size_of;
   const CacheGeometry& geometry = books.geometry();
   for (const SequenceId id : live) {
-    for (const HeadPlace& head : geometry.heads()) {
+    for (const HeadGeometry& head : geometry.heads()) {
       const auto c = static_cast<std::size_t>(head.class_idx);
       const auto ranges =
           visit_rule(geometry.classes()[c].rule, books.keep_state(id.index, c),
@@ -332,7 +332,7 @@ TEST_F(BooksTest, RefuseInvalidChunksWithoutATrace) {
             StepStatus::kContextTooLong);
   EXPECT_EQ(used(), 0);
   EXPECT_FALSE(books.is_open(step));
-  EXPECT_TRUE(step.entries().empty());
+  EXPECT_TRUE(step.chunks().empty());
   EXPECT_EQ(books.commit(step), StepStatus::kStale);
   EXPECT_EQ(begin({{a, 5}, {b, 1}}), StepStatus::kOk);  // neither is left pending
 }
@@ -355,15 +355,15 @@ TEST_F(BooksTest, RowsFollowTheOrderOfTheChunksAndPhasesAreTheirOwn) {
   const SequenceId b = add();
   const SequenceId c = add();
   ASSERT_EQ(begin({{c, 3}, {a, 0, Phase::kDecode}, {b, 4, Phase::kDecode}}), StepStatus::kOk);
-  ASSERT_EQ(step.entries().size(), 3U);
-  EXPECT_EQ(step.entries()[0].sequence, c);
-  EXPECT_EQ(step.entries()[0].first_row, 0);
-  EXPECT_EQ(step.entries()[1].first_row, 3);
-  EXPECT_EQ(step.entries()[2].first_row, 3);
+  ASSERT_EQ(step.chunks().size(), 3U);
+  EXPECT_EQ(step.chunks()[0].sequence, c);
+  EXPECT_EQ(step.chunks()[0].first_row, 0);
+  EXPECT_EQ(step.chunks()[1].first_row, 3);
+  EXPECT_EQ(step.chunks()[2].first_row, 3);
   EXPECT_EQ(step.num_rows(), 7);
-  EXPECT_EQ(step.entries()[0].phase, Phase::kPrompt);
-  EXPECT_EQ(step.entries()[1].phase, Phase::kDecode);
-  EXPECT_EQ(step.entries()[2].phase, Phase::kDecode);
+  EXPECT_EQ(step.chunks()[0].phase, Phase::kPrompt);
+  EXPECT_EQ(step.chunks()[1].phase, Phase::kDecode);
+  EXPECT_EQ(step.chunks()[2].phase, Phase::kDecode);
 }
 
 TEST_F(BooksTest, OpenStepsWithoutTokens) {

@@ -277,9 +277,9 @@ TEST(CacheGeometry, HeadsShareNoMetadata) {
     std::vector<int> entries(static_cast<std::size_t>(level.num_entries));
     std::vector<int> bytes(geometry.compensation_bytes());
     for (int l = 0; l < 2; ++l) {
-      const LayerPlace& layer = geometry.layer(l);
+      const LayerGeometry& layer = geometry.layer(l);
       for (int h = 0; h < layer.shape.num_kv_heads; ++h) {
-        const HeadPlace& head = geometry.head(l, h);
+        const HeadGeometry& head = geometry.head(l, h);
         const auto c = static_cast<std::size_t>(head.class_idx);
         ASSERT_LT(head.idx_in_class, tables.heads[c]);
         for (std::int64_t i = 0; i < level.per_head[c]; ++i) {

@@ -141,10 +141,10 @@ TEST(KvCache, TwoHundredChunkingsOfALongPromptLeaveTheSameBits) {
       first = false;
       ASSERT_EQ(cache.begin(step, {{id, count, Phase::kPrompt}}), StepStatus::kOk);
       for (int head = 0; head < LongPrompt::kHeads; ++head) {
-        const StepEntry& entry = step.entries()[0];
+        const StepChunk& chunk = step.chunks()[0];
         if (head > 0 && (round < 12 || random() % 16 == 0)) {
           // The window rule at the chunk's start, to the bit.
-          const auto seen = test::copy_of(cache.seen(entry, 0, head));
+          const auto seen = test::copy_of(cache.seen(chunk, 0, head));
           const Window& window = windows[head];
           std::size_t next = 0;
           for (std::int64_t key = 0; key < pos; ++key) {
@@ -160,7 +160,7 @@ TEST(KvCache, TwoHundredChunkingsOfALongPromptLeaveTheSameBits) {
           }
           ASSERT_EQ(next, seen.positions.size());
         }
-        cache.append<simd::BestIsa>(step, entry, 0, head, prompt.from(pos, head, test::Side::kK),
+        cache.append<simd::BestIsa>(step, chunk, 0, head, prompt.from(pos, head, test::Side::kK),
                                     prompt.from(pos, head, test::Side::kV));
         step.note_head_done(0);
       }

@@ -45,14 +45,14 @@ class CompensationOf : public ::testing::Test {
       all_k.insert(all_k.end(), k.begin(), k.end());
       all_v.insert(all_v.end(), v.begin(), v.end());
       ASSERT_EQ(cache_.begin(step_, {{sequence_, kChunk}}), StepStatus::kOk);
-      cache_.template append<simd::BestIsa>(step_, step_.entries()[0], 0, 0,
+      cache_.template append<simd::BestIsa>(step_, step_.chunks()[0], 0, 0,
                                             TensorView<const float>::nhd(k.data(), 1, kDim),
                                             TensorView<const float>::nhd(v.data(), 1, kDim));
       step_.note_head_done(0);
       ASSERT_EQ(cache_.commit(step_), StepStatus::kOk);
     }
     ASSERT_EQ(cache_.begin(step_, {{sequence_, 0}}), StepStatus::kOk);
-    const auto view = cache_.seen(step_.entries()[0], 0, 0).view;
+    const auto view = cache_.seen(step_.chunks()[0], 0, 0).view;
     const CompensationRow& row = view.compensation;
     ASSERT_GT(row.count, 990'000);
     for (; summed < 4 + row.count; ++summed) {

@@ -121,7 +121,7 @@ TEST(KvCache, AMillionTokensChangeOnlyTheRetrievalHeadsShare) {
   const auto add = [&](std::int64_t count) {
     ASSERT_EQ(cache.begin(step, {{id, count, Phase::kPrompt}}), StepStatus::kOk);
     for (int head = 0; head < 2; ++head) {
-      cache.append<simd::BestIsa>(step, step.entries()[0], 0, head, view, view);
+      cache.append<simd::BestIsa>(step, step.chunks()[0], 0, head, view, view);
       step.note_head_done(0);
     }
     ASSERT_EQ(cache.commit(step), StepStatus::kOk);
@@ -233,10 +233,10 @@ TEST(KvCache, AllocatesNothingAfterTheFirstStep) {
       if (cache.begin(step, chunks) != StepStatus::kOk) return false;
       for (int layer = 0; layer < shape.num_layers(); ++layer) {
         const auto view = TensorView<const float>::nhd(rows.data(), 1, 48);
-        for (const StepEntry& entry : step.entries()) {
+        for (const StepChunk& chunk : step.chunks()) {
           for (int head = 0; head < shape.layer(layer).num_kv_heads; ++head) {
-            if (entry.num_tokens() == 0) continue;
-            cache.append<simd::BestIsa>(step, entry, layer, head, view, view);
+            if (chunk.num_tokens() == 0) continue;
+            cache.append<simd::BestIsa>(step, chunk, layer, head, view, view);
             step.note_head_done(layer);
           }
         }

@@ -254,7 +254,7 @@ TEST(KvCache, CountsPositionsBeyond32Bits) {
     const auto view = TensorView<const float>::nhd(row, 1, 16);
     ASSERT_EQ(cache.begin(step, {{id, 1, Phase::kDecode}}), StepStatus::kOk);
     for (int head = 0; head < 2; ++head) {
-      cache.append<simd::BestIsa>(step, step.entries()[0], 0, head, view, view);
+      cache.append<simd::BestIsa>(step, step.chunks()[0], 0, head, view, view);
       step.note_head_done(0);
     }
     ASSERT_EQ(cache.commit(step), StepStatus::kOk);
@@ -274,11 +274,11 @@ TEST(KvCache, TablesStayWhereTheyAre) {
   // A captured graph or a foreign kernel keeps the addresses.
   Model model = mixed_model(PrefillMode::kWindowed, 4);
   const SequenceId id = model.add();
-  const StepEntry entry{id, {0, 0, 1}, 0};
-  const auto before = model.cache.seen(entry, 0, 0).view;
+  const StepChunk chunk{id, {0, 0, 1}, 0};
+  const auto before = model.cache.seen(chunk, 0, 0).view;
   for (const std::int64_t chunk : {40, 1, 1, 200}) {
     model.add_tokens(id, new_tokens(chunk), Phase::kPrompt);
-    const auto after = model.cache.seen(entry, 0, 0).view;
+    const auto after = model.cache.seen(chunk, 0, 0).view;
     EXPECT_EQ(after.memory.pages, before.memory.pages);
     EXPECT_EQ(after.page_table, before.page_table);
   }
@@ -291,10 +291,10 @@ TEST(KvCache, HeadsAndSequencesShareNoPage) {
   std::set<const void*> pages;
   std::size_t count = 0;
   for (const SequenceId id : ids) {
-    const StepEntry entry{id, {130, 130, 131}, 0};
+    const StepChunk chunk{id, {130, 130, 131}, 0};
     for (int l = 0; l < 3; ++l) {
       for (int h = 0; h < test::mixed_shape().layer(l).num_kv_heads; ++h) {
-        const auto view = model.cache.seen(entry, l, h).view;
+        const auto view = model.cache.seen(chunk, l, h).view;
         std::set<const void*> own;
         for (const KvRun& run : view.runs()) {
           for (std::int64_t i = 0; i < run.count; ++i) own.insert(view.page_of(run.first_slot + i));
@@ -335,7 +335,7 @@ std::int64_t overflows_of(const std::vector<float>& values, PrefillMode prefill,
   }
   Step step;
   EXPECT_EQ(cache.begin(step, {{id, static_cast<std::int64_t>(values.size())}}), StepStatus::kOk);
-  cache.template append<simd::BestIsa>(step, step.entries()[0], 0, 0,
+  cache.template append<simd::BestIsa>(step, step.chunks()[0], 0, 0,
                                        TensorView<const float>::nhd(k.data(), 1, 16),
                                        TensorView<const float>::nhd(v.data(), 1, 16));
   step.note_head_done(0);
@@ -382,11 +382,11 @@ TEST(KvCache, ASequenceSeesTheSameWhateverThePhaseOfTheOthers) {
   model.add_tokens(speculates, new_tokens(60), Phase::kPrompt);
   model.add_tokens(prompts, new_tokens(90), Phase::kPrompt);
   Step step;
-  const auto seen = [&](std::size_t entry) {
+  const auto seen = [&](std::size_t chunk) {
     std::vector<test::SeenCopy> copies;
     for (int l = 0; l < 3; ++l) {
       for (int h = 0; h < test::mixed_shape().layer(l).num_kv_heads; ++h) {
-        copies.push_back(test::copy_of(model.cache.seen(step.entries()[entry], l, h)));
+        copies.push_back(test::copy_of(model.cache.seen(step.chunks()[chunk], l, h)));
       }
     }
     return copies;
@@ -426,8 +426,8 @@ TEST(KvCache, FreedAndUnwrittenRowsAreNan) {
   Model model(shape, HeadPlan(shape), options);
   const SequenceId id = model.add();
   model.add_tokens(id, new_tokens(20), Phase::kPrompt);
-  const StepEntry entry{id, {20, 20, 21}, 0};
-  const auto view = model.cache.seen(entry, 0, 0).view;
+  const StepChunk chunk{id, {20, 20, 21}, 0};
+  const auto view = model.cache.seen(chunk, 0, 0).view;
   const auto* page = reinterpret_cast<const f16*>(view.page_of(Slot{16}));
   const PageShape rows{16, 16, 16};
   EXPECT_FALSE(std::isnan(to_float(page[TiledRows<f16>::k_offset(rows, 3, 0)])));

@@ -12,7 +12,7 @@ namespace {
 
 TEST(Step, StartsWithoutRows) {
   const Step step;
-  EXPECT_TRUE(step.entries().empty());
+  EXPECT_TRUE(step.chunks().empty());
   EXPECT_EQ(step.num_rows(), 0);
   EXPECT_EQ(step.num_overflows(), 0);
 }
@@ -45,9 +45,9 @@ TEST(Step, CountsOverflowsFromAnyHead) {
 }
 
 TEST(Step, EntryCountsItsTokens) {
-  const StepEntry entry{SequenceId{2}, {10, 12, 17}, 5};
-  EXPECT_EQ(entry.num_tokens(), 7);
-  EXPECT_EQ(entry.phase, Phase::kPrompt);
+  const StepChunk chunk{SequenceId{2}, {10, 12, 17}, 5};
+  EXPECT_EQ(chunk.num_tokens(), 7);
+  EXPECT_EQ(chunk.phase, Phase::kPrompt);
 }
 
 TEST(SequenceId, NamesNobodyUnlessACacheGaveIt) {

@@ -70,7 +70,7 @@ TEST(CudaStatuses, BeginSaysThatTheDeviceFailed) {
     cudaStreamSynchronize(lost.stream());
     Step step;
     const StepStatus status = lost.cache().begin(step, {{id, 10}}, lost.stream());
-    const bool told = status == StepStatus::kDeviceError && step.entries().size() <= 1 &&
+    const bool told = status == StepStatus::kDeviceError && step.chunks().size() <= 1 &&
                       !lost.cache().is_open(step) && lost.cache().place().error() != cudaSuccess;
     std::_Exit(told ? 0 : 1);
   };

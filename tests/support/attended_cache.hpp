@@ -44,7 +44,7 @@ class AttendedCache : public ModelledCache<Rows> {
     const LayerShape& shape = shape_.layer(layer);
     Inputs in;
     for (std::size_t e = 0; e < chunks.size(); ++e) {
-      const std::int64_t start = this->step.entries()[e].lengths.length;
+      const std::int64_t start = this->step.chunks()[e].lengths.length;
       for (std::size_t i = 0; i < chunks[e].second.size(); ++i) {
         const Token token = chunks[e].second[i];
         const std::int64_t pos = start + static_cast<std::int64_t>(i);

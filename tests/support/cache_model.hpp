@@ -121,12 +121,12 @@ template <class Rows>
 std::vector<SeenCopy> seen_by_next(const KvCache<Rows>& cache, SequenceId id, Phase phase,
                                    std::int64_t num_tokens = 1) {
   const std::int64_t length = cache.length(id);
-  const StepEntry entry{id, {length, cache.high_water(id), length + num_tokens}, 0, phase};
+  const StepChunk chunk{id, {length, cache.high_water(id), length + num_tokens}, 0, phase};
   std::vector<SeenCopy> copies;
   const auto& layers = cache.geometry().layers();
   for (std::size_t l = 0; l < layers.size(); ++l) {
     for (int h = 0; h < layers[l].shape.num_kv_heads; ++h) {
-      copies.push_back(copy_of(cache.seen(entry, static_cast<int>(l), h)));
+      copies.push_back(copy_of(cache.seen(chunk, static_cast<int>(l), h)));
     }
   }
   return copies;
@@ -196,21 +196,21 @@ class ModelledCache {
   void append_layer(int layer) {
     const LayerShape& shape = shape_.layer(layer);
     for (std::size_t e = 0; e < open_.size(); ++e) {
-      const StepEntry& entry = step.entries()[e];
+      const StepChunk& chunk = step.chunks()[e];
       const std::vector<Token>& tokens = open_[e].second;
       if (tokens.empty()) continue;
       std::vector<float> k(tokens.size() * static_cast<std::size_t>(shape.k_dim));
       std::vector<float> v(tokens.size() * static_cast<std::size_t>(shape.v_dim));
       for (int h = 0; h < shape.num_kv_heads; ++h) {
         for (std::size_t i = 0; i < tokens.size(); ++i) {
-          const std::int64_t pos = entry.lengths.length + static_cast<std::int64_t>(i);
+          const std::int64_t pos = chunk.lengths.length + static_cast<std::int64_t>(i);
           const auto kd = static_cast<std::size_t>(shape.k_dim);
           const auto vd = static_cast<std::size_t>(shape.v_dim);
           fill_row(tokens[i], pos, layer, h, Side::kK, std::span(k).subspan(i * kd, kd));
           fill_row(tokens[i], pos, layer, h, Side::kV, std::span(v).subspan(i * vd, vd));
         }
         cache.template append<simd::BestIsa>(
-            step, entry, layer, h, TensorView<const float>::nhd(k.data(), 1, shape.k_dim),
+            step, chunk, layer, h, TensorView<const float>::nhd(k.data(), 1, shape.k_dim),
             TensorView<const float>::nhd(v.data(), 1, shape.v_dim));
         step.note_head_done(layer);
       }

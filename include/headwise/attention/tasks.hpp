@@ -71,24 +71,24 @@ class AttendTasks {
   void run(std::size_t task, std::size_t thread) const noexcept {
     HEADWISE_ASSERT(task < size() && thread < step_.planned_threads(), "no such task or thread");
     const WorkItem& item = tasks_.item(static_cast<std::int64_t>(task));
-    const StepEntry& entry = step_.entries()[static_cast<std::size_t>(item.entry)];
+    const StepChunk& chunk = step_.chunks()[static_cast<std::size_t>(item.chunk)];
     const std::int64_t of_item = static_cast<std::int64_t>(task) - item.first_task;
     const std::int64_t num_parts = item.cut.num_parts();
     const std::int64_t head = of_item / num_parts;
     const int kv_head = place_.task_order[static_cast<std::size_t>(item.first_head + head)];
 
-    const HeadProblem<Format> problem = problem_of(entry, kv_head);
+    const HeadProblem<Format> problem = problem_of(chunk, kv_head);
     float* partials =
         work_.partials(item.first_partial +
                        head * item.cut.partial_floats_of(
-                                  entry.num_tokens(), place_.shape.group_size, place_.shape.v_dim));
+                                  chunk.num_tokens(), place_.shape.group_size, place_.shape.v_dim));
     run_part(problem, item.cut, of_item % num_parts, partials, work_.thread_scratch(thread));
     if (num_parts > 1 && !work_.arrives_last(item.first_counter + head, attempt_, num_parts))
       return;
 
     if (item.cut.num_splits > 1) merge_tiles(problem, item.cut, partials);
     if (own_rows_ == OwnRows::kShared) return;
-    cache_.template append<Isa>(step_, entry, layer_, kv_head, problem.own_k, problem.own_v);
+    cache_.template append<Isa>(step_, chunk, layer_, kv_head, problem.own_k, problem.own_v);
     step_.note_head_done(layer_);
   }
 
@@ -138,15 +138,15 @@ class AttendTasks {
     }
   }
 
-  HeadProblem<Format> problem_of(const StepEntry& entry, int kv_head) const {
+  HeadProblem<Format> problem_of(const StepChunk& chunk, int kv_head) const {
     const LayerShape& shape = place_.shape;
-    const std::int64_t row = entry.first_row;
+    const std::int64_t row = chunk.first_row;
     const std::int64_t qo_head = std::int64_t{kv_head} * shape.group_size;
-    auto [view, window] = cache_.seen(entry, layer_, kv_head);
+    auto [view, window] = cache_.seen(chunk, layer_, kv_head);
     return {view,
             window,
-            Pos{entry.lengths.length},
-            entry.num_tokens(),
+            Pos{chunk.lengths.length},
+            chunk.num_tokens(),
             shape.group_size,
             shape.scale(),
             {q_.row(row, qo_head), q_.stride_n, q_.stride_h},
@@ -158,7 +158,7 @@ class AttendTasks {
   const KvCache<Rows>& cache_;
   const Step& step_;
   int layer_;
-  const LayerPlace& place_;
+  const LayerGeometry& place_;
   const StepWork& work_;
   const LayerWork& tasks_;
   TensorView<const float> q_, k_, v_;

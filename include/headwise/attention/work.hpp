@@ -128,8 +128,8 @@ struct WorkItem {
   std::int64_t first_task = 0;     ///< of all its heads' tasks, head by head, tile by tile
   std::int64_t first_partial = 0;  ///< float offset; where there are splits
   std::int64_t first_counter = 0;  ///< one a head; where a head has more than one part
-  std::int32_t entry = 0;          ///< in Step::entries()
-  std::int32_t first_head = 0;     ///< in LayerPlace::task_order
+  std::int32_t chunk = 0;          ///< in Step::chunks()
+  std::int32_t first_head = 0;     ///< in LayerGeometry::task_order
 };
 
 /// The tasks of a layer.
@@ -159,7 +159,7 @@ struct WorkSize {
     WorkSize size;
     size.num_layers = std::ssize(geometry.layers());
     for (const int first : geometry.layer_kinds()) {
-      const LayerPlace& layer = geometry.layers()[static_cast<std::size_t>(first)];
+      const LayerGeometry& layer = geometry.layers()[static_cast<std::size_t>(first)];
       WorkSize kind;
       for (const ClassRun& run : layer.runs) {
         const LargestCut cut =
@@ -278,17 +278,17 @@ class StepWork {
   /// Calls `fn(item, num_heads)` for each item of a layer with the numbers that cutting them up to
   /// here gives it; afterwards `fn`'s layer counts stand in the size that is returned.
   template <class Cache, class Fn>
-  static WorkSize for_each_item(const Cache& cache, const Step& step, const LayerPlace& layer,
+  static WorkSize for_each_item(const Cache& cache, const Step& step, const LayerGeometry& layer,
                                 Fn&& fn) {
     WorkSize size;
-    std::int32_t entry_idx = 0;
-    for (const StepEntry& entry : step.entries()) {
+    std::int32_t chunk_idx = 0;
+    for (const StepChunk& chunk : step.chunks()) {
       std::int32_t first_head = 0;
       for (const ClassRun& run : layer.runs) {
-        const HeadCut cut = HeadCut::of(entry.num_tokens(), layer.shape.group_size,
-                                        cache.rows_seen(run.class_idx, entry));
+        const HeadCut cut = HeadCut::of(chunk.num_tokens(), layer.shape.group_size,
+                                        cache.rows_seen(run.class_idx, chunk));
         if (cut.num_parts() > 0) {
-          fn(WorkItem{cut, size.num_tasks, size.partial_floats, size.num_counters, entry_idx,
+          fn(WorkItem{cut, size.num_tasks, size.partial_floats, size.num_counters, chunk_idx,
                       first_head},
              run.num_heads);
           ++size.num_items;
@@ -296,11 +296,11 @@ class StepWork {
           if (cut.num_parts() > 1) size.num_counters += run.num_heads;
           size.partial_floats +=
               run.num_heads *
-              cut.partial_floats_of(entry.num_tokens(), layer.shape.group_size, layer.shape.v_dim);
+              cut.partial_floats_of(chunk.num_tokens(), layer.shape.group_size, layer.shape.v_dim);
         }
         first_head += run.num_heads;
       }
-      ++entry_idx;
+      ++chunk_idx;
     }
     return size;
   }
@@ -310,7 +310,7 @@ class StepWork {
     WorkSize size;
     size.num_layers = std::ssize(cache.geometry().layers());
     for (const int first : cache.geometry().layer_kinds()) {
-      const LayerPlace& layer = cache.geometry().layers()[static_cast<std::size_t>(first)];
+      const LayerGeometry& layer = cache.geometry().layers()[static_cast<std::size_t>(first)];
       size.add_kind(for_each_item(cache, step, layer, [](const WorkItem&, int) {}), layer.shape);
     }
     return size;
@@ -334,7 +334,7 @@ class StepWork {
     auto* task = reinterpret_cast<std::int32_t*>(base + sections.tasks);
     LayerWork* kind = kinds_;
     for (const int first : cache.geometry().layer_kinds()) {
-      const LayerPlace& layer = cache.geometry().layers()[static_cast<std::size_t>(first)];
+      const LayerGeometry& layer = cache.geometry().layers()[static_cast<std::size_t>(first)];
       const WorkItem* const items = item;
       const std::int32_t* const item_of_task = task;
       const WorkSize kind_size =

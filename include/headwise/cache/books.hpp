@@ -104,7 +104,7 @@ class Books {
       free_sequences_[i] = static_cast<std::int32_t>(num_sequences() - 1 - i);
     }
     num_free_sequences_ = num_sequences();
-    open_entries_.reserve(num_sequences());
+    open_chunks_.reserve(num_sequences());
   }
 
   Books(const Books&) = delete;
@@ -244,20 +244,20 @@ class Books {
     reserve(step);
     const StepStatus status = enter(step, chunks);
     if (status != StepStatus::kOk) {
-      for (const StepEntry& entry : step.entries_) state(entry.sequence).pending_length = -1;
-      step.entries_.clear();
+      for (const StepChunk& chunk : step.chunks_) state(chunk.sequence).pending_length = -1;
+      step.chunks_.clear();
       return status;
     }
-    for (const StepEntry& entry : step.entries_) {
-      const std::int32_t index = entry.sequence.index;
+    for (const StepChunk& chunk : step.chunks_) {
+      const std::int32_t index = chunk.sequence.index;
       for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
-        take(index, c, rule.changes(kept, entry.lengths).take);
+        take(index, c, rule.changes(kept, chunk.lengths).take);
       });
     }
     step.books_ = this;
     step.epoch_ = open_epoch_ = ++last_epoch_;
     open_step_ = &step;
-    open_entries_ = step.entries_;
+    open_chunks_ = step.chunks_;
     for (std::size_t l = 0; l < step.num_layers_; ++l) {
       step.heads_done_[l].store(0, std::memory_order_relaxed);
     }
@@ -274,17 +274,17 @@ class Books {
         return StepStatus::kIncomplete;
       }
     }
-    for (const StepEntry& entry : open_entries_) {
-      const std::int32_t index = entry.sequence.index;
+    for (const StepChunk& chunk : open_chunks_) {
+      const std::int32_t index = chunk.sequence.index;
       for_each_class(index, [&]<class Rule>(std::size_t c, const Rule& rule,
                                             const typename Rule::State& kept) {
-        const auto changes = rule.changes(kept, entry.lengths);
+        const auto changes = rule.changes(kept, chunk.lengths);
         give_back(index, c, changes.release);
         state_of(index, c) = changes.next;
       });
-      SequenceState& sequence = state(entry.sequence);
-      sequence.length = entry.lengths.next;
-      sequence.high_water = entry.lengths.next_high_water();
+      SequenceState& sequence = state(chunk.sequence);
+      sequence.length = chunk.lengths.next;
+      sequence.high_water = chunk.lengths.next_high_water();
     }
     close_step();
     return StepStatus::kOk;
@@ -342,7 +342,7 @@ class Books {
   const AnyKeepState& keep_state(std::int32_t index, std::size_t c) const {
     return states_[static_cast<std::size_t>(index) * geometry_.classes().size() + c];
   }
-  /// Compensation rows of one sequence, as HeadPlace::compensation_offset counts.
+  /// Compensation rows of one sequence, as HeadGeometry::compensation_offset counts.
   std::byte* compensation(std::int32_t index) const {
     return metadata_.data() + layout_.compensation +
            static_cast<std::size_t>(index) * geometry_.compensation_bytes();
@@ -418,10 +418,10 @@ class Books {
   }
 
   void reserve(Step& step) const {
-    step.entries_.clear();
+    step.chunks_.clear();
     step.num_growing_ = 0;
     step.planned_threads_ = 0;
-    step.entries_.reserve(num_sequences());
+    step.chunks_.reserve(num_sequences());
     if (step.num_layers_ != geometry_.layers().size()) {
       step.num_layers_ = geometry_.layers().size();
       step.heads_done_ = std::make_unique<std::atomic<std::int64_t>[]>(step.num_layers_);
@@ -452,7 +452,7 @@ class Books {
       if (chunk.num_tokens > options.max_chunk) return StepStatus::kChunkTooLong;
       add_demand(chunk);
       sequence.pending_length = sequence.length + chunk.num_tokens;
-      step.entries_.push_back({chunk.sequence,
+      step.chunks_.push_back({chunk.sequence,
                                {sequence.length, sequence.high_water, sequence.pending_length},
                                first_row,
                                chunk.phase});
@@ -460,9 +460,9 @@ class Books {
       if (chunk.num_tokens > 0) ++step.num_growing_;
     }
     if (pool_.missing_bytes(demand_) != 0) return StepStatus::kOutOfPages;
-    for (const StepEntry& entry : step.entries_) {
-      const std::int64_t longest = entry.lengths.next_high_water();
-      if (longest > 0 && !tables_.reserve(entry.sequence.index, pages_of(longest))) {
+    for (const StepChunk& chunk : step.chunks_) {
+      const std::int64_t longest = chunk.lengths.next_high_water();
+      if (longest > 0 && !tables_.reserve(chunk.sequence.index, pages_of(longest))) {
         return StepStatus::kOutOfTables;
       }
     }
@@ -472,19 +472,19 @@ class Books {
   /// No step is open; sequences that were released meanwhile are gone now.
   void close_step() {
     open_epoch_ = 0;
-    for (const StepEntry& entry : open_entries_) {
-      SequenceState& sequence = state(entry.sequence);
+    for (const StepChunk& chunk : open_chunks_) {
+      SequenceState& sequence = state(chunk.sequence);
       sequence.pending_length = -1;
-      if (sequence.is_leaving) vacate(entry.sequence.index);
+      if (sequence.is_leaving) vacate(chunk.sequence.index);
     }
   }
 
   void drop_open_step() {
     if (open_epoch_ == 0) return;
-    for (const StepEntry& entry : open_entries_) {
-      const std::int32_t index = entry.sequence.index;
+    for (const StepChunk& chunk : open_chunks_) {
+      const std::int32_t index = chunk.sequence.index;
       for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
-        give_back(index, c, rule.changes(kept, entry.lengths).take);
+        give_back(index, c, rule.changes(kept, chunk.lengths).take);
       });
     }
     close_step();
@@ -500,7 +500,7 @@ class Books {
   std::span<std::int32_t> free_sequences_;
   std::span<std::int64_t> demand_;  // pages of each size: of the call in progress
   std::size_t num_free_sequences_ = 0;
-  std::vector<StepEntry> open_entries_;  // a copy: the engine's Step may be gone before a drop
+  std::vector<StepChunk> open_chunks_;  // a copy: the engine's Step may be gone before a drop
   std::uint64_t last_epoch_ = 0;
   std::uint64_t open_epoch_ = 0;     // 0: no step is open
   const Step* open_step_ = nullptr;  // never read through: a former cache's step may bear our epoch

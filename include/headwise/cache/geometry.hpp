@@ -33,7 +33,7 @@ struct HeadClass {
 };
 
 /// One KV head: its class and where its data lie among those of its class or sequence.
-struct HeadPlace {
+struct HeadGeometry {
   int class_idx = 0;                     ///< in CacheGeometry::classes()
   std::int64_t idx_in_class = 0;         ///< layer by layer
   std::int64_t compensation_offset = 0;  ///< bytes in a sequence's share
@@ -47,7 +47,7 @@ struct ClassRun {
 };
 
 /// One layer: its page geometry, heads and the order in which they are attended.
-struct LayerPlace {
+struct LayerGeometry {
   LayerShape shape;             ///< as the model has it
   PageShape page;               ///< of this layer's rows
   std::int64_t first_head = 0;  ///< index of KV head 0 in heads()
@@ -84,29 +84,29 @@ class CacheGeometry {
   /// One for each budget and page size that the plan has, in order of appearance.
   const std::vector<HeadClass>& classes() const& { return classes_; }
   /// [num_layers]
-  const std::vector<LayerPlace>& layers() const& { return layers_; }
+  const std::vector<LayerGeometry>& layers() const& { return layers_; }
   /// The first layer of each kind: layers whose group size, widths and runs are equal.
   const std::vector<int>& layer_kinds() const& { return layer_kinds_; }
   /// One layer.
-  const LayerPlace& layer(int layer) const& {
+  const LayerGeometry& layer(int layer) const& {
     HEADWISE_ASSERT(layer >= 0 && static_cast<std::size_t>(layer) < layers_.size(),
                     "layer out of range");
     return layers_[static_cast<std::size_t>(layer)];
   }
   /// One head's place.
-  const HeadPlace& head(int l, int kv_head) const& {
+  const HeadGeometry& head(int l, int kv_head) const& {
     HEADWISE_ASSERT(kv_head >= 0 && kv_head < layer(l).shape.num_kv_heads, "KV head out of range");
     return heads_[static_cast<std::size_t>(layer(l).first_head + kv_head)];
   }
   /// All heads, layer by layer.
-  const std::vector<HeadPlace>& heads() const& { return heads_; }
+  const std::vector<HeadGeometry>& heads() const& { return heads_; }
   const CacheOptions& options() const&& = delete;
   const std::vector<HeadClass>& classes() const&& = delete;
-  const std::vector<LayerPlace>& layers() const&& = delete;
+  const std::vector<LayerGeometry>& layers() const&& = delete;
   const std::vector<int>& layer_kinds() const&& = delete;
-  const LayerPlace& layer(int layer) const&& = delete;
-  const HeadPlace& head(int l, int kv_head) const&& = delete;
-  const std::vector<HeadPlace>& heads() const&& = delete;
+  const LayerGeometry& layer(int layer) const&& = delete;
+  const HeadGeometry& head(int l, int kv_head) const&& = delete;
+  const std::vector<HeadGeometry>& heads() const&& = delete;
 
   /// Sizes of pages and of the slabs that they share.
   const PoolShape& pool() const& { return pool_; }
@@ -302,7 +302,7 @@ class CacheGeometry {
 
   void add_layer(const LayerShape& shape, const HeadPlan& plan, int l, PageBytes page_bytes,
                  std::map<ClassKey, int>& known, std::vector<std::size_t>& sizes) {
-    LayerPlace layer{shape,
+    LayerGeometry layer{shape,
                      {options_.page_tokens, shape.k_dim, shape.v_dim},
                      static_cast<std::int64_t>(heads_.size()),
                      {},
@@ -351,9 +351,9 @@ class CacheGeometry {
   }
 
   /// The kind of a layer that is yet to be added.
-  int kind_of(const LayerPlace& layer) const {
+  int kind_of(const LayerGeometry& layer) const {
     const auto found = std::find_if(layer_kinds_.begin(), layer_kinds_.end(), [&](int first) {
-      const LayerPlace& other = layers_[static_cast<std::size_t>(first)];
+      const LayerGeometry& other = layers_[static_cast<std::size_t>(first)];
       return other.shape.group_size == layer.shape.group_size && other.page == layer.page &&
              other.runs == layer.runs;
     });
@@ -384,8 +384,8 @@ class CacheGeometry {
   std::size_t compensation_bytes_ = 0;
   int max_heads_per_layer_ = 0;
   std::vector<HeadClass> classes_;
-  std::vector<HeadPlace> heads_;
-  std::vector<LayerPlace> layers_;
+  std::vector<HeadGeometry> heads_;
+  std::vector<LayerGeometry> layers_;
   std::vector<int> layer_kinds_;
   std::vector<TableLevel> levels_;
   PoolShape pool_;

@@ -165,61 +165,61 @@ class KvCache {
   // For attention ---------------------------------------------------------------------------------
 
   /// Stored rows that some query of the entry may see of a head of this class.
-  std::int64_t rows_seen(int class_idx, const StepEntry& entry) const {
+  std::int64_t rows_seen(int class_idx, const StepChunk& chunk) const {
     const auto c = static_cast<std::size_t>(class_idx);
-    return visit_rule(geometry().classes()[c].rule, books_.keep_state(entry.sequence.index, c),
+    return visit_rule(geometry().classes()[c].rule, books_.keep_state(chunk.sequence.index, c),
                       [&](const auto& rule, const auto& state) {
-                        return rule.runs(state, entry.lengths.length, entry.phase).num_rows();
+                        return rule.runs(state, chunk.lengths.length, chunk.phase).num_rows();
                       });
   }
 
-  /// What the entry's queries may see of one head, as of the step's start. Any thread.
-  SeenRows<Format> seen(const StepEntry& entry, int layer, int kv_head) const
+  /// What the chunk's queries may see of one head, as of the step's start. Any thread.
+  SeenRows<Format> seen(const StepChunk& chunk, int layer, int kv_head) const
       requires(Place::kOnHost) {
-    const LayerPlace& place = geometry().layer(layer);
-    const HeadPlace& head = geometry().head(layer, kv_head);
-    return visit_head(entry, head, [&](const auto& rule, const auto& state) {
-      const std::int64_t length = entry.lengths.length;
+    const LayerGeometry& place = geometry().layer(layer);
+    const HeadGeometry& head = geometry().head(layer, kv_head);
+    return visit_head(chunk, head, [&](const auto& rule, const auto& state) {
+      const std::int64_t length = chunk.lengths.length;
       SeenRows<Format> seen{
           KvView<Format>::over_pages(
               place_.pages(), geometry().pool().granule(),
-              length == 0 ? nullptr : table(entry, head) + rule.slots(state).first_entry,
+              length == 0 ? nullptr : table(chunk, head) + rule.slots(state).first_entry,
               place.page),
-          rule.window(entry.phase)};
-      for (const KvRun& run : rule.runs(state, length, entry.phase).runs) seen.view.add_run(run);
+          rule.window(chunk.phase)};
+      for (const KvRun& run : rule.runs(state, length, chunk.phase).runs) seen.view.add_run(run);
       if (const FoldedRows folded = rule.folded(state, length); folded.count > 0) {
-        const Sums sums = sums_of(entry, head, place.page, folded.row);
+        const Sums sums = sums_of(chunk, head, place.page, folded.row);
         seen.view.compensation = {sums.k_mean, sums.v_mean, folded.count};
       }
       return seen;
     });
   }
 
-  /// Stores the entry's rows of one head, after everything that reads the rows they may overwrite.
+  /// Stores the chunk's rows of one head, after everything that reads the rows they may overwrite.
   /// One call per head and step; heads may run at once on different threads. Elements that become
   /// infinite are counted in the step.
   /// @param k,v  [num_tokens, 1, k_dim] and [num_tokens, 1, v_dim].
   template <class Isa>
-  void append(const Step& step, const StepEntry& entry, int layer, int kv_head,
+  void append(const Step& step, const StepChunk& chunk, int layer, int kv_head,
               TensorView<const float> k, TensorView<const float> v) const requires(Place::kOnHost) {
     const PageShape& page = geometry().layer(layer).page;
-    const HeadPlace& head = geometry().head(layer, kv_head);
-    visit_head(entry, head, [&](const auto& rule, const auto& state) {
-      const SlotMap to = rule.append_slots(state, entry.lengths);
+    const HeadGeometry& head = geometry().head(layer, kv_head);
+    visit_head(chunk, head, [&](const auto& rule, const auto& state) {
+      const SlotMap to = rule.append_slots(state, chunk.lengths);
       carry_over(rule.slots(state), to,
-                 rule.held(state, entry.lengths.length, entry.lengths.high_water)[0], entry, head);
+                 rule.held(state, chunk.lengths.length, chunk.lengths.high_water)[0], chunk, head);
       std::int64_t overflows = 0;
-      for (std::int64_t i = 0; i < entry.num_tokens(); ++i) {
-        const Pos pos{entry.lengths.length + i};
-        if (!to.keeps(pos, entry.lengths.next)) continue;  // gone before the chunk ends
+      for (std::int64_t i = 0; i < chunk.num_tokens(); ++i) {
+        const Pos pos{chunk.lengths.length + i};
+        if (!to.keeps(pos, chunk.lengths.next)) continue;  // gone before the chunk ends
         const Slot slot = to.slot(pos);
         overflows += Format::template encode<Isa>(
-            page_of(entry, head, to.first_entry + slot.value / page.page_tokens), page,
+            page_of(chunk, head, to.first_entry + slot.value / page.page_tokens), page,
             static_cast<std::size_t>(slot.value % page.page_tokens), k.row(i, 0), v.row(i, 0));
       }
       step.note_overflows(overflows);
-      rule.for_each_fold(state, entry.lengths,
-                         [&](const FoldMove& move) { fold<Isa>(move, entry, head, page); });
+      rule.for_each_fold(state, chunk.lengths,
+                         [&](const FoldMove& move) { fold<Isa>(move, chunk, head, page); });
     });
   }
 
@@ -237,20 +237,20 @@ class KvCache {
 
   /// `fn(rule, state)` of the head's class for the entry's sequence.
   template <class Fn>
-  decltype(auto) visit_head(const StepEntry& entry, const HeadPlace& head, Fn&& fn) const {
+  decltype(auto) visit_head(const StepChunk& chunk, const HeadGeometry& head, Fn&& fn) const {
     const auto c = static_cast<std::size_t>(head.class_idx);
-    return visit_rule(geometry().classes()[c].rule, books_.keep_state(entry.sequence.index, c), fn);
+    return visit_rule(geometry().classes()[c].rule, books_.keep_state(chunk.sequence.index, c), fn);
   }
-  const std::int32_t* table(const StepEntry& entry, const HeadPlace& head) const {
-    return books_.tables().head(entry.sequence.index, static_cast<std::size_t>(head.class_idx),
+  const std::int32_t* table(const StepChunk& chunk, const HeadGeometry& head) const {
+    return books_.tables().head(chunk.sequence.index, static_cast<std::size_t>(head.class_idx),
                                 head.idx_in_class);
   }
-  std::byte* page_of(const StepEntry& entry, const HeadPlace& head, std::int64_t at) const {
-    return books_.pool().address(table(entry, head)[at]);
+  std::byte* page_of(const StepChunk& chunk, const HeadGeometry& head, std::int64_t at) const {
+    return books_.pool().address(table(chunk, head)[at]);
   }
-  Sums sums_of(const StepEntry& entry, const HeadPlace& head, const PageShape& page,
+  Sums sums_of(const StepChunk& chunk, const HeadGeometry& head, const PageShape& page,
                std::int64_t row) const {
-    std::byte* begin = books_.compensation(entry.sequence.index) + head.compensation_offset +
+    std::byte* begin = books_.compensation(chunk.sequence.index) + head.compensation_offset +
                        static_cast<std::size_t>(row) * CacheGeometry::compensation_row_bytes(page);
     auto* sums = reinterpret_cast<double*>(begin);
     auto* means = reinterpret_cast<float*>(sums + page.k_dim + page.v_dim);
@@ -258,11 +258,11 @@ class KvCache {
   }
 
   /// Where a step's rows go to other pages, those begin as what the head holds.
-  void carry_over(const SlotMap& from, const SlotMap& to, EntryRange held, const StepEntry& entry,
-                  const HeadPlace& head) const {
+  void carry_over(const SlotMap& from, const SlotMap& to, EntryRange held, const StepChunk& chunk,
+                  const HeadGeometry& head) const {
     if (from.first_entry == to.first_entry) return;
     const HeadClass& heads = geometry().classes()[static_cast<std::size_t>(head.class_idx)];
-    const std::int32_t* entries = table(entry, head);
+    const std::int32_t* entries = table(chunk, head);
     for (std::int64_t i = 0; i < held.count(); ++i) {
       std::memcpy(books_.pool().address(entries[to.first_entry + i]),
                   books_.pool().address(entries[held.first + i]),
@@ -273,14 +273,14 @@ class KvCache {
   /// Makes one compensation row: sums in double, so that they are right for a million rows, and
   /// their means as attention reads them.
   template <class Isa>
-  void fold(const FoldMove& move, const StepEntry& entry, const HeadPlace& head,
+  void fold(const FoldMove& move, const StepChunk& chunk, const HeadGeometry& head,
             const PageShape& page) const {
-    const Sums to = sums_of(entry, head, page, move.to);
+    const Sums to = sums_of(chunk, head, page, move.to);
     const std::int64_t width = page.k_dim + page.v_dim;
     if (!move.from) {
       std::fill_n(to.k_sum, width, 0.0);
     } else if (*move.from != move.to) {
-      std::copy_n(sums_of(entry, head, page, *move.from).k_sum, width, to.k_sum);
+      std::copy_n(sums_of(chunk, head, page, *move.from).k_sum, width, to.k_sum);
     }
     if (move.first_row < move.end_row) {
       Format::template add_rows<Isa>(page_of(entry, head, move.entry), page,

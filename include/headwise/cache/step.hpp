@@ -91,7 +91,7 @@ constexpr const char* to_string(StepStatus status) {
 }
 
 /// One sequence's part of a step.
-struct StepEntry {
+struct StepChunk {
   SequenceId sequence{};         ///< whose rows these are
   StepLengths lengths;           ///< before and after the step
   std::int64_t first_row = 0;    ///< of this sequence in q, k, v and out
@@ -108,11 +108,11 @@ class Step {
   Step& operator=(const Step&) = delete;
 
   /// The sequences of the step, in the order of its chunks; empty after a refused begin.
-  std::span<const StepEntry> entries() const& { return entries_; }
-  std::span<const StepEntry> entries() const&& = delete;
+  std::span<const StepChunk> chunks() const& { return chunks_; }
+  std::span<const StepChunk> chunks() const&& = delete;
   /// Rows of q, k, v and out.
   std::int64_t num_rows() const {
-    return entries_.empty() ? 0 : entries_.back().first_row + entries_.back().num_tokens();
+    return chunks_.empty() ? 0 : chunks_.back().first_row + chunks_.back().num_tokens();
   }
 
   /// Finite elements of K and V that became infinite when they were stored, so far: the row format
@@ -141,7 +141,7 @@ class Step {
     }
   }
 
-  /// Whether every head of a layer of `num_kv_heads` has the rows of all entries in its pages.
+  /// Whether every head of a layer of `num_kv_heads` has the rows of all chunks in its pages.
   /// False where there are none.
   bool is_attended(int layer, int num_kv_heads) const {
     const std::int64_t wanted = num_growing_ * num_kv_heads;
@@ -179,14 +179,14 @@ class Step {
     heads_done_[layer].store(0, std::memory_order_relaxed);
   }
 
-  std::vector<StepEntry> entries_;
+  std::vector<StepChunk> chunks_;
   const void* books_ = nullptr;   // whose begin filled it
   std::uint64_t epoch_ = 0;       // of that begin; 0: never
-  std::int64_t num_growing_ = 0;  // entries with new tokens
+  std::int64_t num_growing_ = 0;  // chunks with new tokens
   std::size_t planned_threads_ = 0;
   std::uint32_t last_attempt_ = 0;
   std::size_t num_layers_ = 0;
-  std::unique_ptr<std::atomic<std::int64_t>[]> heads_done_;  // [num_layers], over all entries
+  std::unique_ptr<std::atomic<std::int64_t>[]> heads_done_;  // [num_layers], over all chunks
   mutable std::atomic<std::int64_t> num_overflows_{0};
   Scratch scratch_;
 };

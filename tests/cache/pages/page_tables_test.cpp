@@ -105,8 +105,8 @@ TEST(PageTables, HeadsShareNoEntry) {
   }
   EXPECT_EQ(entries.size(), 12U + 6U);
   EXPECT_EQ(tables->entries().size(), 100U);
-  for (const std::int32_t* entry : entries) {
-    EXPECT_LT(entry - tables->entries().data(), 18);  // first fit
+  for (const std::int32_t* chunk : entries) {
+    EXPECT_LT(chunk - tables->entries().data(), 18);  // first fit
   }
 }
 

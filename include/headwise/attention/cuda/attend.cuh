@@ -24,10 +24,10 @@ namespace headwise::inline v0::cuda {
 inline std::vector<DeviceLayer> device_layers(const CacheGeometry& geometry) {
   std::vector<DeviceLayer> layers;
   for (std::size_t l = 0; l < geometry.layers().size(); ++l) {
-    const LayerPlace& place = geometry.layers()[l];
+    const LayerGeometry& place = geometry.layers()[l];
     DeviceLayer layer{place.shape, {}};
     for (const int kv_head : place.task_order) {
-      const HeadPlace& head = geometry.head(static_cast<int>(l), kv_head);
+      const HeadGeometry& head = geometry.head(static_cast<int>(l), kv_head);
       const int i = layer.heads.num_heads++;
       layer.heads.idx_in_class[i] = static_cast<std::int32_t>(head.idx_in_class);
       layer.heads.kv_head[i] = static_cast<std::int16_t>(kv_head);
@@ -128,11 +128,11 @@ class DeviceAttention {
     std::int64_t tiles = 0;
     bool decodes = false;
     chunks_.clear();
-    for (const StepEntry& entry : step.entries()) {
-      growing += entry.num_tokens() > 0 ? 1 : 0;
-      decodes = decodes || entry.num_tokens() == 1;
-      tiles += launches_.num_tiles(layer, entry.num_tokens());
-      if (entry.num_tokens() > 1) add_chunk({entry.first_row, entry.num_tokens()});
+    for (const StepChunk& chunk : step.chunks()) {
+      growing += chunk.num_tokens() > 0 ? 1 : 0;
+      decodes = decodes || chunk.num_tokens() == 1;
+      tiles += launches_.num_tiles(layer, chunk.num_tokens());
+      if (chunk.num_tokens() > 1) add_chunk({chunk.first_row, chunk.num_tokens()});
     }
     if (decodes && (planned_ != cache_.place().num_sent() || planned_in_ != capture)) {
       return StepStatus::kNotPlanned;
@@ -190,7 +190,7 @@ class DeviceAttention {
     // A graph of one-token steps is captured once for every batch size.
     const std::int64_t most_entries = most_rows <= 1
                                           ? cache_.geometry().options().max_sequences
-                                          : static_cast<std::int64_t>(step.entries().size());
+                                          : static_cast<std::int64_t>(step.chunks().size());
     return launches_.append(cache_.place().step(), layer, k, v, most_rows, most_entries, stream);
   }
 

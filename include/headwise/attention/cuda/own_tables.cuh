@@ -61,7 +61,7 @@ namespace detail {
 /// @param lengths  [num_sequences] tokens, the new one's row counted and stored; 0: no sequence
 template <class = void>  // inline does not hold for kernels
 __global__ void __launch_bounds__(128)
-    describe_tables_kernel(StepHeader* header, EntryState* entries, ClassState* classes,
+    describe_tables_kernel(StepHeader* header, ChunkState* entries, ClassState* classes,
                            const WindowClass* windows, int num_classes, const std::int32_t* lengths,
                            int num_sequences, std::int64_t sequence_stride,
                            std::int32_t head_stride) {
@@ -137,7 +137,7 @@ class TableAttention {
     detail::describe_tables_kernel<>
         <<<static_cast<unsigned>((threads + 127) / 128), 128, 0, stream>>>(
             reinterpret_cast<StepHeader*>(base),
-            reinterpret_cast<EntryState*>(base + layout_.entries),
+            reinterpret_cast<ChunkState*>(base + layout_.entries),
             reinterpret_cast<ClassState*>(base + layout_.classes),
             reinterpret_cast<const WindowClass*>(base + layout_.total_bytes), num_classes, lengths,
             num_sequences, tables_.sequence_stride, tables_.head_stride);
@@ -210,7 +210,7 @@ class TableAttention {
   }
   DeviceStep step(const PageTableView& pages) const {
     return {reinterpret_cast<const StepHeader*>(state_.data()),
-            reinterpret_cast<const EntryState*>(state_.data() + layout_.entries),
+            reinterpret_cast<const ChunkState*>(state_.data() + layout_.entries),
             reinterpret_cast<const ClassState*>(state_.data() + layout_.classes),
             pages.page_table,
             pages.pages,

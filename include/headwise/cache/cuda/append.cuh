@@ -64,10 +64,10 @@ __global__ void __launch_bounds__(256)
     const int h = static_cast<int>(i % heads.num_heads);
     const std::int64_t row = i / heads.num_heads % most_rows;
     const std::int64_t e = i / heads.num_heads / most_rows;
-    const EntryState entry = step.entries[e];
+    const ChunkState chunk = step.entries[e];
     const ClassState state = step.classes[e * step.num_classes + heads.class_idx[h]];
-    const RowMove move = row_move(state, entry.length, entry.num_tokens, row);
-    if (!move.needed || entry.num_tokens == 0) continue;
+    const RowMove move = row_move(state, chunk.length, chunk.num_tokens, row);
+    if (!move.needed || chunk.num_tokens == 0) continue;
 
     const std::int32_t* table = table_of(step, state, heads.idx_in_class[h]);
     const auto rows_of = [&](int first_entry, int slot) {
@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(256)
     if constexpr (std::same_as<Row, Io>) {
       const std::uint16_t* stored_v = stored_k + kPageTokens * dim;
       const bool is_new = move.token >= 0;
-      const std::int64_t token = entry.first_row + move.token;
+      const std::int64_t token = chunk.first_row + move.token;
       copy_to(as_stored, is_new ? row_at(k, token, heads.kv_head[h]) : stored_k,
               is_new ? row_at(v, token, heads.kv_head[h]) : stored_v);
     } else if (move.token < 0) {
       copy_to(as_stored, stored_k, stored_k + kPageTokens * dim);
     } else {
-      const std::int64_t token = entry.first_row + move.token;
+      const std::int64_t token = chunk.first_row + move.token;
       const int lost =
           copy_to([](auto* to, const auto* from) { return copy_eight<Row, Io>(to, from); },
                   row_at(k, token, heads.kv_head[h]), row_at(v, token, heads.kv_head[h]));

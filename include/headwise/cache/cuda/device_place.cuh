@@ -145,7 +145,7 @@ class DevicePlace {
   /// The open step as kernels take it; the same for the cache's whole life.
   DeviceStep step() const {
     return {reinterpret_cast<const StepHeader*>(state_.data()),
-            reinterpret_cast<const EntryState*>(state_.data() + layout_.entries),
+            reinterpret_cast<const ChunkState*>(state_.data() + layout_.entries),
             reinterpret_cast<const ClassState*>(state_.data() + layout_.classes),
             reinterpret_cast<const std::int32_t*>(tables_.data()),
             pages(),
@@ -250,27 +250,27 @@ class DevicePlace {
 
   void write_step(const Books& books, const Step& step, std::byte* block) {
     most_rows_stored_ = 0;
-    auto* entries = reinterpret_cast<EntryState*>(block + layout_.entries);
+    auto* entries = reinterpret_cast<ChunkState*>(block + layout_.entries);
     auto* classes = reinterpret_cast<ClassState*>(block + layout_.classes);
-    for (std::size_t e = 0; e < step.entries().size(); ++e) {
-      const StepEntry& entry = step.entries()[e];
-      const std::int32_t index = entry.sequence.index;
-      entries[e] = {entry.first_row, entry.lengths.length, entry.num_tokens()};
+    for (std::size_t e = 0; e < step.chunks().size(); ++e) {
+      const StepChunk& chunk = step.chunks()[e];
+      const std::int32_t index = chunk.sequence.index;
+      entries[e] = {chunk.first_row, chunk.lengths.length, chunk.num_tokens()};
       for (std::size_t c = 0; c < num_classes_; ++c) {
         ClassState& state = classes[e * num_classes_ + c];
         state = visit_rule(books.geometry().classes()[c].rule, books.keep_state(index, c),
                            [&](const auto& rule, const auto& kept) {
                              most_rows_stored_ =
                                  std::max(most_rows_stored_,
-                                          cuda::most_rows_stored(rule, kept, entry.lengths));
-                             return class_state(rule, kept, entry.lengths, entry.phase);
+                                          cuda::most_rows_stored(rule, kept, chunk.lengths));
+                             return class_state(rule, kept, chunk.lengths, chunk.phase);
                            });
         if (!books.tables().has_block(index)) continue;  // an empty sequence without new tokens
         state.table = books.tables().offset(index, c);
         state.head_stride = static_cast<std::int32_t>(books.tables().stride(index, c));
       }
     }
-    *reinterpret_cast<StepHeader*>(block) = {static_cast<std::int32_t>(step.entries().size())};
+    *reinterpret_cast<StepHeader*>(block) = {static_cast<std::int32_t>(step.chunks().size())};
   }
 
   /// One after the last change that goes into a copy with change `next`.

@@ -22,7 +22,7 @@ struct StepHeader {
 };
 
 /// One sequence's part of the step.
-struct EntryState {
+struct ChunkState {
   std::int64_t first_row = 0;   ///< of this sequence in q, k, v and out
   std::int64_t length = 0;      ///< tokens before the step
   std::int64_t num_tokens = 0;  ///< of the step
@@ -69,7 +69,7 @@ struct TableRange {
 
 /// Where the parts of a step lie in the one block of bytes that is copied to the device.
 struct StepLayout {
-  std::size_t entries = 0;      ///< [max_sequences] EntryState, behind the StepHeader
+  std::size_t entries = 0;      ///< [max_sequences] ChunkState, behind the StepHeader
   std::size_t classes = 0;      ///< [max_sequences][num_classes] ClassState
   std::size_t ranges = 0;       ///< [num_ranges] TableRange, then the page ids, packed
   std::size_t total_bytes = 0;  ///< of the block
@@ -79,7 +79,7 @@ struct StepLayout {
              std::size_t most_ids) {
     const auto aligned = [](std::size_t bytes) { return (bytes + 63) / 64 * 64; };
     entries = aligned(sizeof(StepHeader));
-    classes = entries + aligned(max_sequences * sizeof(EntryState));
+    classes = entries + aligned(max_sequences * sizeof(ChunkState));
     ranges = classes + max_sequences * num_classes * sizeof(ClassState);
     total_bytes =
         ranges + aligned(most_ranges * sizeof(TableRange)) + most_ids * sizeof(std::int32_t);
@@ -89,7 +89,7 @@ struct StepLayout {
 /// The step and the pages as a kernel's parameters; every pointer is fixed for a cache's life.
 struct DeviceStep {
   const StepHeader* header = nullptr;        ///< one
-  const EntryState* entries = nullptr;       ///< [max_sequences]
+  const ChunkState* entries = nullptr;       ///< [max_sequences]
   const ClassState* classes = nullptr;       ///< [max_sequences][num_classes]
   const std::int32_t* page_table = nullptr;  ///< of all sequences; ClassState says where
   std::byte* pages = nullptr;                ///< page 0

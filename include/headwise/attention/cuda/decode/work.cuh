@@ -134,13 +134,13 @@ __device__ inline Piece whole_item(const DeviceStep& step, const LayerKind& kind
   const int per_entry = kind.num_heads * kind.query_tiles;
   const int e = i / per_entry;
   const int head = i % per_entry / kind.query_tiles;
-  const EntryState entry = step.entries[e];
+  const ChunkState chunk = step.entries[e];
   Piece piece;
-  if (entry.num_tokens != 1) return piece;
+  if (chunk.num_tokens != 1) return piece;
   const ClassState state = step.classes[e * step.num_classes + kind.class_idx[head]];
   piece.table = state.table + state.append_entry;
   piece.head_stride = state.head_stride;
-  piece.query_row = static_cast<std::int32_t>(entry.first_row);
+  piece.query_row = static_cast<std::int32_t>(chunk.first_row);
   piece.kv_head = kind.kv_head[head];
   piece.query_tile = static_cast<std::int16_t>(i % kind.query_tiles);
   for (int r = 0; r < 2; ++r) {
@@ -148,7 +148,7 @@ __device__ inline Piece whole_item(const DeviceStep& step, const LayerKind& kind
     piece.slot_end[r] = state.slot_end[r];
     piece.num_tiles += tiles_of(state.slot_begin[r], state.slot_end[r]);
   }
-  piece.new_slot = static_cast<std::int32_t>(append_map(state).slot(Pos{entry.length}).value);
+  piece.new_slot = static_cast<std::int32_t>(append_map(state).slot(Pos{chunk.length}).value);
   return piece;
 }
 

@@ -92,7 +92,7 @@ struct QueryGroup {
 
 /// Some tokens of one sequence's chunk and all query heads of one KV head.
 struct PrefillTile {
-  EntryState entry;
+  ChunkState chunk;
   ClassState state;
   KeyList keys;
   std::int64_t table = 0;  ///< page-table index of the head's slot 0
@@ -102,13 +102,13 @@ struct PrefillTile {
 
   /// The position of query row `row`; rows past the last one repeat its token.
   __device__ int pos_of(int row, const QueryGroup& group) const {
-    return static_cast<int>(entry.length) + first_token + min(group.token_of(row), num_tokens - 1);
+    return static_cast<int>(chunk.length) + first_token + min(group.token_of(row), num_tokens - 1);
   }
 };
 
 /// Which chunk tile `index` is of, and the tile's number in it; one warp, all lanes alike.
 struct ChunkTile {
-  int entry = -1;
+  int chunk = -1;
   int index = 0;
 };
 __device__ inline ChunkTile find_chunk(const DeviceStep& step, int index, int tile_tokens) {
@@ -138,16 +138,16 @@ __device__ inline ChunkTile find_chunk(const DeviceStep& step, int index, int ti
 __device__ inline void describe(const PrefillArgs& args, const ChunkTile& chunk, int head,
                                 int tile_tokens, PrefillTile& tile) {
   tile.num_tokens = 0;
-  if (chunk.entry < 0) return;
-  tile.entry = args.step.entries[chunk.entry];
-  tile.state = args.step.classes[chunk.entry * args.step.num_classes + args.heads.class_idx[head]];
+  if (chunk.chunk < 0) return;
+  tile.chunk = args.step.entries[chunk.chunk];
+  tile.state = args.step.classes[chunk.chunk * args.step.num_classes + args.heads.class_idx[head]];
   tile.table = tile.state.table + tile.state.read_entry +
                static_cast<std::int64_t>(args.heads.idx_in_class[head]) * tile.state.head_stride;
   tile.head = head;
   tile.first_token = chunk.index * tile_tokens;
-  tile.num_tokens = min(tile_tokens, static_cast<int>(tile.entry.num_tokens) - tile.first_token);
+  tile.num_tokens = min(tile_tokens, static_cast<int>(tile.chunk.num_tokens) - tile.first_token);
   const ClassState& s = tile.state;
-  const int length = static_cast<int>(tile.entry.length);
+  const int length = static_cast<int>(tile.chunk.length);
   const int oldest = length + tile.first_token;
   const int end = oldest + tile.num_tokens;
   // Sinks, or all that a chunk-causal head still has of the first rows, or a dense head's past;
@@ -170,9 +170,9 @@ struct KeyRows {
 template <int kDim>
 __device__ KeyRows find_key(const PrefillArgs& args, const PrefillTile& tile, int index) {
   const int pos = tile.keys.position(min(index, tile.keys.count - 1));
-  const int length = static_cast<int>(tile.entry.length);
+  const int length = static_cast<int>(tile.chunk.length);
   if (pos >= length) {
-    const std::int64_t row = tile.entry.first_row + (pos - length);
+    const std::int64_t row = tile.chunk.first_row + (pos - length);
     const int kv_head = args.heads.kv_head[tile.head];
     return {row_at(args.k, row, kv_head), row_at(args.v, row, kv_head)};
   }
@@ -212,7 +212,7 @@ __device__ __forceinline__ const std::uint16_t* find_query(const PrefillArgs& ar
                                                            const PrefillTile& tile,
                                                            const QueryGroup& group, int row) {
   row = min(row, tile.num_tokens * group.size - 1);
-  return row_at(args.q, tile.entry.first_row + tile.first_token + group.token_of(row),
+  return row_at(args.q, tile.chunk.first_row + tile.first_token + group.token_of(row),
                 args.heads.kv_head[tile.head] * group.size + group.head_of(row));
 }
 
@@ -229,7 +229,7 @@ __device__ __forceinline__ void write_outputs(const PrefillArgs& args, const Pre
   const int row_of_lane = first + lane % kRows;
   std::uint16_t* to = nullptr;
   if (row_of_lane < tile.num_tokens * group.size) {
-    to = row_at(args.out, tile.entry.first_row + tile.first_token + group.token_of(row_of_lane),
+    to = row_at(args.out, tile.chunk.first_row + tile.first_token + group.token_of(row_of_lane),
                 args.heads.kv_head[tile.head] * group.size + group.head_of(row_of_lane));
   }
 #pragma unroll 8
