@@ -277,6 +277,67 @@ TEST(AttendShare, IsRefusedUnlessTheStepWasPlannedForSoManyThreads) {
   EXPECT_TRUE(model.matches());
 }
 
+TEST(AttendShare, AttendedTwiceIsRefusedAndDoesNotStandInForTheOthers) {
+  LongModel it;
+  Model& model = *it.model;
+  const Chunks chunks{{it.id, new_tokens(1)}};
+  const auto expected = model.oracle(chunks, Phase::kDecode);
+  ASSERT_EQ(model.begin(chunks, Phase::kDecode), StepStatus::kOk);
+  ASSERT_EQ(plan_work(model.cache, model.step, 2), StepStatus::kOk);
+  std::vector<Outputs> out;
+  for (int l = 0; l < 2; ++l) {
+    auto in = model.inputs_of(l, chunks);
+    const auto share = [&](std::size_t ith) {
+      return model.with_tensors(l, in, [&](auto... tensors) {
+        return attend_share(model.cache, model.step, l, tensors..., ith, 2);
+      });
+    };
+    EXPECT_EQ(share(0), StepStatus::kOk);
+    const Outputs half = in.out;
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(share(0), StepStatus::kNotPlanned);
+    EXPECT_EQ(in.out, half);
+    EXPECT_FALSE(model.cache.is_attended(model.step, l));
+    EXPECT_EQ(model.cache.commit(model.step), StepStatus::kIncomplete);
+    EXPECT_EQ(share(1), StepStatus::kOk);
+    EXPECT_EQ(share(0), StepStatus::kAttended);
+    out.push_back(std::move(in.out));
+  }
+  EXPECT_LE(largest_difference(out, expected), kBound);
+  EXPECT_EQ(model.commit(), StepStatus::kOk);
+  EXPECT_TRUE(model.matches());
+}
+
+TEST(AttendShare, OfALayerWhoseExecutorThrewWantsTheStepPlannedAgain) {
+  LongModel it;
+  Model& model = *it.model;
+  const Chunks chunks{{it.id, new_tokens(1)}};
+  const auto expected = model.oracle(chunks, Phase::kDecode);
+  ASSERT_EQ(model.begin(chunks, Phase::kDecode), StepStatus::kOk);
+  ASSERT_EQ(plan_work(model.cache, model.step, 2), StepStatus::kOk);
+  std::vector<Outputs> out;
+  for (int l = 0; l < 2; ++l) {
+    auto in = model.inputs_of(l, chunks);
+    const auto share = [&](std::size_t ith) {
+      return model.with_tensors(l, in, [&](auto... tensors) {
+        return attend_share(model.cache, model.step, l, tensors..., ith, 2);
+      });
+    };
+    const std::size_t last = l == 0 ? 2 : 1;
+    EXPECT_THROW((void)model.attend_into(model.step, l, in, StopsAfter{last}), Stopped);
+    std::fill(in.out.begin(), in.out.end(), -7.0F);
+    EXPECT_EQ(share(0), StepStatus::kNotPlanned);
+    EXPECT_EQ(share(1), StepStatus::kNotPlanned);
+    ASSERT_EQ(plan_work(model.cache, model.step, 2), StepStatus::kOk);
+    EXPECT_EQ(share(0), StepStatus::kOk);
+    EXPECT_EQ(model.cache.commit(model.step), StepStatus::kIncomplete);
+    EXPECT_EQ(share(1), StepStatus::kOk);
+    out.push_back(std::move(in.out));
+  }
+  EXPECT_LE(largest_difference(out, expected), kBound);
+  EXPECT_EQ(model.commit(), StepStatus::kOk);
+  EXPECT_TRUE(model.matches());
+}
+
 TEST(AttendShare, DeducesEverythingAndTakesAnIsa) {
   Model model = small_model(PrefillMode::kWindowed);
   const Chunks chunks{{model.add(), new_tokens(30)}};

@@ -3,6 +3,7 @@
 // It checks itself against plain attention. Its text must be the same under all flags
 // (tests/flags), so it prints integers and answers, and no float in full.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -118,6 +119,32 @@ class Engine {
   double worst_error_ = 0.0;
 };
 
+/// Whether of two tokens, of which the second's key or value has this element, the first one's
+/// output is as ever and the second one's NaN or infinite. By bits, for the flags' sake.
+bool spoils_only_its_own_row(std::uint32_t k_bits, std::uint32_t v_bits) {
+  constexpr int kWidth = 16;
+  const auto shape = headwise::ModelShape::uniform(1, 1, 1, kWidth);
+  headwise::KvCache<float> cache(shape, headwise::HeadPlan(shape), {.max_context = 16});
+  headwise::Step step;
+  if (cache.begin(step, {{cache.add_sequence().value(), 2}}) != headwise::StepStatus::kOk) {
+    return false;
+  }
+  std::vector<float> q(2 * kWidth, 1.0F), k = q, v = q, out = q;
+  k.back() = std::bit_cast<float>(k_bits);
+  v.back() = std::bit_cast<float>(v_bits);
+  const auto rows = [](const std::vector<float>& x) {
+    return headwise::TensorView<const float>::nhd(x.data(), 1, kWidth);
+  };
+  const auto status = headwise::attend(cache, step, 0, rows(q), rows(k), rows(v),
+                                       headwise::TensorView<float>::nhd(out.data(), 1, kWidth));
+  const auto is_finite = [](float x) {
+    return (std::bit_cast<std::uint32_t>(x) >> 23 & 0xFFU) != 0xFFU;
+  };
+  const float first = out[kWidth - 1];  // sees nothing but ones
+  return status == headwise::StepStatus::kOk && is_finite(first) &&
+         std::lround(first * 1000.0F) == 1000 && !is_finite(out.back());
+}
+
 }  // namespace
 
 int main() {
@@ -140,7 +167,15 @@ int main() {
   report("3 tokens at once", engine.forward(3, headwise::Phase::kDecode));
   report("too long", engine.forward(1000, headwise::Phase::kPrompt));
 
+  constexpr std::uint32_t kOne = 0x3F800000U;
+  constexpr std::uint32_t kInfinity = 0x7F800000U;
+  constexpr std::uint32_t kNan = 0x7FC00000U;
+  const bool spoils =
+      spoils_only_its_own_row(kNan, kOne) && spoils_only_its_own_row(kInfinity, kOne) &&
+      spoils_only_its_own_row(kOne, kNan) && spoils_only_its_own_row(kOne, kInfinity);
+  std::printf("what is not finite %s\n", spoils ? "stays so" : "is LOST or LEAKS");
+
   const bool right = engine.worst_error() < 2e-3;  // rows are stored in f16
   std::printf("%s plain attention\n", right ? "equals" : "DIFFERS from");
-  return right ? 0 : 1;
+  return right && spoils ? 0 : 1;
 }

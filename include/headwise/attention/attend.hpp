@@ -45,6 +45,7 @@ StepStatus attend_layer(const KvCache<Rows>& cache, Step& step, int layer,
   if (stores && cache.is_attended(step, layer)) return StepStatus::kAttended;
   const auto num_threads = static_cast<std::size_t>(executor.num_threads());
   if (step.planned_threads() < num_threads) StepWork::cut(cache, step, num_threads);
+  if (stores) StepWork::in(step.scratch()).take_shares(layer);
   const std::uint32_t attempt = stores ? step.start_layer(layer) : step.next_attempt();
   const AttendTasks<Isa, Rows> tasks(cache, step, layer, q, k, v, out, own_rows, attempt);
   executor.for_each(tasks.size(), tasks);
@@ -93,7 +94,8 @@ StepStatus attend_shared(const KvCache<Rows>& cache, Step& step, int layer,
 /// @param ith  in [0, nth)
 /// @return kStale, kNotPlanned, kTooManyThreads or kAttended; then this share has written nothing.
 ///   All threads get the same answer, except that kAttended may be kOk for a thread whose share is
-///   empty.
+///   empty. kNotPlanned also answers a share that was attended already while others of its layer
+///   were not, and one of a layer that attend() began and left: plan_work() lets it begin anew.
 template <class Isa = simd::BestIsa, class Rows>
 StepStatus attend_share(const KvCache<Rows>& cache, const Step& step, int layer,
                         TensorView<const float> q, TensorView<const float> k,
@@ -105,6 +107,7 @@ StepStatus attend_share(const KvCache<Rows>& cache, const Step& step, int layer,
   const AttendTasks<Isa, Rows> tasks(cache, step, layer, q, k, v, out, OwnRows::kStored, 0);
   if (ith >= tasks.size()) return StepStatus::kOk;  // others may be done with the whole layer
   if (cache.is_attended(step, layer)) return StepStatus::kAttended;
+  if (!StepWork::in(step.scratch()).begins_share(layer, ith)) return StepStatus::kNotPlanned;
   for (std::size_t task = ith; task < tasks.size(); task += nth) tasks.run(task, ith);
   return StepStatus::kOk;
 }

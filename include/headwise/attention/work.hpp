@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <new>
 
@@ -143,6 +144,7 @@ struct LayerWork {
 
 /// What a step's work takes up.
 struct WorkSize {
+  std::int64_t num_layers = 0;      ///< each thread's share of them is noted
   std::int64_t num_kinds = 0;       ///< of layers
   std::int64_t num_items = 0;       ///< in all kinds
   std::int64_t num_tasks = 0;       ///< in all kinds
@@ -155,6 +157,7 @@ struct WorkSize {
     const std::int64_t sequences = geometry.options().max_sequences;
     const std::int64_t chunk = geometry.options().max_chunk;
     WorkSize size;
+    size.num_layers = std::ssize(geometry.layers());
     for (const int first : geometry.layer_kinds()) {
       const LayerGeometry& layer = geometry.layers()[static_cast<std::size_t>(first)];
       WorkSize kind;
@@ -199,7 +202,7 @@ class StepWork {
     const WorkSize size = size_of(cache, step);
     const Sections sections(size, num_threads);
     step.reserve_scratch_bytes(sections.end);
-    new (step.scratch().bytes()) StepWork(cache, step, size, sections);
+    new (step.scratch().bytes()) StepWork(cache, step, size, sections, num_threads);
     step.note_planned(num_threads, [&](int layer) {
       return cache.geometry().layers()[static_cast<std::size_t>(layer)].shape.num_kv_heads;
     });
@@ -215,6 +218,16 @@ class StepWork {
   float* thread_scratch(std::size_t thread) const { return threads_ + thread * thread_floats_; }
   /// Partial results, from a float offset on.
   float* partials(std::int64_t offset) const { return partials_ + offset; }
+
+  /// Notes that a thread begins its share of a layer. Any thread.
+  /// @return whether it had not before
+  bool begins_share(int layer, std::size_t thread) const {
+    return !shares_of(layer)[thread].exchange(true, std::memory_order_relaxed);
+  }
+  /// Notes that a layer is attended other than by shares: there is none left to begin.
+  void take_shares(int layer) const {
+    for (std::size_t thread = 0; thread < num_threads_; ++thread) begins_share(layer, thread);
+  }
 
   /// Notes that one of a head's `num_parts` parts is done.
   /// @param attempt  parts of other attempts at a layer, which an exception cut short, do not count
@@ -233,9 +246,13 @@ class StepWork {
   }
 
  private:
+  std::atomic<bool>* shares_of(int layer) const {
+    return shares_ + static_cast<std::size_t>(layer) * num_threads_;
+  }
+
   /// Byte offsets, each on a cache line.
   struct Sections {
-    std::size_t kinds, items, tasks, counters, partials, threads, end;
+    std::size_t kinds, items, tasks, counters, shares, partials, threads, end;
 
     Sections(const WorkSize& size, std::size_t num_threads) {
       end = 0;
@@ -244,6 +261,7 @@ class StepWork {
       items = add(size.num_items, sizeof(WorkItem));
       tasks = add(size.num_tasks, sizeof(std::int32_t));
       counters = add(size.num_counters, sizeof(std::atomic<std::uint64_t>));
+      shares = add(size.num_layers, num_threads * sizeof(std::atomic<bool>));
       partials = add(size.partial_floats, sizeof(float));
       threads = add(static_cast<std::int64_t>(num_threads), size.thread_floats * sizeof(float));
     }
@@ -290,6 +308,7 @@ class StepWork {
   template <class Cache>
   static WorkSize size_of(const Cache& cache, const Step& step) {
     WorkSize size;
+    size.num_layers = std::ssize(cache.geometry().layers());
     for (const int first : cache.geometry().layer_kinds()) {
       const LayerGeometry& layer = cache.geometry().layers()[static_cast<std::size_t>(first)];
       size.add_kind(for_each_item(cache, step, layer, [](const WorkItem&, int) {}), layer.shape);
@@ -298,14 +317,18 @@ class StepWork {
   }
 
   template <class Cache>
-  StepWork(const Cache& cache, const Step& step, const WorkSize& size, const Sections& sections)
-      : thread_floats_(size.thread_floats) {
+  StepWork(const Cache& cache, const Step& step, const WorkSize& size, const Sections& sections,
+           std::size_t num_threads)
+      : num_threads_(num_threads), thread_floats_(size.thread_floats) {
     std::byte* const base = step.scratch().bytes();
     kinds_ = reinterpret_cast<LayerWork*>(base + sections.kinds);
     counters_ = reinterpret_cast<std::atomic<std::uint64_t>*>(base + sections.counters);
     partials_ = reinterpret_cast<float*>(base + sections.partials);
     threads_ = reinterpret_cast<float*>(base + sections.threads);
     std::uninitialized_value_construct_n(counters_, size.num_counters);
+    shares_ = reinterpret_cast<std::atomic<bool>*>(base + sections.shares);
+    std::uninitialized_value_construct_n(shares_,
+                                         static_cast<std::size_t>(size.num_layers) * num_threads);
 
     auto* item = reinterpret_cast<WorkItem*>(base + sections.items);
     auto* task = reinterpret_cast<std::int32_t*>(base + sections.tasks);
@@ -326,8 +349,10 @@ class StepWork {
 
   LayerWork* kinds_;
   std::atomic<std::uint64_t>* counters_;
+  std::atomic<bool>* shares_;  // [layers][num_threads_]: begun
   float* partials_;
   float* threads_;
+  std::size_t num_threads_;
   std::size_t thread_floats_;
 };
 

@@ -49,7 +49,7 @@ enum class [[nodiscard]] StepStatus : std::uint8_t{
     kIncomplete,      ///< commit before every layer was attended
     kTooFarBack,      ///< rollback below high_water - max_rollback, or forward
     kAttended,        ///< the layer was attended already
-    kNotPlanned,      ///< a share of a layer before plan_work(), or work cut for another step
+    kNotPlanned,      ///< a share of a layer before plan_work(), or a second time after it
     kTooManyThreads,  ///< a share of more threads than plan_work() was told
     kDeviceError,     ///< a device refused a copy or a launch; its cache is of no more use
 };

@@ -106,6 +106,30 @@ TYPED_TEST(Extremes, ARowThatTheWindowLeavesBehindContributesNothingWhateverItsB
   }
 }
 
+TYPED_TEST(Extremes, ALaterRowDoesNotCostEarlierQueriesDigitsOfTinyValues) {
+  // Sums of 3e38 overflow and are done again scaled: for the queries that see the row alone.
+  constexpr std::int64_t past = 5;
+  for (const float value : {std::numeric_limits<float>::quiet_NaN(), kInfinity, 3e38F}) {
+    for (const std::int64_t queries : {2, 70}) {
+      const AttentionCase c{.name = "", .k_dim = 16, .v_dim = 16, .past = past, .queries = queries};
+      std::vector<float> outs[2];
+      for (const bool large : {false, true}) {
+        typename TestFixture::Head head(c);
+        for (std::int64_t pos = 0; pos < past + queries; ++pos) {
+          head.set_row(pos, 0.1F, static_cast<float>(1 + pos % 7) * 1.3e-38F);
+        }
+        if (large) head.set_row(past + queries - 1, 0.1F, value);
+        decode_in_splits<typename TypeParam::Isa>(head.problem());
+        std::vector<float>& out = outs[large ? 1 : 0];
+        out.insert(out.end(), head.out().begin(), head.out().end() - 16);
+        prefill_in_tiles<typename TypeParam::Isa>(head.problem(), 48);
+        out.insert(out.end(), head.out().begin(), head.out().end() - 16);
+      }
+      EXPECT_EQ(outs[0], outs[1]) << value << ", " << queries << " queries";
+    }
+  }
+}
+
 TYPED_TEST(Extremes, ScoresOfMinusInfinityAreNoRows) {
   // The first 20 tokens have scores of -inf, whichever way: stored as infinite, or out of range.
   const AttentionCase c{

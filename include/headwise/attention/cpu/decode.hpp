@@ -72,16 +72,19 @@ template <class Isa, class Format, class AttendRows, class OutputOf>
 HEADWISE_ALWAYS_INLINE void attend_split(const HeadProblem<Format>& problem, QueryRows& queries,
                                          const DecodeSplit& split, float* packed,
                                          AttendRows&& attend_rows, OutputOf&& output_of) {
-  for (;; queries.weight = safe_weight(problem)) {
+  for (;;) {
     reset_state<Isa>(queries, split.own_rows ? problem.past.compensation : CompensationRow{});
     for_each_stored_block(queries, problem.past, split, attend_rows);
     if (split.own_rows) attend_own_rows<Isa>(problem, queries, packed);
 
-    bool finite = true;
+    bool again = false;
     for (std::ptrdiff_t row = 0; row < queries.num_rows(); ++row) {
-      finite &= finish_row<Isa>(queries, row, output_of(row));
+      if (finish_row<Isa>(queries, row, output_of(row)) || queries.weighted) continue;
+      queries.weight[row] = safe_weight(problem);
+      again = true;
     }
-    if (finite || queries.weight != 1.0F) return;
+    if (!again) return;
+    queries.weighted = true;
   }
 }
 

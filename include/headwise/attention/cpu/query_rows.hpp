@@ -30,6 +30,7 @@ struct QueryRows {
   float* scores = nullptr;     ///< [rows][64]: one block's scores, then its probabilities
   float* lane_sums = nullptr;  ///< [rows][16]: what adds up to sum, once all blocks are done
   float* rescale = nullptr;    ///< [rows]: what the block does to the earlier blocks' sums
+  float* weight = nullptr;     ///< [rows]: factor on what is added to out, see safe_weight()
   float* max = nullptr;        ///< [rows]: SoftmaxState, as arrays
   float* sum = nullptr;        ///< [rows]
   float* out = nullptr;        ///< [rows][v_dim]: not divided by sum before finish_row()
@@ -40,7 +41,7 @@ struct QueryRows {
   int group_size = 0;
   int k_dim = 0;
   int v_dim = 0;
-  float weight = 1.0F;  ///< factor on what is added to out, a power of two: see safe_weight()
+  bool weighted = false;  ///< whether a weight is not 1
 
   HEADWISE_ALWAYS_INLINE int num_rows() const { return num_queries * group_size; }
   /// Floats from one panel of q to the next.
@@ -58,10 +59,10 @@ constexpr std::size_t round_up_to_panel(int k_dim) {
   return (static_cast<std::size_t>(k_dim) + kPanel - 1) / kPanel * kPanel;
 }
 
-/// Floats of q, scores, lane_sums and rescale.
+/// Floats of q, scores, lane_sums, rescale and weight.
 constexpr std::size_t query_scratch_floats(std::size_t num_rows, int k_dim) {
   return num_rows * (round_up_to_panel(k_dim) + std::size_t{kBlockRows + kTile}) +
-         round_up_to_line(num_rows);
+         2 * round_up_to_line(num_rows);
 }
 
 /// Floats of max, sum and out.
@@ -89,10 +90,12 @@ QueryRows load_queries(const HeadProblem<Format>& problem, std::int64_t begin, s
   rows.scores = rows.q + num_rows * round_up_to_panel(rows.k_dim);
   rows.lane_sums = rows.scores + num_rows * kBlockRows;
   rows.rescale = rows.lane_sums + num_rows * kTile;
+  rows.weight = rows.rescale + round_up_to_line(num_rows);
   rows.max = state;
   rows.sum = rows.max + round_up_to_line(num_rows);
   rows.out = rows.sum + round_up_to_line(num_rows);
 
+  std::fill_n(rows.weight, num_rows, 1.0F);
   const auto scale = O::broadcast(problem.scale);
   float* to = rows.q;
   for (std::int64_t i = begin; i < end; ++i) {
@@ -136,7 +139,7 @@ void reset_state(const QueryRows& rows, const CompensationRow& row) noexcept {
     rows.lane_sums[static_cast<std::ptrdiff_t>(r) * kTile] =
         is_finite(score) ? 1.0F : std::bit_cast<float>(0x7FC00000U);
     for (int d = 0; d < rows.v_dim; d += O::kWidth) {
-      O::store(out + d, O::mul(O::broadcast(rows.weight), O::load(row.v_mean + d)));
+      O::store(out + d, O::mul(O::broadcast(rows.weight[r]), O::load(row.v_mean + d)));
     }
   }
 }
@@ -172,20 +175,33 @@ bool finish_row(const QueryRows& rows, std::ptrdiff_t row, float* to) noexcept {
     return true;
   }
   const float* out = rows.out + row * rows.v_dim;
-  const auto factor = O::broadcast(1.0F / (sum * rows.weight));
+  const auto factor = O::broadcast(1.0F / (sum * rows.weight[row]));
   for (int d = 0; d < rows.v_dim; d += O::kWidth) {
     O::store(to + d, O::mul(O::load(out + d), factor));
   }
   return are_finite<Isa>(to, rows.v_dim / kTile);
 }
 
-/// A QueryRows::weight with which no sum over this problem's rows is larger than the largest V.
-/// With the weight 1 sums are exact to smaller V, and overflow where V comes near the end of the
-/// range (3e38 / rows): then all is done again with this one, and V below 1e-38 x rows suffer.
+/// A QueryRows::weight, a power of two, with which no sum over this problem's rows is larger than
+/// the largest V. With the weight 1 sums are exact to smaller V, and overflow where V comes near
+/// the end of the range (3e38 / rows): then all is done again, with this one for the query rows
+/// that overflowed. Theirs alone, for V below 1e-38 x rows suffer, and other rows may not see the
+/// large V.
 template <class Format>
 float safe_weight(const HeadProblem<Format>& problem) {
   const auto rows = static_cast<std::uint64_t>(problem.past.num_rows() + problem.num_queries + 1);
   return std::ldexp(1.0F, -static_cast<int>(std::bit_width(rows)));
+}
+
+/// Whether one of `count` scores is +inf or NaN; by bits, for the sake of -ffast-math.
+inline bool spoils_row(const float* scores, int count) noexcept {
+  std::uint32_t spoilt = 0;
+  for (int i = 0; i < count; ++i) {
+    const auto bits = std::bit_cast<std::uint32_t>(scores[i]);
+    spoilt |= static_cast<std::uint32_t>((bits & 0x7FFFFFFFU) >= 0x7F800000U) &
+              static_cast<std::uint32_t>(bits != 0xFF800000U);
+  }
+  return spoilt != 0;
 }
 
 /// Turns one row of scores into exp(score - max) and updates that row's max and sums.
@@ -212,6 +228,9 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
   };
   // What is hidden, or no row at all, is replaced rather than computed with: it may be NaN.
   if (!whole) fill_hidden(kNoScore);
+  // Arithmetic makes the row NaN by itself where the compiler lets it.
+  constexpr bool kNanMayBeLost = __FINITE_MATH_ONLY__ != 0;
+  const bool spoilt = kNanMayBeLost && spoils_row(scores + begin, end - begin);
 
   V top = O::load(scores + begin);
   for (int i = begin + O::kWidth; i < end; i += O::kWidth) top = O::max(top, O::load(scores + i));
@@ -238,6 +257,7 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
     for (int i = begin; i < end; i += O::kWidth) total = O::add(total, O::load(scores + i));
   }
   O::store(lane_sums, total);
+  if (spoilt) *lane_sums = std::bit_cast<float>(0x7FC00000U);
   return shrink;
 }
 
@@ -326,9 +346,11 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
     }
   }
 
-  if (rows.weight != 1.0F) {
-    for (float* p = rows.scores + first_row * kBlockRows; p < rows.scores + row * kBlockRows; ++p) {
-      *p *= rows.weight;
+  if (rows.weighted) {
+    for (std::ptrdiff_t r = first_row; r < row; ++r) {
+      for (int i = block.first; i < block.last; ++i) {
+        rows.scores[r * kBlockRows + i] *= rows.weight[r];
+      }
     }
   }
 
