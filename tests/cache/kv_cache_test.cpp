@@ -365,13 +365,13 @@ TEST(KvCache, CountsFiniteElementsThatBecomeInfiniteWhenTheyAreStored) {
   EXPECT_EQ(count.operator()<f32>({3.3e38F, 3.4e38F}), 0);
 }
 
-TEST(KvCache, CountsNoOverflowOfRowsThatAreNotStored) {
-  // Tokens that a long chunk has pushed out of the window before it ends.
+TEST(KvCache, CountsOverflowsOfRowsThatAChunkPushesOutBeforeItEnds) {
+  // The chunk's own queries see them, in the row format.
   std::vector<float> values(200, 1.0F);
   values[100] = 70000.0F;
-  EXPECT_EQ(overflows_of<f16>(values, PrefillMode::kWindowed, KeepWindow{{4, 12}}), 0);
-  values[199] = 70000.0F;
   EXPECT_EQ(overflows_of<f16>(values, PrefillMode::kWindowed, KeepWindow{{4, 12}}), 2);
+  values[199] = 70000.0F;
+  EXPECT_EQ(overflows_of<f16>(values, PrefillMode::kWindowed, KeepWindow{{4, 12}}), 4);
 }
 
 TEST(KvCache, ASequenceSeesTheSameWhateverThePhaseOfTheOthers) {

@@ -58,7 +58,8 @@ StepStatus attend_layer(const KvCache<Rows>& cache, Step& step, int layer,
 ///
 /// Call it once for every layer between begin and commit. Rows follow the order of the step's
 /// chunks. K and V pass through the cache's row format before they are attended. If the executor
-/// throws, the layer may be attended again.
+/// throws, the layer may be attended again; kAttended then says that it threw after the last task,
+/// and `out` is whole.
 ///
 /// @param q    [rows, num_qo_heads, k_dim]; query head h reads KV head h / group_size
 /// @param k,v  [rows, num_kv_heads, k_dim], [rows, num_kv_heads, v_dim]; keys after RoPE at the

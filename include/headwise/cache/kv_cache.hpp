@@ -213,7 +213,11 @@ class KvCache {
       std::int64_t overflows = 0;
       for (std::int64_t i = 0; i < chunk.num_tokens(); ++i) {
         const Pos pos{chunk.lengths.length + i};
-        if (!to.keeps(pos, chunk.lengths.next)) continue;  // gone before the chunk ends
+        if (!to.keeps(pos, chunk.lengths.next)) {  // gone before the chunk ends
+          overflows += Format::template count_overflows<Isa>(k.row(i, 0), page.k_dim) +
+                       Format::template count_overflows<Isa>(v.row(i, 0), page.v_dim);
+          continue;
+        }
         const Slot slot = to.slot(pos);
         overflows += Format::template encode<Isa>(
             page_of(chunk, head, to.first_entry + slot.value / page.page_tokens), page,

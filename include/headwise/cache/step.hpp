@@ -116,8 +116,10 @@ class Step {
     return chunks_.empty() ? 0 : chunks_.back().first_row + chunks_.back().num_tokens();
   }
 
-  /// Finite elements of K and V that became infinite when they were stored, so far: the row format
-  /// ends at 65504 (f16) or so. Queries then see infinite keys and values. Reset by begin.
+  /// Finite elements of the step's K and V that the row format made infinite, so far: f16 ends at
+  /// 65504. Queries see them as infinite keys and values, also those of a token that its chunk
+  /// pushes out of the window before it ends. A layer that is attended again counts again. Reset by
+  /// begin.
   std::int64_t num_overflows() const { return num_overflows_.load(std::memory_order_relaxed); }
 
   /// Memory that attention keeps between the step's tasks; reserve_scratch() sizes it.

@@ -38,6 +38,8 @@ struct PagedMemory {
 ///     encode<Isa>(page, shape, row, k, v)
 ///                       stores a token's K [k_dim] and V [v_dim]; returns how many of its finite
 ///                       elements became infinite
+///     count_overflows<Isa>(row, dim)
+///                       the same of one K or V row that is not stored
 ///     add_rows<Isa>(page, shape, first, last, k_sum, v_sum)
 ///                       adds rows [first, last), as read, to sums in double
 ///     read_row(page, shape, row, k, v)
@@ -61,6 +63,7 @@ concept RowFormat = requires(std::byte* page, typename F::Page stored, const Pag
   { F::name() } -> std::convertible_to<const char*>;
   { F::page_bytes(shape) } -> std::same_as<std::size_t>;
   { F::template encode<simd::Scalar>(page, shape, row, from, from) } -> std::same_as<std::int64_t>;
+  { F::template count_overflows<simd::Scalar>(from, n) } -> std::same_as<std::int64_t>;
   F::template add_rows<simd::Scalar>(page, shape, row, row, sums, sums);
   F::read_row(stored, shape, row, to, to);
   F::round_row(from, n, to);

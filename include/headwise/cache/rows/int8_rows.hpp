@@ -34,6 +34,12 @@ struct Int8Rows {
     return (scales_offset(shape) + 2 * tokens * sizeof(float) + 63) / 64 * 64;
   }
 
+  /// Scales are floats: nothing finite becomes infinite.
+  template <class Isa>
+  static constexpr std::int64_t count_overflows(const float*, int) {
+    return 0;
+  }
+
   /// @copydoc RowFormat
   template <class Isa>
   static std::int64_t encode(std::byte* page, const PageShape& shape, std::size_t row,
