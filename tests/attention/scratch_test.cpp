@@ -140,7 +140,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 TEST(Scratch, ReservedOnceSufficesForEveryMixOfChunksOfEveryModel) {
   std::mt19937 random(17);
-  for (int round = 0; round < 25; ++round) {
+  for (int round = 0; round < 12; ++round) {
     std::vector<LayerShape> layers;
     for (std::int64_t l = 0; l < 1 + below(random, 2); ++l) {
       const int groups[] = {1, 2, 5, 8, 20, 71};

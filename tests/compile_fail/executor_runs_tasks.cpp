@@ -10,8 +10,8 @@ using Threads = headwise::SerialExecutor;
 #endif
 
 headwise::StepStatus layer(const headwise::KvCache<>& cache, headwise::Step& step,
-           headwise::TensorView<const float> in, headwise::TensorView<float> out,
-           Threads& threads) {
+                           headwise::TensorView<const float> in, headwise::TensorView<float> out,
+                           Threads& threads) {
   return headwise::attend(cache, step, 0, in, in, in, out, threads);
 }
 

@@ -17,7 +17,8 @@ namespace headwise::inline v0 {
 /// A retrieval head: every token. RLKV's "reasoning heads" are retrieval heads here.
 struct KeepEverything {
   friend constexpr auto operator<=>(KeepEverything, KeepEverything) = default;
-  friend constexpr bool operator==(KeepEverything, KeepEverything) = default;  // nvcc 13 does not derive it
+  friend constexpr bool operator==(KeepEverything,
+                                   KeepEverything) = default;  // nvcc 13 does not derive it
 };
 
 /// A streaming head: the window rule of core/window.hpp.
@@ -54,7 +55,8 @@ struct KeepGrowingWindow {
   }
 
   friend constexpr auto operator<=>(KeepGrowingWindow, KeepGrowingWindow) = default;
-  friend constexpr bool operator==(KeepGrowingWindow, KeepGrowingWindow) = default;  // nvcc 13 does not derive it
+  friend constexpr bool operator==(KeepGrowingWindow,
+                                   KeepGrowingWindow) = default;  // nvcc 13 does not derive it
 };
 
 /// What one KV head may keep; default: everything.

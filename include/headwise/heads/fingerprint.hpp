@@ -28,7 +28,8 @@ struct Fingerprint {
     return text;
   }
   friend constexpr auto operator<=>(const Fingerprint&, const Fingerprint&) = default;
-  friend constexpr bool operator==(const Fingerprint&, const Fingerprint&) = default;  // nvcc 13 does not derive it
+  friend constexpr bool operator==(const Fingerprint&,
+                                   const Fingerprint&) = default;  // nvcc 13 does not derive it
 };
 
 }  // namespace headwise::inline v0

@@ -81,7 +81,7 @@ TEST(QueryScratch, HoldsWhatLoadQueriesLaysOut) {
   const auto rows =
       detail::load_queries<simd::BestIsa>(problem, 0, 3, scratch.data(), state.data());
   EXPECT_EQ(rows.num_rows(), 15);
-  EXPECT_EQ(rows.rescale + 16, scratch.data() + detail::query_scratch_floats(15, 64));
+  EXPECT_EQ(rows.weight + 16, scratch.data() + detail::query_scratch_floats(15, 64));
   EXPECT_EQ(rows.out + 15 * 64, state.data() + detail::query_state_floats(15, 64));
   EXPECT_EQ(rows.q[64 * 7 + 3], problem.scale * problem.q.row(1, 2)[3]);
 }
@@ -93,7 +93,7 @@ TEST(QueryScratch, LaysQOutInPanels) {
   AlignedFloats state(detail::query_state_floats(15, 64));
   const auto rows =
       detail::load_queries<simd::BestIsa>(problem, 0, 3, scratch.data(), state.data());
-  EXPECT_EQ(rows.rescale + 16, scratch.data() + detail::query_scratch_floats(15, 80));
+  EXPECT_EQ(rows.weight + 16, scratch.data() + detail::query_scratch_floats(15, 80));
   EXPECT_EQ(rows.q[64 * 7 + 3], problem.scale * problem.q.row(1, 2)[3]);
   EXPECT_EQ(rows.q[64 * (15 + 7) + 9], problem.scale * problem.q.row(1, 2)[64 + 9]);
 }
