@@ -37,12 +37,12 @@ void attend_sequences(benchmark::State& state) {
   const auto in = TensorView<const float>::nhd(rows.data(), kHeads, kDim);
   const auto to = TensorView<float>::nhd(out.data(), kHeads, kDim);
   Step step;
-  require(cache.begin(step, chunks, Phase::kPrompt));
+  require(cache.begin(step, chunks));
   require(attend(cache, step, 0, in, in, in, to));
   require(cache.commit(step));
   for (auto _ : state) {
     state.PauseTiming();
-    require(cache.begin(step, chunks, Phase::kDecode));
+    require(cache.begin(step, chunks));
     state.ResumeTiming();
     require(attend(cache, step, 0, in, in, in, to));
     state.PauseTiming();

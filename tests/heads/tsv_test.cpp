@@ -54,6 +54,7 @@ TEST(Tsv, RefusesDamagedFilesWithFileLineAndValue) {
   const std::string nul("1\t2\n3\t\0\n", 8);
   const std::string many_lines = std::string(1 << 20, '\n').append("1");
   const std::string many_tabs = std::string(1 << 20, '\t').append("1");
+  const std::string many_digits = std::string(100, '9').append("z");
   const Hostile cases[] = {
       {"", "f.tsv:1: no values, expected a line for every layer"},
       {" \r\n\n", "f.tsv:1: no values, expected a line for every layer"},
@@ -85,8 +86,7 @@ TEST(Tsv, RefusesDamagedFilesWithFileLineAndValue) {
        "f.tsv:1: '###1' is not a number"},
       {nul, "f.tsv:2: '#' is not a number"},
       {"layer0\n", "f.tsv:1: 'layer0' is not a number"},
-      {std::string(100, '9') + "z",
-       "f.tsv:1: '9999999999999999999999999999999999999999...' is not a number"},
+      {many_digits, "f.tsv:1: '9999999999999999999999999999999999999999...' is not a number"},
   };
   for (const Hostile& hostile : cases) {
     EXPECT_EQ(message_of<FormatError>([&] { (void)parse_tsv(hostile.text, "f.tsv"); }),
