@@ -22,7 +22,6 @@ struct ElementRows {
   /// What an element is stored as.
   using Element = E;
 
-  /// @copydoc RowFormat
   static constexpr std::size_t page_bytes(const PageShape& shape) {
     const std::size_t elements = static_cast<std::size_t>(shape.page_tokens) *
                                  static_cast<std::size_t>(shape.k_dim + shape.v_dim);
@@ -49,12 +48,10 @@ struct ElementRows {
     }
   }
 
-  /// @copydoc RowFormat
   static void round_row(const float* from, int dim, float* to) {
     for (int d = 0; d < dim; ++d) to[d] = to_float(from_float<E>(from[d]));
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static void pack_own_k(const float* rows, std::ptrdiff_t stride, int count, int dim,
                          float* tiles) noexcept {
@@ -64,7 +61,6 @@ struct ElementRows {
     });
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static void pack_own_v(const float* rows, std::ptrdiff_t stride, int count, int dim,
                          float* strips) noexcept {

@@ -25,10 +25,8 @@ struct Int8Rows {
   using Memory = PagedMemory;     ///< @copydoc RowFormat
   using Page = const std::byte*;  ///< @copydoc RowFormat
 
-  /// @copydoc RowFormat
   static constexpr const char* name() { return "int8"; }
 
-  /// @copydoc RowFormat
   static constexpr std::size_t page_bytes(const PageShape& shape) {
     const auto tokens = static_cast<std::size_t>(shape.page_tokens);
     return (scales_offset(shape) + 2 * tokens * sizeof(float) + 63) / 64 * 64;
@@ -40,7 +38,6 @@ struct Int8Rows {
     return 0;
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static std::int64_t encode(std::byte* page, const PageShape& shape, std::size_t row,
                              const float* k, const float* v) {
@@ -62,7 +59,6 @@ struct Int8Rows {
     return 0;
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static void add_rows(const std::byte* page, const PageShape& shape, std::size_t first,
                        std::size_t last, double* k_sum, double* v_sum) {
@@ -73,14 +69,12 @@ struct Int8Rows {
     }
   }
 
-  /// @copydoc RowFormat
   static void read_row(Page page, const PageShape& shape, std::size_t row, float* k, float* v) {
     for_each_element(
         page, shape, row, [&](std::size_t d, float x) { k[d] = x; },
         [&](std::size_t d, float x) { v[d] = x; });
   }
 
-  /// @copydoc RowFormat
   static void round_row(const float* from, int dim, float* to) {
     const float scale = scale_of<simd::Scalar>(from, dim);
     for (int d = 0; d < dim; ++d) {
@@ -90,7 +84,6 @@ struct Int8Rows {
     }
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static int pack(Page page, const PageShape& shape, std::size_t row, int count, float* k,
                   float* v) noexcept {
@@ -126,7 +119,6 @@ struct Int8Rows {
     return first;
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static void pack_own_k(const float* rows, std::ptrdiff_t stride, int count, int dim,
                          float* tiles) noexcept {
@@ -137,7 +129,6 @@ struct Int8Rows {
     });
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static void pack_own_v(const float* rows, std::ptrdiff_t stride, int count, int dim,
                          float* strips) noexcept {

@@ -55,7 +55,6 @@ struct PlainRows : detail::ElementRows<E> {
               k_stride,
               v_stride};
     }
-    /// @copydoc RowFormat
     Page page(std::int64_t index) const {
       const auto at = [&](const std::byte* first, std::size_t stride) {
         return reinterpret_cast<const E*>(first + static_cast<std::size_t>(index) * stride);
@@ -64,7 +63,6 @@ struct PlainRows : detail::ElementRows<E> {
     }
   };
 
-  /// @copydoc RowFormat
   static constexpr const char* name() {
     if constexpr (std::same_as<E, f32>) return "f32_plain";
     if constexpr (std::same_as<E, f16>) return "f16_plain";
@@ -81,7 +79,6 @@ struct PlainRows : detail::ElementRows<E> {
            row * static_cast<std::size_t>(shape.v_dim) + dim;
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static std::int64_t encode(std::byte* page, const PageShape& shape, std::size_t row,
                              const float* k, const float* v) {
@@ -98,7 +95,6 @@ struct PlainRows : detail::ElementRows<E> {
            detail::ElementRows<E>::template count_overflows<Isa>(v, shape.v_dim);
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static void add_rows(const std::byte* page, const PageShape& shape, std::size_t first,
                        std::size_t last, double* k_sum, double* v_sum) {
@@ -115,7 +111,6 @@ struct PlainRows : detail::ElementRows<E> {
     }
   }
 
-  /// @copydoc RowFormat
   static void read_row(const Page& page, const PageShape& shape, std::size_t row, float* k,
                        float* v) {
     const auto r = static_cast<std::ptrdiff_t>(row);
@@ -123,7 +118,6 @@ struct PlainRows : detail::ElementRows<E> {
     for (int d = 0; d < shape.v_dim; ++d) v[d] = to_float(page.v[r * page.v_stride + d]);
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static int pack(const Page& page, const PageShape& shape, std::size_t row, int count,
                   float* k_tiles, float* v_strips) noexcept {

@@ -24,7 +24,6 @@ struct TiledRows : detail::ElementRows<E> {
   using Memory = PagedMemory;     ///< @copydoc RowFormat
   using Page = const std::byte*;  ///< @copydoc RowFormat
 
-  /// @copydoc RowFormat
   static constexpr const char* name() {
     if constexpr (std::same_as<E, f32>) return "f32_tiled";
     if constexpr (std::same_as<E, f16>) return "f16_tiled";
@@ -42,7 +41,6 @@ struct TiledRows : detail::ElementRows<E> {
            row * kRows + dim % kRows;
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static std::int64_t encode(std::byte* page, const PageShape& shape, std::size_t row,
                              const float* k, const float* v) {
@@ -60,7 +58,6 @@ struct TiledRows : detail::ElementRows<E> {
            detail::ElementRows<E>::template count_overflows<Isa>(v, shape.v_dim);
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static void add_rows(const std::byte* page, const PageShape& shape, std::size_t first,
                        std::size_t last, double* k_sum, double* v_sum) {
@@ -84,7 +81,6 @@ struct TiledRows : detail::ElementRows<E> {
     }
   }
 
-  /// @copydoc RowFormat
   static void read_row(Page page, const PageShape& shape, std::size_t row, float* k, float* v) {
     const E* elements = elements_of(page);
     for (std::size_t d = 0; d < static_cast<std::size_t>(shape.k_dim); ++d) {
@@ -104,7 +100,6 @@ struct TiledRows : detail::ElementRows<E> {
             static_cast<std::ptrdiff_t>(shape.page_tokens) * detail::kTile};
   }
 
-  /// @copydoc RowFormat
   template <class Isa>
   static int pack(Page page, const PageShape& shape, std::size_t row, int count, float* k,
                   float* v) noexcept {
