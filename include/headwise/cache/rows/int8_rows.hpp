@@ -22,8 +22,8 @@ namespace headwise::inline v0 {
 /// A page is K [page_tokens / 16][k_dim][16 tokens] and V [v_dim / 16][page_tokens][16 dims] in
 /// bytes, then a float a row: K's scales, then V's. Half the bytes of f16 rows.
 struct Int8Rows {
-  using Memory = PagedMemory;     ///< @copydoc RowFormat
-  using Page = const std::byte*;  ///< @copydoc RowFormat
+  using Memory = PagedMemory;
+  using Page = const std::byte*;
 
   static constexpr const char* name() { return "int8"; }
 

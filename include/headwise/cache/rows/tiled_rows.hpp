@@ -21,8 +21,8 @@ namespace headwise::inline v0 {
 /// @tparam E  what elements are rounded to, to nearest even: f32, f16 or bf16.
 template <RowElement E>
 struct TiledRows : detail::ElementRows<E> {
-  using Memory = PagedMemory;     ///< @copydoc RowFormat
-  using Page = const std::byte*;  ///< @copydoc RowFormat
+  using Memory = PagedMemory;
+  using Page = const std::byte*;
 
   static constexpr const char* name() {
     if constexpr (std::same_as<E, f32>) return "f32_tiled";
