@@ -50,6 +50,20 @@ TEST(Rlkv, FallsBackToDuoAttentionsFileName) {
   EXPECT_NE(message_of<ConfigError>([&] { (void)rlkv::load(directory.string()); }), "");
 }
 
+TEST(Rlkv, PlansThePromptWindowOfTheReleasedServer) {
+  // Its later prompt chunks see 64 past tokens and themselves, its decode 63 and the current one.
+  const HeadScores gates = HeadScores::dense(1, 2, std::vector<double>{0.1, 0.9});
+  const HeadPlan plan =
+      rlkv::Policy{.sparsity = 0.5, .prompt_recent = rlkv::kPromptWindow.recent}.plan(gates);
+  const auto& keep = std::get<KeepWindow>(plan.budgets()[0]);
+  EXPECT_EQ(keep.window, rlkv::kDeployWindow);
+  EXPECT_EQ(keep.prompt_window(), (Window{16, 65}));
+  EXPECT_TRUE(keep.prompt_window().sees(Pos{100}, Pos{36}));
+  EXPECT_FALSE(keep.prompt_window().sees(Pos{100}, Pos{35}));
+  EXPECT_FALSE(keep.window.sees(Pos{100}, Pos{36}));
+  EXPECT_TRUE(is_retrieval(plan.budgets()[1]));
+}
+
 TEST(Rlkv, SizesThePoolsOfItsReport) {
   // size_full = floor((T (Hf + Hc) - size_comp Hc) / Hf), size_comp = requests (sink + recent).
   struct Golden {

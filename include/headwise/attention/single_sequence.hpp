@@ -12,7 +12,7 @@
 namespace headwise::inline v0 {
 
 /// One sequence in a KvCache of its own, and the step it is in. A face, not a mechanism: begin(),
-/// attend() and commit() are the cache's.
+/// attend() and commit() are the cache's. It neither moves nor copies.
 ///
 ///     SingleSequence<f16> sequence(shape, plan, {.max_context = 32768});
 ///     if (sequence.begin(num_tokens) != StepStatus::kOk) ...;
