@@ -102,6 +102,7 @@ class Books {
         demand_(metadata_.make<std::int64_t>(layout_.demand, geometry_.pool().num_sizes())) {
     for (std::size_t i = 0; i < num_sequences(); ++i) {
       free_sequences_[i] = static_cast<std::int32_t>(num_sequences() - 1 - i);
+      forget(static_cast<std::int32_t>(i));  // each state is its rule's, also of nobody
     }
     num_free_sequences_ = num_sequences();
     open_chunks_.reserve(num_sequences());
