@@ -65,6 +65,8 @@ HEADWISE_ALWAYS_INLINE void for_each_stored_block(const QueryRows& queries,
 }
 
 /// Attends all of `queries` over a split: each row's softmax state, its out divided by its sum.
+/// Where a row comes out infinite or NaN, all is done again: V that some query does not see is
+/// looked at first (infinity times 0 is NaN), and then, if that was not it, rows are weighted.
 /// @param attend_rows  `(StoredRows)`: attends queries over a block of stored rows
 /// @param output_of  `(row)`: where a query row's out belongs; may be its place in the state
 /// @param packed  [packed_block_floats]
@@ -80,11 +82,12 @@ HEADWISE_ALWAYS_INLINE void attend_split(const HeadProblem<Format>& problem, Que
     bool again = false;
     for (std::ptrdiff_t row = 0; row < queries.num_rows(); ++row) {
       if (finish_row<Isa>(queries, row, output_of(row)) || queries.weighted) continue;
-      queries.weight[row] = safe_weight(problem);
+      if (queries.exact) queries.weight[row] = safe_weight(problem);
       again = true;
     }
     if (!again) return;
-    queries.weighted = true;
+    queries.weighted = queries.exact;
+    queries.exact = true;
   }
 }
 

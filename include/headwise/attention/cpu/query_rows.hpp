@@ -41,6 +41,7 @@ struct QueryRows {
   int group_size = 0;
   int k_dim = 0;
   int v_dim = 0;
+  bool exact = false;     ///< whether V is looked at before queries that do not see it meet it
   bool weighted = false;  ///< whether a weight is not 1
 
   HEADWISE_ALWAYS_INLINE int num_rows() const { return num_queries * group_size; }
@@ -366,7 +367,7 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   output.num_tiles = rows.v_dim / kTile;
   output.depth = block.last - block.first;
   output.fetch = block.fetch_with_v;
-  if (all_see_all || has_finite_v<Isa>(block, rows.v_dim)) {
+  if (all_see_all || !rows.exact || has_finite_v<Isa>(block, rows.v_dim)) {
     multiply_tiles<Isa, kFetch>(output);
   } else {
     multiply_visible<Isa, kFetch>(rows, block, queries, output);
