@@ -16,6 +16,7 @@
 #include "headwise/attention/cpu/prefill.hpp"
 #include "headwise/cache/geometry.hpp"
 #include "headwise/cache/step.hpp"
+#include "headwise/core/memory.hpp"
 #include "headwise/core/scratch.hpp"
 
 namespace headwise::inline v0 {
@@ -193,16 +194,16 @@ class StepWork {
  public:
   /// Bytes of scratch that work of this size takes.
   static std::size_t num_bytes(const WorkSize& size, std::size_t num_threads) {
-    return Sections(size, num_threads).end;
+    return Offsets(size, num_threads).end;
   }
 
   /// Cuts an open step; grows its scratch where it is too small.
   template <class Cache>
   static void cut(const Cache& cache, Step& step, std::size_t num_threads) {
     const WorkSize size = size_of(cache, step);
-    const Sections sections(size, num_threads);
-    step.reserve_scratch_bytes(sections.end);
-    new (step.scratch().bytes()) StepWork(cache, step, size, sections, num_threads);
+    const Offsets offsets(size, num_threads);
+    step.reserve_scratch_bytes(offsets.end);
+    new (step.scratch().bytes()) StepWork(cache, step, size, offsets, num_threads);
     step.note_planned(num_threads, [&](int layer) {
       return cache.geometry().layers()[static_cast<std::size_t>(layer)].shape.num_kv_heads;
     });
@@ -250,30 +251,25 @@ class StepWork {
     return shares_ + static_cast<std::size_t>(layer) * num_threads_;
   }
 
-  /// Byte offsets, each on a cache line.
-  struct Sections {
+  /// Byte offsets, each on a cache line, and their end.
+  struct Offsets {
     std::size_t kinds, items, tasks, counters, shares, partials, threads, end;
 
-    Sections(const WorkSize& size, std::size_t num_threads) {
-      end = 0;
-      add(1, sizeof(StepWork));
-      kinds = add(size.num_kinds, sizeof(LayerWork));
-      items = add(size.num_items, sizeof(WorkItem));
-      tasks = add(size.num_tasks, sizeof(std::int32_t));
-      counters = add(size.num_counters, sizeof(std::atomic<std::uint64_t>));
-      shares = add(size.num_layers, num_threads * sizeof(std::atomic<bool>));
-      partials = add(size.partial_floats, sizeof(float));
-      threads = add(static_cast<std::int64_t>(num_threads), size.thread_floats * sizeof(float));
-    }
-
-   private:
-    std::size_t add(std::int64_t count, std::size_t bytes) {
-      const std::size_t first = end;
-      end += (static_cast<std::size_t>(count) * bytes + Scratch::kAlignment - 1) /
-             Scratch::kAlignment * Scratch::kAlignment;
-      return first;
+    Offsets(const WorkSize& size, std::size_t num_threads) {
+      Sections sections;
+      const auto count = [](std::int64_t n) { return static_cast<std::size_t>(n); };
+      sections.add<StepWork>(1);
+      kinds = sections.add<LayerWork>(count(size.num_kinds));
+      items = sections.add<WorkItem>(count(size.num_items));
+      tasks = sections.add<std::int32_t>(count(size.num_tasks));
+      counters = sections.add<std::atomic<std::uint64_t>>(count(size.num_counters));
+      shares = sections.add<std::atomic<bool>>(count(size.num_layers) * num_threads);
+      partials = sections.add<float>(count(size.partial_floats));
+      threads = sections.add<float>(num_threads * size.thread_floats);
+      end = sections.total_bytes();
     }
   };
+  static_assert(kCacheLine == Scratch::kAlignment);
 
   /// Calls `fn(item, num_heads)` for each item of a layer with the numbers that cutting them up to
   /// here gives it; afterwards `fn`'s layer counts stand in the size that is returned.
@@ -317,21 +313,21 @@ class StepWork {
   }
 
   template <class Cache>
-  StepWork(const Cache& cache, const Step& step, const WorkSize& size, const Sections& sections,
+  StepWork(const Cache& cache, const Step& step, const WorkSize& size, const Offsets& offsets,
            std::size_t num_threads)
       : num_threads_(num_threads), thread_floats_(size.thread_floats) {
     std::byte* const base = step.scratch().bytes();
-    kinds_ = reinterpret_cast<LayerWork*>(base + sections.kinds);
-    counters_ = reinterpret_cast<std::atomic<std::uint64_t>*>(base + sections.counters);
-    partials_ = reinterpret_cast<float*>(base + sections.partials);
-    threads_ = reinterpret_cast<float*>(base + sections.threads);
+    kinds_ = reinterpret_cast<LayerWork*>(base + offsets.kinds);
+    counters_ = reinterpret_cast<std::atomic<std::uint64_t>*>(base + offsets.counters);
+    partials_ = reinterpret_cast<float*>(base + offsets.partials);
+    threads_ = reinterpret_cast<float*>(base + offsets.threads);
     std::uninitialized_value_construct_n(counters_, size.num_counters);
-    shares_ = reinterpret_cast<std::atomic<bool>*>(base + sections.shares);
+    shares_ = reinterpret_cast<std::atomic<bool>*>(base + offsets.shares);
     std::uninitialized_value_construct_n(shares_,
                                          static_cast<std::size_t>(size.num_layers) * num_threads);
 
-    auto* item = reinterpret_cast<WorkItem*>(base + sections.items);
-    auto* task = reinterpret_cast<std::int32_t*>(base + sections.tasks);
+    auto* item = reinterpret_cast<WorkItem*>(base + offsets.items);
+    auto* task = reinterpret_cast<std::int32_t*>(base + offsets.tasks);
     LayerWork* kind = kinds_;
     for (const int first : cache.geometry().layer_kinds()) {
       const LayerGeometry& layer = cache.geometry().layers()[static_cast<std::size_t>(first)];

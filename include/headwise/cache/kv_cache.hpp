@@ -241,7 +241,7 @@ class KvCache {
   explicit KvCache(CacheGeometry geometry)
       : place_(geometry), books_(std::move(geometry), place_.pages(), Place::kOnHost) {}
 
-  /// `fn(rule, state)` of the head's class for the entry's sequence.
+  /// `fn(rule, state)` of the head's class for the chunk's sequence.
   template <class Fn>
   decltype(auto) visit_head(const StepChunk& chunk, const HeadGeometry& head, Fn&& fn) const {
     const auto c = static_cast<std::size_t>(head.class_idx);
