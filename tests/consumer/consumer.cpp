@@ -120,7 +120,7 @@ class Engine {
 };
 
 /// Whether of two tokens, of which the second's key or value has this element, the first one's
-/// output is as ever and the second one's NaN or infinite. By bits, for the flags' sake.
+/// output is as ever and the second one's NaN or infinite.
 bool spoils_only_its_own_row(std::uint32_t k_bits, std::uint32_t v_bits) {
   constexpr int kWidth = 16;
   const auto shape = headwise::ModelShape::uniform(1, 1, 1, kWidth);
@@ -137,12 +137,9 @@ bool spoils_only_its_own_row(std::uint32_t k_bits, std::uint32_t v_bits) {
   };
   const auto status = headwise::attend(cache, step, 0, rows(q), rows(k), rows(v),
                                        headwise::TensorView<float>::nhd(out.data(), 1, kWidth));
-  const auto is_finite = [](float x) {
-    return (std::bit_cast<std::uint32_t>(x) >> 23 & 0xFFU) != 0xFFU;
-  };
   const float first = out[kWidth - 1];  // sees nothing but ones
-  return status == headwise::StepStatus::kOk && is_finite(first) &&
-         std::lround(first * 1000.0F) == 1000 && !is_finite(out.back());
+  return status == headwise::StepStatus::kOk && headwise::is_finite(first) &&
+         std::lround(first * 1000.0F) == 1000 && !headwise::is_finite(out.back());
 }
 
 }  // namespace

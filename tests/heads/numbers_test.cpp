@@ -9,16 +9,6 @@
 namespace headwise {
 namespace {
 
-TEST(IsFinite, TellsNanAndInfinity) {
-  using Limits = std::numeric_limits<double>;
-  for (const double x : {0.0, -0.0, 1.0, Limits::max(), Limits::lowest(), Limits::denorm_min()}) {
-    EXPECT_TRUE(is_finite(x)) << x;
-  }
-  for (const double x : {Limits::infinity(), -Limits::infinity(), Limits::quiet_NaN()}) {
-    EXPECT_FALSE(is_finite(x)) << x;
-  }
-}
-
 TEST(RoundHalfEven, SendsHalvesToTheEvenNeighbour) {
   EXPECT_EQ(round_half_even(0.5), 0.0);
   EXPECT_EQ(round_half_even(1.5), 2.0);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -14,6 +15,7 @@
 
 #include "headwise/attention/problem.hpp"
 #include "headwise/cache/rows/format.hpp"
+#include "headwise/core/bits.hpp"
 
 namespace headwise::inline v0 {
 
@@ -39,7 +41,7 @@ class ReferenceRow {
   std::vector<double> output(int v_dim) const {
     std::vector<double> out(static_cast<std::size_t>(v_dim), 0.0);
     const double max = largest();
-    if (max == -kInfinity) return out;
+    if (is_minus_infinity(max)) return out;
     double sum = 0.0;
     for (std::size_t i = 0; i < scores_.size(); ++i) {
       const double weight = std::exp(scores_[i] - max);
@@ -53,14 +55,14 @@ class ReferenceRow {
   /// Logarithm of the sum of exp(score); -inf where output() is zeros for want of rows.
   double lse() const {
     const double max = largest();
-    if (max == -kInfinity) return max;
+    if (is_minus_infinity(max)) return max;
     double sum = 0.0;
     for (const double score : scores_) sum += std::exp(score - max);
     return max + std::log(sum);
   }
 
  private:
-  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  static constexpr double kInfinity = std::bit_cast<double>(kInfinityBits<double>);
 
   /// Kernels have scores in f32: one beyond its range is infinite.
   static double as_f32_range(double score) {
@@ -70,8 +72,8 @@ class ReferenceRow {
   double largest() const {
     double max = -kInfinity;
     for (const double score : scores_) {
-      if (!(score <= max)) max = score;  // NaN is kept
-      if (std::isnan(score)) break;
+      if (is_nan(score)) return score;
+      max = std::max(max, score);
     }
     return max;
   }

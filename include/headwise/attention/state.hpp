@@ -3,11 +3,10 @@
 /// SoftmaxState: attention over some of the rows, mergeable with attention over the others.
 #pragma once
 
-#include <bit>
 #include <cmath>
-#include <cstdint>
 #include <limits>
 
+#include "headwise/core/bits.hpp"
 #include "headwise/core/config.hpp"
 #include "headwise/simd/isa.hpp"
 
@@ -17,11 +16,6 @@ namespace headwise::inline v0 {
 /// it are never NaN, under -ffast-math or not. It hides nothing: what a query does not see has
 /// probability 0 by its place, not by its score.
 inline constexpr float kNoScore = std::numeric_limits<float>::lowest();
-
-/// Neither infinite nor NaN; by bits, so that -ffinite-math-only cannot assume the answer.
-constexpr bool is_finite(float x) {
-  return (std::bit_cast<std::uint32_t>(x) & 0x7F800000U) != 0x7F800000U;
-}
 
 /// One query row's attention over a set of rows with scores s.
 ///
@@ -33,11 +27,11 @@ struct SoftmaxState {
   float sum = 0.0F;      ///< sum of exp(s - max); 0 exactly where the set is empty
   float* out = nullptr;  ///< [v_dim] sum of exp(s - max) * v, divided by sum: no larger than a V is
 
-  /// Whether no row has a probability. By bits: to -ffinite-math-only a NaN may equal 0.
-  bool empty() const { return std::bit_cast<std::uint32_t>(sum) << 1 == 0; }
+  /// Whether no row has a probability. To -ffinite-math-only a NaN may equal 0.
+  bool empty() const { return is_zero(sum); }
 
   /// Logarithm of the sum of exp(s); -infinity where the set is empty.
-  float lse() const { return empty() ? std::bit_cast<float>(0xFF800000U) : max + std::log(sum); }
+  float lse() const { return empty() ? opaque_float(0xFF800000U) : max + std::log(sum); }
 };
 
 /// Adds the rows of `from` to `into`. An empty side is recognised by its sum, so no arithmetic is

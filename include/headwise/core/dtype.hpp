@@ -52,7 +52,7 @@ constexpr float to_float(f16 x) {
 
 /// Nearest representable value, ties to even; overflow to infinity; NaN stays NaN.
 template <RowElement T>
-constexpr T from_float(float x) {
+constexpr T from_float(const float& x) {  // not by value: see bits.hpp
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
   const bool is_nan = (bits & 0x7FFFFFFFU) > 0x7F800000U;
   if constexpr (std::same_as<T, f32>) {

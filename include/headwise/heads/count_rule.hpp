@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <limits>
 
+#include "headwise/core/bits.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/heads/numbers.hpp"
 

@@ -20,11 +20,11 @@
 #include <utility>
 #include <vector>
 
+#include "headwise/core/bits.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/window.hpp"
 #include "headwise/heads/bounded_json.hpp"
-#include "headwise/heads/numbers.hpp"
 #include "headwise/heads/scores.hpp"
 #include "headwise/heads/text_file.hpp"
 

@@ -11,11 +11,11 @@
 #include <utility>
 #include <vector>
 
+#include "headwise/core/bits.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/head_grid.hpp"
-#include "headwise/heads/numbers.hpp"
 
 namespace headwise::inline v0 {
 

@@ -10,10 +10,10 @@
 #include <tuple>
 #include <vector>
 
+#include "headwise/core/bits.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/window.hpp"
 #include "headwise/heads/count_rule.hpp"
-#include "headwise/heads/numbers.hpp"
 #include "headwise/heads/plan.hpp"
 #include "headwise/heads/scores.hpp"
 #include "headwise/heads/splitmix64.hpp"

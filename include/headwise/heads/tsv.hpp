@@ -11,6 +11,7 @@
 #include <system_error>
 #include <vector>
 
+#include "headwise/core/bits.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/scores.hpp"

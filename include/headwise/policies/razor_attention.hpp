@@ -6,6 +6,7 @@
 
 #include <cstddef>
 
+#include "headwise/core/bits.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/heads/budget.hpp"
 #include "headwise/heads/numbers.hpp"

@@ -16,6 +16,7 @@
 #include "headwise/attention/cpu/visibility.hpp"
 #include "headwise/attention/problem.hpp"
 #include "headwise/attention/state.hpp"
+#include "headwise/core/bits.hpp"
 #include "headwise/core/config.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/simd/math.hpp"
@@ -135,10 +136,10 @@ void reset_state(const QueryRows& rows, const CompensationRow& row) noexcept {
       dot = O::fma(x, O::load(row.k_mean + d), dot);
     }
     const float score = O::reduce_add(dot) + std::log(static_cast<float>(row.count));
-    if (std::bit_cast<std::uint32_t>(score) == 0xFF800000U) continue;  // -inf: as if not there
+    if (is_minus_infinity(score)) continue;  // as if not there
     rows.max[r] = score;
     rows.lane_sums[static_cast<std::ptrdiff_t>(r) * kTile] =
-        is_finite(score) ? 1.0F : std::bit_cast<float>(0x7FC00000U);
+        is_finite(score) ? 1.0F : opaque_float(0x7FC00000U);
     for (int d = 0; d < rows.v_dim; d += O::kWidth) {
       O::store(out + d, O::mul(O::broadcast(rows.weight[r]), O::load(row.v_mean + d)));
     }
@@ -258,7 +259,7 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
     for (int i = begin; i < end; i += O::kWidth) total = O::add(total, O::load(scores + i));
   }
   O::store(lane_sums, total);
-  if (spoilt) *lane_sums = std::bit_cast<float>(0x7FC00000U);
+  if (spoilt) *lane_sums = opaque_float(0x7FC00000U);
   return shrink;
 }
 

@@ -71,7 +71,9 @@ struct ElementRows {
   }
 
  private:
-  static std::uint32_t magnitude(float x) { return std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFU; }
+  static std::uint32_t magnitude(const float& x) {
+    return std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFU;
+  }
 };
 
 /// Adds 16 elements to 16 sums.

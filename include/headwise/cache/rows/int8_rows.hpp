@@ -11,6 +11,7 @@
 #include "headwise/cache/rows/format.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/cache/rows/tiles.hpp"
+#include "headwise/core/bits.hpp"
 #include "headwise/core/config.hpp"
 
 namespace headwise::inline v0 {
@@ -163,7 +164,7 @@ struct Int8Rows {
     for (int d = 0; d < dim; ++d) {
       largest = std::max(largest, std::bit_cast<std::uint32_t>(row[d]) & 0x7FFFFFFFU);
     }
-    if (largest >= 0x7F800000U) return std::bit_cast<float>(0x7FC00000U);
+    if (largest >= 0x7F800000U) return opaque_float(0x7FC00000U);
     const float max = std::bit_cast<float>(largest);
     if (max < 0x1p-100F) return 0.0F;
     const float scale = max / 127.0F;
