@@ -12,6 +12,7 @@
 
 #include "headwise/attention/attend.hpp"
 #include "headwise/attention/reference.hpp"
+#include "support/attend_instances.hpp"
 #include "support/isa_types.hpp"
 
 namespace headwise::test {

@@ -10,6 +10,7 @@
 
 #include "headwise/attention/attend.hpp"
 #include "headwise/attention/reference.hpp"
+#include "support/attend_instances.hpp"
 
 namespace headwise {
 namespace {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "headwise/attention/single_sequence.hpp"
+#include "support/attend_instances.hpp"
 
 namespace headwise {
 namespace {

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "support/attend_instances.hpp"
+
 namespace headwise {
 namespace {
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "headwise/attention/attend.hpp"
+#include "support/attend_instances.hpp"
 
 namespace headwise {
 namespace {

@@ -17,6 +17,7 @@
 
 #include "headwise/attention/attend.hpp"
 #include "headwise/core/executor.hpp"
+#include "support/attend_instances.hpp"
 #include "support/cache_model.hpp"
 
 namespace headwise::test {

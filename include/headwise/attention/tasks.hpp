@@ -68,29 +68,7 @@ class AttendTasks {
 
   /// Runs one task; each exactly once, in any order, at once on different threads.
   /// @param thread  in [0, threads that the step was planned for); no two at once the same.
-  void run(std::size_t task, std::size_t thread) const noexcept {
-    HEADWISE_ASSERT(task < size() && thread < step_.planned_threads(), "no such task or thread");
-    const WorkItem& item = tasks_.item(static_cast<std::int64_t>(task));
-    const StepChunk& chunk = step_.chunks()[static_cast<std::size_t>(item.chunk)];
-    const std::int64_t of_item = static_cast<std::int64_t>(task) - item.first_task;
-    const std::int64_t num_parts = item.cut.num_parts();
-    const std::int64_t head = of_item / num_parts;
-    const int kv_head = geometry_.task_order[static_cast<std::size_t>(item.first_head + head)];
-
-    const HeadProblem<Format> problem = problem_of(chunk, kv_head);
-    float* partials = work_.partials(item.first_partial +
-                                     head * item.cut.partial_floats_of(chunk.num_tokens(),
-                                                                       geometry_.shape.group_size,
-                                                                       geometry_.shape.v_dim));
-    run_part(problem, item.cut, of_item % num_parts, partials, work_.thread_scratch(thread));
-    if (num_parts > 1 && !work_.arrives_last(item.first_counter + head, attempt_, num_parts))
-      return;
-
-    if (item.cut.num_splits > 1) merge_tiles(problem, item.cut, partials);
-    if (own_rows_ == OwnRows::kShared) return;
-    cache_.template append<Isa>(step_, chunk, layer_, kv_head, problem.own_k, problem.own_v);
-    step_.note_head_done(layer_);
-  }
+  void run(std::size_t task, std::size_t thread) const noexcept;
 
   /// As an executor calls it.
   void operator()(std::size_t task, std::size_t thread) const noexcept { run(task, thread); }
@@ -98,62 +76,10 @@ class AttendTasks {
  private:
   /// Part `tile x splits + split`: its partial result, or its output where there is one split.
   static void run_part(const HeadProblem<Format>& problem, const HeadCut& cut, std::int64_t part,
-                       float* partials, float* scratch) noexcept {
-    const auto [k_dim, v_dim] = std::pair(problem.past.shape.k_dim, problem.past.shape.v_dim);
-    const std::int64_t tile = part / cut.num_splits;
-    const std::int64_t index = part % cut.num_splits;
-    const std::int64_t first_query = tile * cut.tile_queries;
-    const std::int64_t num_queries = cut.queries_of(tile, problem.num_queries);
-    const std::int64_t begin = index * cut.split_rows;
-    const DecodeSplit split{begin, std::min(begin + cut.split_rows, problem.past.num_rows()),
-                            index + 1 == cut.num_splits};
-    const std::size_t stride = decode_partial_floats(num_queries * problem.group_size, v_dim);
-    float* partial = partials + cut.partial_floats(tile, problem.group_size, v_dim) +
-                     static_cast<std::size_t>(index) * stride;
-
-    if (cut.decodes(problem.group_size)) {
-      if (cut.num_splits == 1) {
-        partial = scratch + decode_scratch_floats(num_queries * problem.group_size, k_dim, v_dim);
-      }
-      decode_split<Isa>(problem, split, partial, scratch);
-      if (cut.num_splits == 1) merge_splits<Isa>(problem, partial, stride, 1);
-    } else if (cut.num_splits > 1) {
-      prefill_split<Isa>(problem, first_query, first_query + num_queries, split, partial, scratch);
-    } else {
-      prefill_tile<Isa>(problem, first_query, first_query + num_queries, scratch);
-    }
-  }
-
+                       float* partials, float* scratch) noexcept;
   static void merge_tiles(const HeadProblem<Format>& problem, const HeadCut& cut,
-                          float* partials) noexcept {
-    const int v_dim = problem.past.shape.v_dim;
-    for (std::int64_t tile = 0; tile < cut.num_tiles; ++tile) {
-      HeadProblem<Format> part = problem;  // its queries and outputs alone
-      part.num_queries = cut.queries_of(tile, problem.num_queries);
-      part.out = {problem.out.row(tile * cut.tile_queries, 0), problem.out.stride_n,
-                  problem.out.stride_h};
-      merge_splits<Isa>(part, partials + cut.partial_floats(tile, problem.group_size, v_dim),
-                        decode_partial_floats(part.num_queries * problem.group_size, v_dim),
-                        cut.num_splits);
-    }
-  }
-
-  HeadProblem<Format> problem_of(const StepChunk& chunk, int kv_head) const {
-    const LayerShape& shape = geometry_.shape;
-    const std::int64_t row = chunk.first_row;
-    const std::int64_t qo_head = std::int64_t{kv_head} * shape.group_size;
-    auto [view, window] = cache_.seen(chunk, layer_, kv_head);
-    return {view,
-            window,
-            Pos{chunk.lengths.length},
-            chunk.num_tokens(),
-            shape.group_size,
-            shape.scale(),
-            {q_.row(row, qo_head), q_.stride_n, q_.stride_h},
-            {k_.row(row, kv_head), k_.stride_n, k_.stride_h},
-            {v_.row(row, kv_head), v_.stride_n, v_.stride_h},
-            {out_.row(row, qo_head), out_.stride_n, out_.stride_h}};
-  }
+                          float* partials) noexcept;
+  HeadProblem<Format> problem_of(const StepChunk& chunk, int kv_head) const;
 
   const KvCache<Rows>& cache_;
   const Step& step_;
@@ -166,5 +92,91 @@ class AttendTasks {
   OwnRows own_rows_;
   std::uint32_t attempt_;
 };
+
+template <class Isa, class Rows>
+void AttendTasks<Isa, Rows>::run(std::size_t task, std::size_t thread) const noexcept {
+  HEADWISE_ASSERT(task < size() && thread < step_.planned_threads(), "no such task or thread");
+  const WorkItem& item = tasks_.item(static_cast<std::int64_t>(task));
+  const StepChunk& chunk = step_.chunks()[static_cast<std::size_t>(item.chunk)];
+  const std::int64_t of_item = static_cast<std::int64_t>(task) - item.first_task;
+  const std::int64_t num_parts = item.cut.num_parts();
+  const std::int64_t head = of_item / num_parts;
+  const int kv_head = geometry_.task_order[static_cast<std::size_t>(item.first_head + head)];
+
+  const HeadProblem<Format> problem = problem_of(chunk, kv_head);
+  float* partials =
+      work_.partials(item.first_partial + head * item.cut.partial_floats_of(
+                                                     chunk.num_tokens(), geometry_.shape.group_size,
+                                                     geometry_.shape.v_dim));
+  run_part(problem, item.cut, of_item % num_parts, partials, work_.thread_scratch(thread));
+  if (num_parts > 1 && !work_.arrives_last(item.first_counter + head, attempt_, num_parts)) return;
+
+  if (item.cut.num_splits > 1) merge_tiles(problem, item.cut, partials);
+  if (own_rows_ == OwnRows::kShared) return;
+  cache_.template append<Isa>(step_, chunk, layer_, kv_head, problem.own_k, problem.own_v);
+  step_.note_head_done(layer_);
+}
+
+template <class Isa, class Rows>
+void AttendTasks<Isa, Rows>::run_part(const HeadProblem<Format>& problem, const HeadCut& cut,
+                                      std::int64_t part, float* partials, float* scratch) noexcept {
+  const auto [k_dim, v_dim] = std::pair(problem.past.shape.k_dim, problem.past.shape.v_dim);
+  const std::int64_t tile = part / cut.num_splits;
+  const std::int64_t index = part % cut.num_splits;
+  const std::int64_t first_query = tile * cut.tile_queries;
+  const std::int64_t num_queries = cut.queries_of(tile, problem.num_queries);
+  const std::int64_t begin = index * cut.split_rows;
+  const DecodeSplit split{begin, std::min(begin + cut.split_rows, problem.past.num_rows()),
+                          index + 1 == cut.num_splits};
+  const std::size_t stride = decode_partial_floats(num_queries * problem.group_size, v_dim);
+  float* partial = partials + cut.partial_floats(tile, problem.group_size, v_dim) +
+                   static_cast<std::size_t>(index) * stride;
+
+  if (cut.decodes(problem.group_size)) {
+    if (cut.num_splits == 1) {
+      partial = scratch + decode_scratch_floats(num_queries * problem.group_size, k_dim, v_dim);
+    }
+    decode_split<Isa>(problem, split, partial, scratch);
+    if (cut.num_splits == 1) merge_splits<Isa>(problem, partial, stride, 1);
+  } else if (cut.num_splits > 1) {
+    prefill_split<Isa>(problem, first_query, first_query + num_queries, split, partial, scratch);
+  } else {
+    prefill_tile<Isa>(problem, first_query, first_query + num_queries, scratch);
+  }
+}
+
+template <class Isa, class Rows>
+void AttendTasks<Isa, Rows>::merge_tiles(const HeadProblem<Format>& problem, const HeadCut& cut,
+                                         float* partials) noexcept {
+  const int v_dim = problem.past.shape.v_dim;
+  for (std::int64_t tile = 0; tile < cut.num_tiles; ++tile) {
+    HeadProblem<Format> part = problem;  // its queries and outputs alone
+    part.num_queries = cut.queries_of(tile, problem.num_queries);
+    part.out = {problem.out.row(tile * cut.tile_queries, 0), problem.out.stride_n,
+                problem.out.stride_h};
+    merge_splits<Isa>(part, partials + cut.partial_floats(tile, problem.group_size, v_dim),
+                      decode_partial_floats(part.num_queries * problem.group_size, v_dim),
+                      cut.num_splits);
+  }
+}
+
+template <class Isa, class Rows>
+auto AttendTasks<Isa, Rows>::problem_of(const StepChunk& chunk, int kv_head) const
+    -> HeadProblem<Format> {
+  const LayerShape& shape = geometry_.shape;
+  const std::int64_t row = chunk.first_row;
+  const std::int64_t qo_head = std::int64_t{kv_head} * shape.group_size;
+  auto [view, window] = cache_.seen(chunk, layer_, kv_head);
+  return {view,
+          window,
+          Pos{chunk.lengths.length},
+          chunk.num_tokens(),
+          shape.group_size,
+          shape.scale(),
+          {q_.row(row, qo_head), q_.stride_n, q_.stride_h},
+          {k_.row(row, kv_head), k_.stride_n, k_.stride_h},
+          {v_.row(row, kv_head), v_.stride_n, v_.stride_h},
+          {out_.row(row, qo_head), out_.stride_n, out_.stride_h}};
+}
 
 }  // namespace headwise::inline v0
