@@ -20,6 +20,7 @@
 #include "headwise/attention/attend.hpp"
 #include "headwise/cache/kv_cache.hpp"
 #include "headwise/core/executor.hpp"
+#include "kernels.hpp"
 #include "rotary.hpp"
 #include "weights.hpp"
 

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: MIT
+/// @file kernels.hpp
+/// The attention that all files of the program share is compiled once, in kernels.cpp.
+#pragma once
+
+#include "headwise/attention/tasks.hpp"
+
+namespace headwise {
+
+extern template class AttendTasks<simd::BestIsa, f32>;
+extern template class AttendTasks<simd::BestIsa, f16>;
+extern template class AttendTasks<simd::BestIsa, bf16>;
+
+}  // namespace headwise
