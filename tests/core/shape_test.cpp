@@ -165,7 +165,8 @@ TEST(ModelShape, RefusesSoftmaxOptionsOutOfTheirRange) {
         ThrowsMessage<ConfigError>(
             AllOf(HasSubstr("layer 1"), HasSubstr(text), HasSubstr("got " + value))));
   };
-  refuses({.soft_cap = -1.0F}, "soft_cap must be finite and at least 0", "-1");
+  refuses({.soft_cap = -1.0F}, "soft_cap must be 0 or a finite number of at least 1.17", "-1");
+  refuses({.soft_cap = 1e-40F}, "soft_cap", "9.99994");
   refuses({.soft_cap = nan}, "soft_cap", "");
   refuses({.soft_cap = inf}, "soft_cap", "inf");
   refuses({.sinks = {1.0F, 2.0F}}, "sinks must be empty or one for each of 6 query heads", "2");

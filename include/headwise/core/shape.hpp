@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <utility>
 #include <vector>
@@ -31,7 +32,7 @@ inline constexpr int kMaxDim = 1 << 16;
 /// `j` is `capped(scale * q.k) + slope * (j - i)`.
 struct SoftmaxOptions {
   /// Scores are capped by soft_cap * tanh(score / soft_cap) (Gemma 2, arXiv:2408.00118, section 2);
-  /// finite, >= 0; 0: they are not.
+  /// 0: they are not. Finite, >= 0, no subnormal.
   float soft_cap = 0.0F;
   /// [num_qo_heads] a learned logit of each query head that has no value: exp(sink) is one more
   /// term of the softmax's sum (gpt-oss, arXiv:2508.10925). Finite; neither scaled nor capped.
@@ -165,9 +166,10 @@ class ModelShape {
 
   static void check_softmax(const LayerShape& layer, std::size_t i) {
     const SoftmaxOptions& softmax = layer.softmax;
-    if (!is_finite(softmax.soft_cap) || softmax.soft_cap < 0.0F) {
-      fail<ConfigError>("layer ", i, ": soft_cap must be finite and at least 0, got ",
-                        softmax.soft_cap);
+    const float cap = softmax.soft_cap;
+    if (!is_finite(cap) || (!is_zero(cap) && cap < std::numeric_limits<float>::min())) {
+      fail<ConfigError>("layer ", i, ": soft_cap must be 0 or a finite number of at least ",
+                        std::numeric_limits<float>::min(), ", got ", cap);
     }
     check_per_head(softmax.sinks, layer, "sinks", i);
     check_per_head(softmax.alibi_slopes, layer, "alibi_slopes", i);
