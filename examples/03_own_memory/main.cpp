@@ -58,6 +58,7 @@ class Engine {
                                     .num_queries = num_tokens,
                                     .group_size = kGroup,
                                     .scale = model_.shape().layer(layer).scale(),
+                                    .softmax = HeadSoftmax::of(model_.shape().layer(layer), head),
                                     .q = {q.row(0, head * kGroup), q.stride_n, q.stride_h},
                                     .own_k = {k.row(0, head), k.stride_n, k.stride_h},
                                     .own_v = {v.row(0, head), v.stride_n, v.stride_h},

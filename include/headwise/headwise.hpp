@@ -12,6 +12,7 @@
 #include "headwise/attention/single_sequence.hpp"
 #include "headwise/cache/estimate.hpp"
 #include "headwise/cache/kv_cache.hpp"
+#include "headwise/core/alibi.hpp"
 #include "headwise/core/executor.hpp"
 #include "headwise/core/version.hpp"
 #include "headwise/heads/fingerprint.hpp"

@@ -154,6 +154,9 @@ TEST(Scratch, ReservedOnceSufficesForEveryMixOfChunksOfEveryModel) {
     for (int l = 0; l < shape.num_layers(); ++l) {
       for (int h = 0; h < shape.layer(l).num_kv_heads; ++h) {
         if (below(random, 3) == 0) plan.set(l, h, KeepWindow{{4, 1 + below(random, 4000)}});
+        if (below(random, 4) == 0) {
+          plan.set(l, h, KeepWindowFrom{{{4, 200}}, 1 + below(random, 6000)});
+        }
         if (mode == PrefillMode::kChunkCausal && below(random, 3) == 0) {
           plan.set(l, h, KeepGrowingWindow{4, 30 + below(random, 3000), 3});
         }

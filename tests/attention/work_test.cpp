@@ -95,9 +95,10 @@ TEST(LargestCut, BoundsEveryCutAndIsReached) {
 }
 
 TEST(CacheGeometry, MostRowsSeenIsABoundAtEveryLength) {
-  const ModelShape shape = ModelShape::uniform(1, 5, 5, 16);
+  const ModelShape shape = ModelShape::uniform(1, 6, 6, 16);
   HeadPlan plan(shape);
   plan.set(0, 1, KeepWindow{{4, 60}});
+  plan.set(0, 5, KeepWindowFrom{{{4, 60}}, 500});
   plan.set(0, 2, KeepGrowingWindow{4, 40, 3});
   plan.set(0, 3, KeepGrowingWindow{20, 300, 7});
   plan.set(0, 4, KeepWindow{{0, 1}});
@@ -105,7 +106,7 @@ TEST(CacheGeometry, MostRowsSeenIsABoundAtEveryLength) {
     KvCache<f16> cache(
         shape, plan,
         {.page_tokens = 32, .max_context = context, .prefill = PrefillMode::kChunkCausal});
-    for (int c = 0; c < 5; ++c) {
+    for (int c = 0; c < 6; ++c) {
       std::int64_t most = 0;
       for (std::int64_t length = 0; length <= context; ++length) {
         most = std::max(

@@ -47,6 +47,13 @@ Held closed_form(const HeadPlan& plan, const CacheOptions& options, std::int64_t
                                   std::max(keep->window.recent, keep->prompt_recent) +
                                   options.max_rollback;
         pages = std::min(pages, pages_for(rows, size));
+      } else if (const auto* late = std::get_if<KeepWindowFrom>(&budget)) {
+        const std::int64_t lowest = std::max<std::int64_t>(0, high_water - options.max_rollback);
+        const KeepWindow& window = late->keep;
+        const std::int64_t recent = std::max(window.window.recent, window.prompt_recent);
+        const std::int64_t gone =
+            lowest < late->from ? 0 : std::max<std::int64_t>(0, lowest - recent + 1) / size;
+        pages -= std::max<std::int64_t>(0, gone - pages_for(window.window.sink, size));
       } else if (const auto* growing = std::get_if<KeepGrowingWindow>(&budget)) {
         const std::int64_t lowest = std::max<std::int64_t>(0, high_water - options.max_rollback);
         const std::int64_t gone =

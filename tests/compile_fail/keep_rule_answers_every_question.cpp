@@ -18,6 +18,7 @@ struct ForgetsForks {
   std::int64_t frozen(State, std::int64_t) const { return 0; }
 #endif
   std::int64_t peak_entries(std::int64_t) const { return 0; }
+  std::int64_t most_rows() const { return 0; }
   StoredRuns runs(State, std::int64_t, Phase) const { return {}; }
   FoldedRows folded(State, std::int64_t) const { return {}; }
   Window window(Phase) const { return {}; }

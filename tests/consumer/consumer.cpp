@@ -121,9 +121,13 @@ class Engine {
 
 /// Whether of two tokens, of which the second's key or value has this element, the first one's
 /// output is as ever and the second one's NaN or infinite.
-bool spoils_only_its_own_row(std::uint32_t k_bits, std::uint32_t v_bits) {
+bool spoils_only_its_own_row(std::uint32_t k_bits, std::uint32_t v_bits, float soft_cap = 0.0F) {
   constexpr int kWidth = 16;
-  const auto shape = headwise::ModelShape::uniform(1, 1, 1, kWidth);
+  const headwise::ModelShape shape({{.num_kv_heads = 1,
+                                     .group_size = 1,
+                                     .k_dim = kWidth,
+                                     .v_dim = kWidth,
+                                     .softmax = {.soft_cap = soft_cap}}});
   headwise::KvCache<float> cache(shape, headwise::HeadPlan(shape), {.max_context = 16});
   headwise::Step step;
   if (cache.begin(step, {{cache.add_sequence().value(), 2}}) != headwise::StepStatus::kOk) {
@@ -169,7 +173,8 @@ int main() {
   constexpr std::uint32_t kNan = 0x7FC00000U;
   const bool spoils =
       spoils_only_its_own_row(kNan, kOne) && spoils_only_its_own_row(kInfinity, kOne) &&
-      spoils_only_its_own_row(kOne, kNan) && spoils_only_its_own_row(kOne, kInfinity);
+      spoils_only_its_own_row(kOne, kNan) && spoils_only_its_own_row(kOne, kInfinity) &&
+      spoils_only_its_own_row(kNan, kOne, 30.0F) && spoils_only_its_own_row(kOne, kNan, 30.0F);
   std::printf("what is not finite %s\n", spoils ? "stays so" : "is LOST or LEAKS");
 
   const bool right = engine.worst_error() < 2e-3;  // rows are stored in f16

@@ -138,5 +138,85 @@ TEST(ModelShape, HardenedBuildsStopAtALayerOutOfRange) {
 #endif
 }
 
+/// A layer of 2 KV heads, 3 query heads each.
+LayerShape six_heads() { return {.num_kv_heads = 2, .group_size = 3, .k_dim = 16, .v_dim = 32}; }
+
+TEST(ModelShape, TakesWhatASoftmaxHasBesides) {
+  LayerShape layer = six_heads();
+  layer.softmax = {.soft_cap = 50.0F,
+                   .sinks = {0.0F, -3.0F, 1.0F, 2.0F, 0.5F, 90.0F},
+                   .alibi_slopes = {1.0F, 0.5F, 0.25F, 0.0F, -1.0F, 2.0F}};
+  const ModelShape shape({layer, six_heads()});
+  EXPECT_EQ(shape.layer(0).softmax.sinks[5], 90.0F);
+  EXPECT_NE(shape, ModelShape({six_heads(), six_heads()}));
+}
+
+TEST(ModelShape, RefusesSoftmaxOptionsOutOfTheirRange) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float inf = std::numeric_limits<float>::infinity();
+  const auto refuses = [](const SoftmaxOptions& softmax, const std::string& text,
+                          const std::string& value) {
+    LayerShape layer = six_heads();
+    layer.softmax = softmax;
+    EXPECT_THAT(
+        [&] {
+          ModelShape({six_heads(), layer});
+        },
+        ThrowsMessage<ConfigError>(
+            AllOf(HasSubstr("layer 1"), HasSubstr(text), HasSubstr("got " + value))));
+  };
+  refuses({.soft_cap = -1.0F}, "soft_cap must be 0 or a finite number of at least 1.17", "-1");
+  refuses({.soft_cap = 1e-40F}, "soft_cap", "9.99994");
+  refuses({.soft_cap = nan}, "soft_cap", "");
+  refuses({.soft_cap = inf}, "soft_cap", "inf");
+  refuses({.sinks = {1.0F, 2.0F}}, "sinks must be empty or one for each of 6 query heads", "2");
+  refuses({.sinks = std::vector<float>(7)}, "sinks", "7");
+  refuses({.sinks = {0, 0, 0, -inf, 0, 0}}, "sinks must be finite", "-inf for query head 3");
+  refuses({.alibi_slopes = std::vector<float>(2)}, "alibi_slopes", "2");
+  refuses({.alibi_slopes = {0, 0, 0, 0, nan, 0}}, "alibi_slopes must be finite", "");
+}
+
+TEST(ModelShape, RefusesWindowsOutOfRangeAndChunkedAttentionByName) {
+  const auto refuses = [](std::int64_t window, std::int64_t chunk, const char* name,
+                          const char* value) {
+    LayerShape layer = six_heads();
+    layer.sliding_window = window;
+    layer.attention_chunk = chunk;
+    EXPECT_THAT([&] { ModelShape({layer}); },
+                ThrowsMessage<ConfigError>(AllOf(HasSubstr(name), HasSubstr(value))));
+  };
+  refuses(-1, 0, "sliding_window", "got -1");
+  refuses(kMaxTokens + 1, 0, "sliding_window", "got 1099511627777");
+  refuses(0, 8192, "Llama 4", "8192");
+  refuses(128, -1, "attention_chunk", "-1");
+}
+
+TEST(ModelShape, RefusesSharedLayersThatCannotShare) {
+  const auto refuses = [](const std::vector<LayerShape>& layers, const char* text,
+                          const char* value) {
+    EXPECT_THAT([&] { ModelShape{layers}; },
+                ThrowsMessage<ConfigError>(AllOf(HasSubstr(text), HasSubstr(value))));
+  };
+  const auto of = [](int kv_layer) {
+    LayerShape layer = six_heads();
+    layer.kv_layer = kv_layer;
+    return layer;
+  };
+  LayerShape other_group = of(0);  // queries are each layer's own
+  other_group.group_size = 5;
+  EXPECT_NO_THROW(ModelShape({of(-1), of(0), other_group, of(-1), of(3)}));
+  refuses({of(0)}, "layer 0: kv_layer must be -1 or an earlier layer", "got 0");
+  refuses({of(-1), of(2), of(-1)}, "layer 1: kv_layer", "got 2");
+  refuses({of(-1), of(-2)}, "layer 1: kv_layer", "got -2");
+  refuses({of(-1), of(0), of(1)}, "layer 2: kv_layer 1 has no K and V of its own", "layer 0");
+  for (const auto change :
+       {+[](LayerShape& l) { l.num_kv_heads = 1; }, +[](LayerShape& l) { l.k_dim = 32; },
+        +[](LayerShape& l) { l.v_dim = 16; }, +[](LayerShape& l) { l.sliding_window = 8; }}) {
+    LayerShape layer = of(0);
+    change(layer);
+    refuses({of(-1), layer}, "must be that of layer 0, whose K and V it reads", "got ");
+  }
+}
+
 }  // namespace
 }  // namespace headwise

@@ -104,5 +104,16 @@ TEST(Window, HoldsFarBeyond32Bits) {
   EXPECT_TRUE(Window::everything().sees(Pos{far}, Pos{0}));
 }
 
+TEST(Window, SeesEverythingBelowFrom) {
+  constexpr Window kWindow{2, 3, 10};
+  for (std::int64_t query = 0; query < 20; ++query) {
+    for (std::int64_t key = 0; key < 20; ++key) {
+      const bool windowed = key < 2 || query - key < 3;
+      EXPECT_EQ(kWindow.sees(Pos{query}, Pos{key}), key <= query && (query < 10 || windowed));
+    }
+    EXPECT_EQ(kWindow.oldest_recent(Pos{query}), Pos{query < 10 ? 0 : query - 2}) << query;
+  }
+}
+
 }  // namespace
 }  // namespace headwise

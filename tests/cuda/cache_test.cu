@@ -25,6 +25,34 @@ TEST(CudaCache, RefusesWhatTheDeviceCannotHold) {
   refused(ModelShape({{2, 1, 64, 128}}), plan, {.max_context = 100});
   const HeadPlan growing(shape, KeepGrowingWindow{});
   refused(shape, growing, {.max_context = 100, .prefill = PrefillMode::kChunkCausal});
+  refused(shape, HeadPlan(shape, KeepWindowFrom{{{4, 60}}, 90}), {.max_context = 100});
+  LayerShape shared = shape.layer(0);
+  shared.kv_layer = 0;
+  const ModelShape two({shape.layer(0), shared});
+  refused(two, HeadPlan(two), {.max_context = 100});
+}
+
+TEST(CudaCache, RefusesASoftmaxThatNoKernelHas) {
+  const cuda::DeviceLimits limits{132, 232448, true};
+  for (const SoftmaxOptions& softmax :
+       {SoftmaxOptions{.soft_cap = 50.0F}, SoftmaxOptions{.sinks = {0.0F, 0.0F}},
+        SoftmaxOptions{.alibi_slopes = {0.5F, 0.25F}}}) {
+    const ModelShape shape({{2, 1, 64, 64, 0.0F, softmax}});
+    EXPECT_THROW(
+        (void)cuda::estimate_device<f16>(shape, HeadPlan(shape), {.max_context = 100}, limits),
+        ConfigError);
+  }
+}
+
+TEST(CudaCache, KeepsTheSmallerOfALayersOwnWindowAndItsBudget) {
+  LayerShape local = ModelShape::uniform(1, 2, 2, 64).layer(0);
+  local.sliding_window = 60;
+  const ModelShape shape({local});
+  const CacheGeometry geometry(shape, HeadPlan(shape), {.max_context = 1000},
+                               &PlainRows<f16>::page_bytes);
+  EXPECT_EQ(geometry.bytes_held(1000, 1000), 2 * PlainRows<f16>::page_bytes({64, 64, 64}));
+  HEADWISE_NEEDS_DEVICE();
+  EXPECT_NO_THROW(cuda::DeviceCache<f16>(shape, HeadPlan(shape), {.max_context = 1000}));
 }
 
 TEST(CudaCache, DecodesAtEveryBoundaryLength) {

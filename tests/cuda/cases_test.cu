@@ -17,9 +17,10 @@ using Rows = ::testing::Types<f16, bf16>;
 TYPED_TEST_SUITE(CudaCases, Rows);
 
 /// The case as a device model. Widths without a kernel become 64; nothing keeps a second run or a
-/// compensation row on a device, and pages have 64 tokens there.
+/// compensation row on a device, pages have 64 tokens there, and a softmax has a scale alone.
 bool on_device(const AttentionCase& c, DeviceModelOptions& options) {
   if (c.page_tokens != 64 || c.compensation > 0 || c.kept == Kept::kSecondRun) return false;
+  if (c.soft_cap > 0.0F || c.sinks || c.alibi) return false;
   options.dim = c.k_dim == c.v_dim && cuda::AllHeadDims::contains(c.k_dim) ? c.k_dim : 64;
   options.group_size = c.group_size;
   options.num_kv_heads = 1;

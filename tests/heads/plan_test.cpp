@@ -75,12 +75,46 @@ TEST(HeadPlan, RefusesWindowsThatOverflow) {
   for (const HeadBudget& budget : std::vector<HeadBudget>{
            KeepWindow{{INT64_MAX, 8}}, KeepWindow{{0, INT64_MAX - 1}}, KeepWindow{{0, INT64_MIN}},
            KeepGrowingWindow{.sink = INT64_MAX}, KeepGrowingWindow{.min_recent = INT64_MAX},
-           KeepGrowingWindow{.divisor = INT64_MIN}}) {
+           KeepGrowingWindow{.divisor = INT64_MIN}, KeepWindowFrom{{{4, 8}}, 0},
+           KeepWindowFrom{{{4, 8}}, INT64_MAX}, KeepWindowFrom{{{4, 0}}, 9},
+           KeepWindowFrom{{{4, 8}, -1}, 9}}) {
     EXPECT_THROW(plan.set(0, 0, budget), ConfigError);
     EXPECT_THROW(HeadPlan(std::vector<int>{1}, budget), ConfigError);
   }
   EXPECT_NO_THROW(plan.set(0, 0, KeepWindow{{kMaxTokens, kMaxTokens}}));
   EXPECT_NO_THROW(plan.set(0, 0, KeepWindow{Window::everything()}));
+}
+
+TEST(HeadPlan, RefusesAWindowThatSaysWhereItBegins) {
+  HeadPlan plan(std::vector<int>{1});
+  EXPECT_EQ(message_of<ConfigError>([&] {
+              plan.set(0, 0, KeepWindow{{4, 8, 100}});
+            }),
+            "a window's from must be 0 in a budget, got 100: a head that streams from a length on "
+            "is KeepWindowFrom");
+  EXPECT_THROW(plan.set(0, 0, KeepWindowFrom{{{4, 8, 1}}, 100}), ConfigError);
+}
+
+TEST(ShareBudgets, GivesASharedLayerThoseOfTheLayerThatItReads) {
+  const LayerShape own{.num_kv_heads = 2, .group_size = 1, .k_dim = 16, .v_dim = 16};
+  LayerShape shared = own;
+  shared.kv_layer = 0;
+  const ModelShape shape({own, own, shared});
+  HeadPlan plan(shape);
+  plan.set(0, 1, KeepWindow{{4, 8}});
+  plan.set(1, 0, KeepWindow{{5, 9}});
+  plan.set(2, 0, KeepWindow{{6, 10}});
+  const HeadPlan shares = share_budgets(plan, shape);
+  for (int h = 0; h < 2; ++h) {
+    EXPECT_EQ(shares.budget(2, h), plan.budget(0, h));
+    EXPECT_EQ(shares.budget(1, h), plan.budget(1, h));
+  }
+  EXPECT_EQ(
+      message_of<ConfigError>([&] { (void)share_budgets(plan, ModelShape::uniform(2, 2, 2, 16)); }),
+      "the plan has 3 layers, the model 2");
+  EXPECT_EQ(
+      message_of<ConfigError>([&] { (void)share_budgets(plan, ModelShape::uniform(3, 1, 1, 16)); }),
+      "layer 0: the plan has 2 KV heads, the model 1");
 }
 
 TEST(HeadPlan, HardenedBuildsStopAtALayerOrKvHeadOutOfRange) {

@@ -61,6 +61,10 @@ TEST(NumKept, NeverExceedsTheContext) {
     }
   }
   EXPECT_EQ(num_kept(KeepWindow{{4, 60}}, 1000000), 64);
+  // All of 16384 tokens, of which the last one's query is the last that sees everything.
+  const KeepWindowFrom late{{{128, 256}}, 16384};
+  EXPECT_EQ(num_kept(late, 16384), 16384);
+  EXPECT_EQ(num_kept(late, 16385), 384);
 }
 
 TEST(NumKept, RefusesWhatWouldKeepLessThanNothing) {

@@ -100,6 +100,7 @@ TYPED_TEST(Simd, DoesArithmeticLikeScalars) {
   };
   equals(this->map(x, [&](auto v) { return Ops::add(v, three); }), [](float a) { return a + 3; });
   equals(this->map(x, [&](auto v) { return Ops::sub(v, three); }), [](float a) { return a - 3; });
+  equals(this->map(x, [&](auto v) { return Ops::div(v, three); }), [](float a) { return a / 3; });
   equals(this->map(x, [&](auto v) { return Ops::mul(v, three); }), [](float a) { return a * 3; });
   equals(this->map(x, [&](auto v) { return Ops::fma(v, three, v); }),
          [](float a) { return 4 * a; });

@@ -51,8 +51,9 @@ class AttendedCache : public ModelledCache<Rows> {
         const std::int64_t pos = start + static_cast<std::int64_t>(i);
         for (int h = 0; h < shape.num_qo_heads(); ++h) push(in.q, query(token, pos, layer, h));
         for (int h = 0; h < shape.num_kv_heads; ++h) {
-          push(in.k, row_of(token, pos, layer, h, Side::kK, shape.k_dim));
-          push(in.v, row_of(token, pos, layer, h, Side::kV, shape.v_dim));
+          const int kv = kv_layer(shape_, layer);
+          push(in.k, row_of(token, pos, kv, h, Side::kK, shape.k_dim));
+          push(in.v, row_of(token, pos, kv, h, Side::kV, shape.v_dim));
         }
       }
     }
@@ -167,8 +168,9 @@ class AttendedCache : public ModelledCache<Rows> {
     std::vector<std::vector<double>> values;
     for (std::size_t pos = 0; pos < all.size(); ++pos) {
       const auto p = static_cast<std::int64_t>(pos);
-      keys.push_back(stored(all[pos], p, layer, head, Side::kK, shape.k_dim));
-      values.push_back(stored(all[pos], p, layer, head, Side::kV, shape.v_dim));
+      const int kv = kv_layer(shape_, layer);
+      keys.push_back(stored(all[pos], p, kv, head, Side::kK, shape.k_dim));
+      values.push_back(stored(all[pos], p, kv, head, Side::kV, shape.v_dim));
     }
     const auto n = static_cast<std::int64_t>(all.size());
     std::vector<double> out;
@@ -178,7 +180,7 @@ class AttendedCache : public ModelledCache<Rows> {
       std::vector<double> mean_v(static_cast<std::size_t>(shape.v_dim), 0.0);
       double folded = 0.0;
       for (std::int64_t j = 0; j <= i; ++j) {
-        const Sight how = sight(this->plan().budget(layer, head), this->options().prefill,
+        const Sight how = sight(shape, this->plan().budget(layer, head), this->options().prefill,
                                 this->options().page_tokens, phase, start, i, j);
         const auto key = static_cast<std::size_t>(j);
         if (how == Sight::kAsRow) seen.push_back(key);
@@ -191,12 +193,18 @@ class AttendedCache : public ModelledCache<Rows> {
       for (double& x : mean_v) x /= std::max(1.0, folded);
 
       for (int g = 0; g < shape.group_size; ++g) {
-        const std::vector<float> q =
-            query(all[static_cast<std::size_t>(i)], i, layer, head * shape.group_size + g);
+        const int qo_head = head * shape.group_size + g;
+        const std::vector<float> q = query(all[static_cast<std::size_t>(i)], i, layer, qo_head);
+        const auto of_head = [&](const std::vector<float>& of_heads) {
+          return static_cast<double>(of_heads[static_cast<std::size_t>(qo_head)]);
+        };
+        const SoftmaxOptions& softmax = shape.softmax;
         const auto score = [&](const std::vector<double>& k) {
           double sum = 0.0;
           for (std::size_t d = 0; d < k.size(); ++d) sum += static_cast<double>(q[d]) * k[d];
-          return sum * static_cast<double>(shape.scale());
+          sum *= static_cast<double>(shape.scale());
+          const auto cap = static_cast<double>(softmax.soft_cap);
+          return cap > 0.0 ? cap * std::tanh(sum / cap) : sum;
         };
         std::vector<double> row(mean_v.size(), 0.0);
         double total = 0.0;
@@ -205,7 +213,13 @@ class AttendedCache : public ModelledCache<Rows> {
           total += weight;
           for (std::size_t d = 0; d < row.size(); ++d) row[d] += weight * v[d];
         };
-        for (const std::size_t key : seen) add(score(keys[key]), values[key]);
+        if (!softmax.sinks.empty()) total += std::exp(of_head(softmax.sinks));
+        for (const std::size_t key : seen) {
+          const auto away = static_cast<double>(i) - static_cast<double>(key);
+          const double bias =
+              softmax.alibi_slopes.empty() ? 0.0 : -of_head(softmax.alibi_slopes) * away;
+          add(score(keys[key]) + bias, values[key]);
+        }
         if (folded > 0.0) add(score(mean_k) + std::log(folded), mean_v);
         for (double& x : row) x /= total;
         out.insert(out.end(), row.begin(), row.end());

@@ -61,6 +61,9 @@ struct AttentionCase {
   Kept kept = Kept::kAll;
   int page_tokens = 64;
   std::int64_t compensation = 0;  ///< rows that the compensation row stands for; 0: none
+  float soft_cap = 0.0F;
+  bool sinks = false;  ///< a logit for each query head
+  bool alibi = false;  ///< a slope for each query head
 };
 
 /// Group sizes, widths and lengths at their boundaries, each value at least once: not the product.
@@ -148,6 +151,58 @@ inline std::vector<AttentionCase> attention_cases() {
        .kept = Kept::kSecondRun,
        .compensation = 33});
   add({.name = "only_compensation", .past = 0, .compensation = 9});
+
+  // What a softmax has besides, alone and together, over every layout and around every boundary.
+  for (const bool alibi : {false, true}) {
+    for (const std::int64_t past : {0, 1, 15, 16, 63, 64, 65, 129, 200}) {
+      for (const std::int64_t n : {1, 70}) {
+        add({.name = alibi ? "alibi_dense" : "cap_and_sinks_dense",
+             .k_dim = 32,
+             .v_dim = 48,
+             .group_size = 3,
+             .past = past,
+             .queries = n,
+             .soft_cap = alibi ? 0.0F : 2.5F,
+             .sinks = !alibi,
+             .alibi = alibi});
+      }
+    }
+  }
+  for (const std::int64_t past : {0, 3, 4, 5, 59, 60, 61, 64, 65, 300}) {
+    for (const std::int64_t n : {1, 7, 130}) {
+      add({.name = "all_in_a_ring",
+           .k_dim = 32,
+           .v_dim = 32,
+           .group_size = 2,
+           .past = past,
+           .queries = n,
+           .window = window,
+           .kept = Kept::kRing,
+           .page_tokens = 32,
+           .soft_cap = 30.0F,
+           .sinks = true,
+           .alibi = true});
+    }
+  }
+  for (const std::int64_t n : {1, 40}) {
+    add({.name = "alibi_second_run",
+         .group_size = 4,
+         .past = 333,
+         .queries = n,
+         .kept = Kept::kSecondRun,
+         .alibi = true});
+    add({.name = "cap", .group_size = 5, .past = 90, .queries = n, .soft_cap = 0.3F});
+    add({.name = "wide_cap", .group_size = 5, .past = 90, .queries = n, .soft_cap = 1e6F});
+    add({.name = "sinks", .group_size = 5, .past = 90, .queries = n, .sinks = true});
+    add({.name = "compensation_cap_sinks",
+         .group_size = 5,
+         .past = 90,
+         .queries = n,
+         .kept = Kept::kSecondRun,
+         .compensation = 33,
+         .soft_cap = 1.5F,
+         .sinks = true});
+  }
   return cases;
 }
 
@@ -176,6 +231,8 @@ class PagedHead {
       if (!seen) fill(pos, kNotFinite[pos % 3], kNotFinite[(pos + 1) % 3]);
     }
     mean_ = random_rows(1, std::max(c.k_dim, c.v_dim), 0.2F);
+    sinks_ = random_rows(1, c.group_size, 4.0F);
+    slopes_ = random_rows(1, c.group_size, 0.2F);
     lay_out();
   }
   PagedHead(const PagedHead&) = delete;
@@ -190,6 +247,9 @@ class PagedHead {
     p.num_queries = c.queries;
     p.group_size = c.group_size;
     p.scale = 1.0F / std::sqrt(static_cast<float>(c.k_dim));
+    p.softmax.soft_cap = c.soft_cap;
+    if (c.sinks) p.softmax.sinks = sinks_.data();
+    if (c.alibi) p.softmax.alibi_slopes = slopes_.data();
     p.q = TensorView<const float>::nhd(q_.data(), c.group_size, c.k_dim);
     p.own_k = TensorView<const float>::nhd(k_.data() + c.past * c.k_dim, 1, c.k_dim);
     p.own_v = TensorView<const float>::nhd(v_.data() + c.past * c.v_dim, 1, c.v_dim);
@@ -293,7 +353,7 @@ class PagedHead {
 
   AttentionCase case_;
   std::mt19937 random_;
-  std::vector<float> k_, v_, q_, out_, mean_;
+  std::vector<float> k_, v_, q_, out_, mean_, sinks_, slopes_;
   std::vector<std::int32_t> table_;
   std::vector<std::byte> storage_;
   std::byte* pages_ = nullptr;

@@ -76,6 +76,11 @@ std::vector<float> stored_row(Token token, std::int64_t pos, int layer, int head
   return stored;
 }
 
+/// The layer whose K and V a layer reads.
+inline int kv_layer(const ModelShape& shape, int layer) {
+  return shape.layer(layer).owns_kv() ? layer : shape.layer(layer).kv_layer;
+}
+
 // What a cache shows -----------------------------------------------------------------------------
 
 /// A deep copy of what seen() names for one head.
@@ -206,8 +211,9 @@ class ModelledCache {
           const std::int64_t pos = chunk.lengths.length + static_cast<std::int64_t>(i);
           const auto kd = static_cast<std::size_t>(shape.k_dim);
           const auto vd = static_cast<std::size_t>(shape.v_dim);
-          fill_row(tokens[i], pos, layer, h, Side::kK, std::span(k).subspan(i * kd, kd));
-          fill_row(tokens[i], pos, layer, h, Side::kV, std::span(v).subspan(i * vd, vd));
+          const int kv = kv_layer(shape_, layer);
+          fill_row(tokens[i], pos, kv, h, Side::kK, std::span(k).subspan(i * kd, kd));
+          fill_row(tokens[i], pos, kv, h, Side::kV, std::span(v).subspan(i * vd, vd));
         }
         cache.template append<simd::BestIsa>(
             step, chunk, layer, h, TensorView<const float>::nhd(k.data(), 1, shape.k_dim),
@@ -304,8 +310,8 @@ class ModelledCache {
                        Phase phase, std::int64_t num_tokens) const {
     const auto start = static_cast<std::int64_t>(sequence.tokens.size());
     const auto how = [&](std::int64_t query, std::int64_t key) {
-      return sight(plan_.budget(layer, head), options_.prefill, options_.page_tokens, phase, start,
-                   query, key);
+      return sight(shape_.layer(layer), plan_.budget(layer, head), options_.prefill,
+                   options_.page_tokens, phase, start, query, key);
     };
     std::vector<std::int64_t> as_rows;
     std::vector<std::int64_t> folded;
@@ -350,7 +356,8 @@ class ModelledCache {
       for (const Side side : {Side::kK, Side::kV}) {
         const LayerShape& shape = shape_.layer(layer);
         const int dim = side == Side::kK ? shape.k_dim : shape.v_dim;
-        for (const float x : stored_row<Format>(token, pos, layer, head, side, dim)) {
+        const int kv = kv_layer(shape_, layer);
+        for (const float x : stored_row<Format>(token, pos, kv, head, side, dim)) {
           if (!(*stored++ == x)) return "wrong row at position " + std::to_string(pos);
         }
       }
@@ -368,7 +375,8 @@ class ModelledCache {
       std::size_t d = 0;
       for (const Side side : {Side::kK, Side::kV}) {
         const int dim = side == Side::kK ? k_dim : shape_.layer(layer).v_dim;
-        for (const float x : stored_row<Format>(token, pos, layer, head, side, dim)) {
+        const int kv = kv_layer(shape_, layer);
+        for (const float x : stored_row<Format>(token, pos, kv, head, side, dim)) {
           sums[d++] += static_cast<double>(x);
         }
       }
@@ -407,7 +415,7 @@ class ModelledCache {
 
 /// Three layers of unlike widths; the second will have no retrieval head, the third no other.
 inline const ModelShape& mixed_shape() {
-  static const ModelShape shape({{4, 1, 32, 16}, {3, 1, 16, 16}, {1, 1, 16, 48}});
+  static const ModelShape shape({{4, 1, 32, 16}, {4, 1, 16, 16}, {1, 1, 16, 48}});
   return shape;
 }
 
@@ -420,6 +428,7 @@ inline HeadPlan mixed_plan(PrefillMode prefill) {
   plan.set(1, 0, KeepWindow{{3, 33}});
   plan.set(1, 1, KeepWindow{{4, 12}, 29});
   plan.set(1, 2, KeepWindow{{16, 16}});
+  plan.set(1, 3, KeepWindowFrom{{{4, 12}, 20}, 70});
   if (prefill == PrefillMode::kChunkCausal) {
     plan.set(0, 3, KeepGrowingWindow{4, 40, 3});
     plan.set(1, 2, KeepGrowingWindow{20, 36, 2});

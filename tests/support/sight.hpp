@@ -9,6 +9,7 @@
 #include <variant>
 
 #include "headwise/cache/options.hpp"
+#include "headwise/core/shape.hpp"
 #include "headwise/core/window.hpp"
 #include "headwise/heads/budget.hpp"
 
@@ -22,6 +23,11 @@ enum class Sight { kNot, kAsRow, kFolded };
 inline Sight sight(const HeadBudget& budget, PrefillMode prefill, std::int64_t page_tokens,
                    Phase phase, std::int64_t start, std::int64_t query, std::int64_t key) {
   if (key > query) return Sight::kNot;
+  if (const auto* late = std::get_if<KeepWindowFrom>(&budget)) {
+    const bool of_chunk = phase == Phase::kPrompt && prefill == PrefillMode::kChunkCausal;
+    if ((of_chunk ? start : query) < late->from) return Sight::kAsRow;
+    return sight(HeadBudget{late->keep}, prefill, page_tokens, phase, start, query, key);
+  }
   if (const auto* keep = std::get_if<KeepWindow>(&budget)) {
     std::int64_t recent = keep->window.recent;
     if (phase == Phase::kPrompt && keep->prompt_recent != 0) recent = keep->prompt_recent;
@@ -40,6 +46,22 @@ inline Sight sight(const HeadBudget& budget, PrefillMode prefill, std::int64_t p
     return key >= growing->sink && end_of_page <= start - kept ? Sight::kFolded : Sight::kAsRow;
   }
   return Sight::kAsRow;
+}
+
+/// The same in a layer that may have a window of its own, in which a budget's sinks are not kept.
+inline Sight sight(const LayerShape& layer, const HeadBudget& budget, PrefillMode prefill,
+                   std::int64_t page_tokens, Phase phase, std::int64_t start, std::int64_t query,
+                   std::int64_t key) {
+  if (layer.sliding_window == 0) {
+    return sight(budget, prefill, page_tokens, phase, start, query, key);
+  }
+  std::int64_t recent = layer.sliding_window;
+  const auto* late = std::get_if<KeepWindowFrom>(&budget);
+  if (const auto* keep = late != nullptr ? &late->keep : std::get_if<KeepWindow>(&budget)) {
+    const bool of_prompt = phase == Phase::kPrompt && keep->prompt_recent != 0;
+    recent = std::min(recent, of_prompt ? keep->prompt_recent : keep->window.recent);
+  }
+  return key <= query && query - key < recent ? Sight::kAsRow : Sight::kNot;
 }
 
 }  // namespace headwise::test

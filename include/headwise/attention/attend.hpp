@@ -57,9 +57,10 @@ StepStatus attend_layer(const KvCache<Rows>& cache, Step& step, int layer,
 /// Attends the step's queries over everything each head may see, and stores the step's K and V.
 ///
 /// Call it once for every layer between begin and commit. Rows follow the order of the step's
-/// chunks. K and V pass through the cache's row format before they are attended. If the executor
-/// throws, the layer may be attended again; kAttended then says that it threw after the last task,
-/// and `out` is whole.
+/// chunks. A layer that reads another's K and V (LayerShape::kv_layer) takes that one's k and v of
+/// this step, before it or after it, and stores nothing. K and V pass through the cache's row
+/// format before they are attended. If the executor throws, the layer may be attended again;
+/// kAttended then says that it threw after the last task, and `out` is whole.
 ///
 /// @param q    [rows, num_qo_heads, k_dim]; query head h reads KV head h / group_size
 /// @param k,v  [rows, num_kv_heads, k_dim], [rows, num_kv_heads, v_dim]; keys after RoPE at the
@@ -77,9 +78,9 @@ StepStatus attend(const KvCache<Rows>& cache, Step& step, int layer, TensorView<
   return detail::attend_layer<Isa>(cache, step, layer, q, k, v, out, executor, OwnRows::kStored);
 }
 
-/// Attends other queries over a layer's K and V, for models whose layers share them: nothing is
-/// stored. Any number of times in a step, before the layer's own attend() or after it, with the
-/// same k and v.
+/// Attends other queries over a layer's K and V, and stores nothing; a model's layers that share
+/// them have LayerShape::kv_layer. Any number of times in a step, before the layer's own attend()
+/// or after it, with the same k and v.
 /// @param q,k,v,out,executor  as attend()
 /// @return kStale unless the step is the cache's open one; then nothing is written.
 template <class Isa = simd::BestIsa, class Rows, Executor E = SerialExecutor>

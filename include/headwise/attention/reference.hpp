@@ -23,26 +23,34 @@ namespace headwise::inline v0 {
 class ReferenceRow {
  public:
   /// @param q  [k_dim], borrowed.
-  ReferenceRow(const float* q, double scale) : q_(q), scale_(scale) {}
+  /// @param soft_cap  of scores; 0: none
+  ReferenceRow(const float* q, double scale, double soft_cap = 0.0)
+      : q_(q), scale_(scale), soft_cap_(soft_cap) {}
 
-  /// One visible row, [k_dim] and [v_dim]; `log_weight` is ln(n) for a row that stands for n.
+  /// A learned logit without a value.
+  void add_sink(double logit) { sinks_.push_back(logit); }
+
+  /// One visible row, [k_dim] and [v_dim]; `bias` is added to its capped score: ln(n) for a row
+  /// that stands for n, ALiBi's slope times the tokens from query to key.
   template <class T>
-  void add(std::span<const T> k, std::span<const T> v, double log_weight = 0.0) {
+  void add(std::span<const T> k, std::span<const T> v, double bias = 0.0) {
     double score = 0.0;
     for (std::size_t d = 0; d < k.size(); ++d) {
       score += static_cast<double>(q_[d]) * static_cast<double>(k[d]);
     }
-    scores_.push_back(as_f32_range(score * scale_ + log_weight));
+    score = as_f32_range(score * scale_);
+    if (soft_cap_ > 0.0) score = soft_cap_ * std::tanh(score / soft_cap_);
+    scores_.push_back(as_f32_range(score + bias));
     for (const T x : v) values_.push_back(static_cast<double>(x));
   }
 
-  /// softmax(scores) * values; zeros where no row was added or all scores are -inf, NaN where one
+  /// softmax(scores) * values; zeros where no row was added or all logits are -inf, NaN where one
   /// is +inf or NaN. Costs O(rows x v_dim).
   std::vector<double> output(int v_dim) const {
     std::vector<double> out(static_cast<std::size_t>(v_dim), 0.0);
     const double max = largest();
     if (is_minus_infinity(max)) return out;
-    double sum = 0.0;
+    double sum = sum_of(sinks_, max);
     for (std::size_t i = 0; i < scores_.size(); ++i) {
       const double weight = std::exp(scores_[i] - max);
       sum += weight;
@@ -56,9 +64,7 @@ class ReferenceRow {
   double lse() const {
     const double max = largest();
     if (is_minus_infinity(max)) return max;
-    double sum = 0.0;
-    for (const double score : scores_) sum += std::exp(score - max);
-    return max + std::log(sum);
+    return max + std::log(sum_of(sinks_, max) + sum_of(scores_, max));
   }
 
  private:
@@ -69,8 +75,14 @@ class ReferenceRow {
     if (std::fabs(score) <= static_cast<double>(std::numeric_limits<float>::max())) return score;
     return score * kInfinity;  // NaN stays
   }
+  static double sum_of(const std::vector<double>& logits, double max) {
+    double sum = 0.0;
+    for (const double logit : logits) sum += std::exp(logit - max);
+    return sum;
+  }
   double largest() const {
     double max = -kInfinity;
+    for (const double sink : sinks_) max = std::max(max, sink);
     for (const double score : scores_) {
       if (is_nan(score)) return score;
       max = std::max(max, score);
@@ -80,6 +92,8 @@ class ReferenceRow {
 
   const float* q_;
   double scale_;
+  double soft_cap_;
+  std::vector<double> sinks_;
   std::vector<double> scores_;
   std::vector<double> values_;  // [rows, v_dim]
 };
@@ -137,10 +151,18 @@ std::vector<double> reference_attention(const HeadProblem<Format>& problem) {
   std::vector<double> out;
   for (std::int64_t i = 0; i < problem.num_queries; ++i) {
     for (int g = 0; g < problem.group_size; ++g) {
-      ReferenceRow query(problem.q.row(i, g), static_cast<double>(problem.scale));
+      const Pos at = problem.first_query + i;
+      const HeadSoftmax& softmax = problem.softmax;
+      ReferenceRow query(problem.q.row(i, g), static_cast<double>(problem.scale),
+                         static_cast<double>(softmax.soft_cap));
+      if (softmax.sinks != nullptr) query.add_sink(static_cast<double>(softmax.sinks[g]));
       for (const auto& [k, v, stands_for, pos] : keys) {
-        if (pos && !problem.window.sees(problem.first_query + i, *pos)) continue;
-        query.add(std::span(k), std::span(v), std::log(static_cast<double>(stands_for)));
+        if (pos && !problem.window.sees(at, *pos)) continue;
+        double bias = std::log(static_cast<double>(stands_for));
+        if (pos && softmax.alibi_slopes != nullptr) {
+          bias += static_cast<double>(softmax.alibi_slopes[g]) * static_cast<double>(*pos - at);
+        }
+        query.add(std::span(k), std::span(v), bias);
       }
       const std::vector<double> row = query.output(problem.past.shape.v_dim);
       out.insert(out.end(), row.begin(), row.end());

@@ -173,6 +173,7 @@ auto AttendTasks<Isa, Rows>::problem_of(const StepChunk& chunk, int kv_head) con
           chunk.num_tokens(),
           shape.group_size,
           shape.scale(),
+          HeadSoftmax::of(shape, kv_head),
           {q_.row(row, qo_head), q_.stride_n, q_.stride_h},
           {k_.row(row, kv_head), k_.stride_n, k_.stride_h},
           {v_.row(row, kv_head), v_.stride_n, v_.stride_h},

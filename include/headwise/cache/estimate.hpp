@@ -21,8 +21,8 @@
 
 namespace headwise::inline v0 {
 
-/// Bytes, for all sequences and layers together. What attention needs beside the cache:
-/// scratch_bytes() (attention/scratch.hpp).
+/// Bytes, for all sequences and layers together; K and V that layers share count once. What
+/// attention needs beside the cache: scratch_bytes() (attention/scratch.hpp).
 struct Estimate {
   std::size_t resident_bytes = 0;   ///< pages held by max_sequences sequences of max_context tokens
   std::size_t transient_bytes = 0;  ///< more pages while a step of max_chunk tokens each is open
@@ -30,7 +30,7 @@ struct Estimate {
   std::size_t pool_bytes = 0;      ///< what the cache asks its allocator for as page memory
   std::size_t metadata_bytes = 0;  ///< and as tables, lengths and compensation rows
 
-  std::size_t dense_bytes = 0;  ///< resident_bytes if every head kept everything
+  std::size_t dense_bytes = 0;  ///< resident_bytes if every head kept all that its layer sees
 
   /// Everything that the cache allocates.
   std::size_t total_bytes() const { return pool_bytes + metadata_bytes; }

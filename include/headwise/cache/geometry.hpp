@@ -20,6 +20,7 @@
 #include "headwise/core/checked.hpp"
 #include "headwise/core/page_shape.hpp"
 #include "headwise/core/shape.hpp"
+#include "headwise/heads/native_window.hpp"
 #include "headwise/heads/plan.hpp"
 
 namespace headwise::inline v0 {
@@ -29,10 +30,11 @@ namespace headwise::inline v0 {
 struct HeadClass {
   AnyKeepRule rule;            ///< what each of these heads keeps
   std::size_t page_size = 0;   ///< of their pages, in the pool's sizes
-  std::int64_t num_heads = 0;  ///< in all layers
+  std::int64_t num_heads = 0;  ///< in all layers with K and V of their own
 };
 
-/// One KV head: its class and where its data lie among those of its class or sequence.
+/// One KV head: its class and where its data lie among those of its class or sequence. Heads of a
+/// layer that shares another's K and V have the places of that one's.
 struct HeadGeometry {
   int class_idx = 0;                     ///< in CacheGeometry::classes()
   std::int64_t idx_in_class = 0;         ///< layer by layer
@@ -64,8 +66,9 @@ class CacheGeometry {
   using PageBytes = std::size_t (*)(const PageShape&);
 
   /// @param page_bytes  RowFormat::page_bytes of the cache's rows.
-  /// @throws ConfigError when shape and plan differ, an option is out of its range, or sizes pass
-  ///   64 bits; says both values.
+  /// @throws ConfigError when shape and plan differ, a layer that shares another's K and V has
+  ///   other budgets than that one (share_budgets()), a compensation row meets ALiBi, an option is
+  ///   out of its range, or sizes pass 64 bits; says both values.
   CacheGeometry(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
                 PageBytes page_bytes)
       : options_(checked(options)) {
@@ -118,10 +121,8 @@ class CacheGeometry {
 
   /// Stored rows that a step's queries may see of one head of a class, at most, at any length.
   std::int64_t most_rows_seen(int class_idx) const {
-    const HeadClass& heads = classes_[static_cast<std::size_t>(class_idx)];
-    const std::int64_t longest = rows_at(heads.rule, options_.max_context);
-    // A growing window forgets page by page: a shorter sequence may see nearly a page more.
-    return std::min(longest + options_.page_tokens, options_.max_context);
+    return std::visit([](const auto& rule) { return rule.most_rows(); },
+                      classes_[static_cast<std::size_t>(class_idx)].rule);
   }
 
   /// Pages of each size that one sequence of `length` tokens holds (`high_water`: the longest it
@@ -227,7 +228,9 @@ class CacheGeometry {
     for (std::size_t l = 1; l < levels_.size(); ++l) {
       const std::int64_t longest = levels_[l - 1].capacity_pages * page_tokens + 1;
       const std::int64_t rolled_back = std::max<std::int64_t>(1, longest - options_.max_rollback);
-      const std::size_t held = bytes_held(rolled_back, longest);
+      // A head that streams from a length on has more before it than ever after.
+      const std::size_t held = std::min(bytes_held(rolled_back, longest),
+                                        bytes_held(options_.max_context, options_.max_context));
       if (held > bytes) break;  // no pool of this size has such a sequence
       largest = levels_[l].num_entries + levels_[l - 1].num_entries;
       entries_per_byte = std::max(entries_per_byte, static_cast<double>(levels_[l].num_entries) /
@@ -265,9 +268,16 @@ class CacheGeometry {
                         shape.num_layers());
     }
     for (int l = 0; l < shape.num_layers(); ++l) {
-      if (plan.num_kv_heads(l) != shape.layer(l).num_kv_heads) {
+      const LayerShape& layer = shape.layer(l);
+      if (plan.num_kv_heads(l) != layer.num_kv_heads) {
         fail<ConfigError>("layer ", l, ": the plan has ", plan.num_kv_heads(l),
-                          " KV heads, the model ", shape.layer(l).num_kv_heads);
+                          " KV heads, the model ", layer.num_kv_heads);
+      }
+      for (int h = 0; !layer.owns_kv() && h < layer.num_kv_heads; ++h) {
+        if (plan.budget(l, h) != plan.budget(layer.kv_layer, h)) {
+          fail<ConfigError>("layer ", l, ", KV head ", h, ": the budget must be that of layer ",
+                            layer.kv_layer, ", whose K and V it reads (share_budgets() sets it)");
+        }
       }
     }
   }
@@ -293,17 +303,44 @@ class CacheGeometry {
         heads.rule);
   }
 
-  /// What makes two heads of one class.
-  using ClassKey = std::pair<HeadBudget, std::size_t>;
+  /// What makes two heads of one class: budget, page size, rule of prompt chunks.
+  using ClassKey = std::tuple<HeadBudget, std::size_t, PrefillMode>;
+
+  /// What a head of a layer keeps. The model's own window matters where the context passes it; its
+  /// prompts are windowed, as the model reads them.
+  ClassKey class_key(const LayerShape& layer, const HeadBudget& budget,
+                     std::size_t page_size) const {
+    if (layer.sliding_window == 0 || layer.sliding_window >= options_.max_context) {
+      return {budget, page_size, options_.prefill};
+    }
+    return {within_window(budget, layer.sliding_window), page_size, PrefillMode::kWindowed};
+  }
 
   int class_of(const ClassKey& key, std::map<ClassKey, int>& known) {
     const auto [found, is_new] = known.try_emplace(key, static_cast<int>(classes_.size()));
     if (is_new) {
+      const auto& [budget, page_size, prefill] = key;
       const KeepLimits limits{options_.page_tokens, options_.max_context, options_.max_rollback,
-                              options_.max_chunk, options_.prefill};
-      classes_.push_back({make_rule(key.first, limits), key.second, 0});
+                              options_.max_chunk, prefill};
+      classes_.push_back({make_rule(budget, limits), page_size, 0});
     }
     return found->second;
+  }
+
+  static std::int64_t compensation_rows(const HeadClass& heads) {
+    return std::visit([](const auto& rule) { return rule.compensation_rows(); }, heads.rule);
+  }
+
+  /// One more head with K and V of its own.
+  void add_head(int class_idx, const PageShape& page) {
+    HeadClass& heads = classes_[static_cast<std::size_t>(class_idx)];
+    heads_.push_back(
+        {class_idx, heads.num_heads++, static_cast<std::int64_t>(compensation_bytes_)});
+    const auto rows = static_cast<std::size_t>(compensation_rows(heads));
+    compensation_bytes_ = detail::checked_add(
+        compensation_bytes_,
+        detail::checked_mul(rows, compensation_row_bytes(page), "bytes of compensation rows"),
+        "bytes of compensation rows");
   }
 
   void add_layer(const LayerShape& shape, const HeadPlan& plan, int l, PageBytes page_bytes,
@@ -320,17 +357,17 @@ class CacheGeometry {
     max_heads_per_layer_ = std::max(max_heads_per_layer_, shape.num_kv_heads);
 
     for (int h = 0; h < shape.num_kv_heads; ++h) {
-      const int class_idx = class_of({plan.budget(l, h), page_size}, known);
-      HeadClass& heads = classes_[static_cast<std::size_t>(class_idx)];
-      heads_.push_back(
-          {class_idx, heads.num_heads++, static_cast<std::int64_t>(compensation_bytes_)});
-      const std::int64_t rows =
-          std::visit([](const auto& rule) { return rule.compensation_rows(); }, heads.rule);
-      compensation_bytes_ = detail::checked_add(
-          compensation_bytes_,
-          detail::checked_mul(static_cast<std::size_t>(rows), compensation_row_bytes(layer.page),
-                              "bytes of compensation rows"),
-          "bytes of compensation rows");
+      if (shape.owns_kv()) {
+        add_head(class_of(class_key(shape, plan.budget(l, h), page_size), known), layer.page);
+      } else {
+        heads_.push_back(HeadGeometry(head(shape.kv_layer, h)));
+      }
+      const HeadClass& heads = classes_[static_cast<std::size_t>(heads_.back().class_idx)];
+      if (compensation_rows(heads) > 0 && !shape.softmax.alibi_slopes.empty()) {
+        fail<ConfigError>("layer ", l, ", KV head ", h,
+                          ": a compensation row has no position, and so no place in a layer with "
+                          "alibi_slopes");
+      }
       layer.task_order.push_back(h);
     }
     const auto class_idx_of = [&](int h) {

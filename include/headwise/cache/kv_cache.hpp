@@ -198,12 +198,14 @@ class KvCache {
 
   /// Stores the chunk's rows of one head, after everything that reads the rows they may overwrite.
   /// One call per head and step; heads may run at once on different threads. Elements that become
-  /// infinite are counted in the step.
+  /// infinite are counted in the step. A layer that shares another's K and V has no pages: nothing
+  /// is stored there.
   /// @param k,v  [num_tokens, 1, k_dim] and [num_tokens, 1, v_dim].
   template <class Isa>
   void append(const Step& step, const StepChunk& chunk, int layer, int kv_head,
               TensorView<const float> k, TensorView<const float> v) const requires(Place::kOnHost) {
     HEADWISE_ASSERT(is_open(step), "rows of a step that is not open");
+    if (!geometry().layer(layer).shape.owns_kv()) return;
     const PageShape& page = geometry().layer(layer).page;
     const HeadGeometry& head = geometry().head(layer, kv_head);
     visit_head(chunk, head, [&](const auto& rule, const auto& state) {

@@ -12,7 +12,7 @@
 
 namespace headwise::inline v0 {
 
-/// A query at `i` sees the key at `j` iff `j <= i and (j < sink or i - j < recent)`.
+/// A query at `i` sees the key at `j` iff `j <= i and (i < from or j < sink or i - j < recent)`.
 ///
 /// `recent` counts the current token (INCL). Published caches that keep `recent` past tokens
 /// besides the current one (EXCL) are `Window::from_exclusive`.
@@ -22,6 +22,7 @@ struct Window {
 
   std::int64_t sink = 0;             ///< first tokens of the sequence, always seen
   std::int64_t recent = kUnbounded;  ///< newest tokens seen, the query's own included; >= 1
+  std::int64_t from = 0;             ///< queries at positions below it see everything
 
   /// The rule of a head that sees its whole past.
   static constexpr Window everything() { return {0, kUnbounded}; }
@@ -37,12 +38,13 @@ struct Window {
   constexpr bool bounded() const { return recent != kUnbounded; }
 
   constexpr bool sees(Pos query, Pos key) const {
-    return key <= query && (key.value < sink || query - key < recent);
+    return key <= query && (query.value < from || key.value < sink || query - key < recent);
   }
 
   /// The oldest position that the recent part reaches from `query`; sinks lie before or in it.
   constexpr Pos oldest_recent(Pos query) const {
-    return bounded() && query.value >= recent ? Pos{query.value - recent + 1} : Pos{0};
+    const bool forgets = bounded() && query.value >= recent && query.value >= from;
+    return forgets ? Pos{query.value - recent + 1} : Pos{0};
   }
 
   friend constexpr auto operator<=>(Window, Window) = default;

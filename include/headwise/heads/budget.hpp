@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <variant>
 
+#include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/window.hpp"
 
@@ -59,8 +60,20 @@ struct KeepGrowingWindow {
                                    KeepGrowingWindow) = default;  // nvcc 13 does not derive it
 };
 
+/// A head that streams from a length on: queries at positions below `from` see everything, later
+/// ones the window. Short contexts stay exact; long ones cost a window. (RTP-LLM's head-wise
+/// attention, from 16384 tokens on, decides once for a prompt, by its length.)
+struct KeepWindowFrom {
+  KeepWindow keep;        ///< from position `from` on
+  std::int64_t from = 1;  ///< tokens; >= 1
+
+  friend constexpr auto operator<=>(const KeepWindowFrom&, const KeepWindowFrom&) = default;
+  friend constexpr bool operator==(const KeepWindowFrom&,
+                                   const KeepWindowFrom&) = default;  // nvcc 13 does not derive it
+};
+
 /// What one KV head may keep; default: everything.
-using HeadBudget = std::variant<KeepEverything, KeepWindow, KeepGrowingWindow>;
+using HeadBudget = std::variant<KeepEverything, KeepWindow, KeepGrowingWindow, KeepWindowFrom>;
 
 /// Whether the head keeps everything.
 constexpr bool is_retrieval(const HeadBudget& budget) {
@@ -77,6 +90,10 @@ struct CheckBudget {
   constexpr void operator()(const KeepWindow& keep) const {
     checked_range(keep.window.sink, 0, kMaxTokens, "sink");
     checked_range(keep.prompt_recent, 0, kMaxTokens, "prompt_recent");
+    if (keep.window.from != 0) {
+      fail<ConfigError>("a window's from must be 0 in a budget, got ", keep.window.from,
+                        ": a head that streams from a length on is KeepWindowFrom");
+    }
     if (!keep.window.bounded()) return;
     checked_range(keep.window.recent, 1, kMaxTokens, "recent, which counts the current token,");
   }
@@ -84,6 +101,10 @@ struct CheckBudget {
     checked_range(keep.sink, 0, kMaxTokens, "sink");
     checked_range(keep.min_recent, 1, kMaxTokens, "min_recent");
     checked_range(keep.divisor, 1, kMaxTokens, "divisor");
+  }
+  constexpr void operator()(const KeepWindowFrom& keep) const {
+    (*this)(keep.keep);
+    checked_range(keep.from, 1, kMaxTokens, "from");
   }
 };
 

@@ -8,6 +8,8 @@
 #include <string>
 #include <variant>
 
+#include "headwise/core/shape.hpp"
+#include "headwise/heads/native_window.hpp"
 #include "headwise/heads/plan.hpp"
 
 namespace headwise::inline v0 {
@@ -80,6 +82,11 @@ struct AddBudget {
     hash.add(keep.min_recent);
     hash.add(keep.divisor);
   }
+  constexpr void operator()(const KeepWindowFrom& keep) const {
+    hash.add(5);
+    hash.add(keep.from);
+    (*this)(keep.keep);
+  }
 };
 
 }  // namespace headwise::inline v0::detail
@@ -96,6 +103,28 @@ inline Fingerprint fingerprint(const HeadPlan& plan) {
     hash.add(plan.num_kv_heads(layer));
     for (int head = 0; head < plan.num_kv_heads(layer); ++head) {
       std::visit(detail::AddBudget{hash}, plan.budget(layer, head));
+    }
+  }
+  return hash.value();
+}
+
+/// The same for a model whose layers have windows or K and V of others: of what each head keeps
+/// there (within_window()), and of who shares with whom. Where there is neither, fingerprint(plan).
+/// @throws ConfigError where plan and shape differ in layers or KV heads, or as within_window().
+inline Fingerprint fingerprint(const ModelShape& shape, const HeadPlan& plan) {
+  const HeadPlan kept = share_budgets(plan, shape);
+  detail::Fnv128 hash;
+  hash.add(kept.num_layers());
+  for (int l = 0; l < kept.num_layers(); ++l) {
+    const LayerShape& layer = shape.layer(l);
+    if (!layer.owns_kv()) {
+      hash.add(-1);
+      hash.add(layer.kv_layer);
+      continue;
+    }
+    hash.add(layer.num_kv_heads);
+    for (int h = 0; h < layer.num_kv_heads; ++h) {
+      std::visit(detail::AddBudget{hash}, within_window(kept.budget(l, h), layer.sliding_window));
     }
   }
   return hash.value();

@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "headwise/core/check.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/budget.hpp"
 #include "headwise/heads/head_grid.hpp"
@@ -84,5 +85,26 @@ class HeadPlan {
   detail::HeadGrid grid_;
   std::vector<HeadBudget> budgets_;
 };
+
+/// The plan with what shared layers keep: a layer that reads another's K and V
+/// (LayerShape::kv_layer) has the budgets of that one.
+/// @throws ConfigError where plan and shape differ in layers or KV heads.
+inline HeadPlan share_budgets(HeadPlan plan, const ModelShape& shape) {
+  if (plan.num_layers() != shape.num_layers()) {
+    fail<ConfigError>("the plan has ", plan.num_layers(), " layers, the model ",
+                      shape.num_layers());
+  }
+  for (int l = 0; l < shape.num_layers(); ++l) {
+    const LayerShape& layer = shape.layer(l);
+    if (plan.num_kv_heads(l) != layer.num_kv_heads) {
+      fail<ConfigError>("layer ", l, ": the plan has ", plan.num_kv_heads(l),
+                        " KV heads, the model ", layer.num_kv_heads);
+    }
+    for (int h = 0; !layer.owns_kv() && h < layer.num_kv_heads; ++h) {
+      plan.set(l, h, HeadBudget(plan.budget(layer.kv_layer, h)));
+    }
+  }
+  return plan;
+}
 
 }  // namespace headwise::inline v0

@@ -25,6 +25,9 @@ struct NumKept {
     const std::int64_t dropped = keep.dropped(n);
     return dropped > 0 ? n - dropped + 1 : n;
   }
+  constexpr std::int64_t operator()(const KeepWindowFrom& keep) const {
+    return n <= keep.from ? n : (*this)(keep.keep);  // the newest query is at n - 1
+  }
 };
 
 }  // namespace headwise::inline v0::detail

@@ -36,6 +36,7 @@ struct Ops<Avx2> {
   static HEADWISE_ALWAYS_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
   static HEADWISE_ALWAYS_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   static HEADWISE_ALWAYS_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static HEADWISE_ALWAYS_INLINE V div(V a, V b) { return _mm256_div_ps(a, b); }
   static HEADWISE_ALWAYS_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static HEADWISE_ALWAYS_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
 

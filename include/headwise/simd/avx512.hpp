@@ -45,6 +45,7 @@ struct Ops<Avx512> {
   static HEADWISE_ALWAYS_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
   static HEADWISE_ALWAYS_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static HEADWISE_ALWAYS_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static HEADWISE_ALWAYS_INLINE V div(V a, V b) { return _mm512_div_ps(a, b); }
   static HEADWISE_ALWAYS_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static HEADWISE_ALWAYS_INLINE V max(V a, V b) { return _mm512_maskz_max_ps(kAll, a, b); }
 

@@ -31,8 +31,8 @@ constexpr const char* isa_name() {
 /// The vector operations of one instruction set: a register type `V` of `kWidth` floats, and
 ///
 ///     zero()  broadcast(float)  load(const float* | f16* | bf16* | int8_t*)  store(float* | f16* |
-///     bf16*, V) add(a, b)  sub(a, b)  mul(a, b)  fma(a, b, c) = a * b + c  max(a, b) reduce_add(v)
-///     reduce_max(v) any_above(a, b)        whether a > b in some lane round(v)               to
+///     bf16*, V) add(a, b)  sub(a, b)  mul(a, b)  div(a, b)  fma(a, b, c) = a * b + c  max(a, b)
+///     reduce_add(v) reduce_max(v) any_above(a, b)        whether a > b in some lane round(v) to
 ///     the nearest integer, for |v| < 2^22 scale_by_exp2(v, n)    v * 2^n, v in [0.5, 2], n an
 ///     integer in [-126, 127] zero_below(v, x, low)  0 where x < low, v elsewhere (also where v is
 ///     not finite) round_to<Row>(v)       what a store to Row and a load back would give

@@ -39,6 +39,7 @@ struct Ops<Neon> {
   static HEADWISE_ALWAYS_INLINE V add(V a, V b) { return vaddq_f32(a, b); }
   static HEADWISE_ALWAYS_INLINE V sub(V a, V b) { return vsubq_f32(a, b); }
   static HEADWISE_ALWAYS_INLINE V mul(V a, V b) { return vmulq_f32(a, b); }
+  static HEADWISE_ALWAYS_INLINE V div(V a, V b) { return vdivq_f32(a, b); }
   static HEADWISE_ALWAYS_INLINE V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
   static HEADWISE_ALWAYS_INLINE V max(V a, V b) { return vmaxq_f32(a, b); }
   static HEADWISE_ALWAYS_INLINE bool any_above(V a, V b) {

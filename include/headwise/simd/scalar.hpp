@@ -30,6 +30,7 @@ struct Ops<Scalar> {
   static HEADWISE_ALWAYS_INLINE V add(V a, V b) { return a + b; }
   static HEADWISE_ALWAYS_INLINE V sub(V a, V b) { return a - b; }
   static HEADWISE_ALWAYS_INLINE V mul(V a, V b) { return a * b; }
+  static HEADWISE_ALWAYS_INLINE V div(V a, V b) { return a / b; }
   /// Two roundings: std::fma is a library call where there is no instruction for it.
   static HEADWISE_ALWAYS_INLINE V fma(V a, V b, V c) { return a * b + c; }
   static HEADWISE_ALWAYS_INLINE V max(V a, V b) { return a > b ? a : b; }

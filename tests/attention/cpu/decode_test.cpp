@@ -37,7 +37,22 @@ TYPED_TEST(CpuDecode, GivesTheSameWhereverTheRowsAreCut) {
   const AttentionCase cases[] = {
       {.name = "dense", .group_size = 4, .past = 333, .queries = 2},
       {.name = "ring", .past = 700, .queries = 3, .window = {5, 90}, .kept = Kept::kRing},
-      {.name = "compensation", .past = 200, .kept = Kept::kSecondRun, .compensation = 50}};
+      {.name = "compensation", .past = 200, .kept = Kept::kSecondRun, .compensation = 50},
+      {.name = "cap, sinks and ALiBi",
+       .group_size = 2,
+       .past = 700,
+       .queries = 3,
+       .window = {5, 90},
+       .kept = Kept::kRing,
+       .soft_cap = 3.0F,
+       .sinks = true,
+       .alibi = true},
+      {.name = "compensation and sinks",
+       .group_size = 3,
+       .past = 200,
+       .kept = Kept::kSecondRun,
+       .compensation = 50,
+       .sinks = true}};
   for (const AttentionCase& c : cases) {
     PagedHead<typename TypeParam::Format> head(c);
     const auto problem = head.problem();

@@ -214,5 +214,76 @@ TYPED_TEST(Extremes, APartialOfScoresOfMinusInfinityIsEmpty) {
   EXPECT_EQ(state.out[0], 0.0F);
 }
 
+TYPED_TEST(Extremes, HiddenRowsContributeNothingToCappedScoresWithSlopesAndSinks) {
+  const AttentionCase cases[] = {
+      {.name = "ring",
+       .v_dim = 32,
+       .group_size = 2,
+       .past = 150,
+       .queries = 70,
+       .window = {4, 60},
+       .kept = Kept::kRing,
+       .soft_cap = 20.0F,
+       .sinks = true,
+       .alibi = true},
+      {.name = "dense", .v_dim = 32, .past = 3, .queries = 65, .soft_cap = 2.0F, .sinks = true},
+      {.name = "slopes", .v_dim = 32, .past = 3, .queries = 65, .alibi = true}};
+  for (const AttentionCase& c : cases) {
+    for (const float value : {std::numeric_limits<float>::quiet_NaN(), kInfinity, -kInfinity}) {
+      for (const std::int64_t pos : {c.past + c.queries - 1, c.past + 30}) {
+        typename TestFixture::Head head(c);
+        head.set_row(pos, value, value);
+        if (c.soft_cap > 0.0F && !std::isnan(value)) head.set_q(0.5F);  // no infinity - infinity
+        this->expect_oracle(head, c.name);
+      }
+    }
+  }
+}
+
+TYPED_TEST(Extremes, ACapMakesInfiniteScoresFiniteAndLeavesNan) {
+  for (const float k : {kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN()}) {
+    for (const std::int64_t queries : {1, 20}) {
+      typename TestFixture::Head head(
+          {.name = "", .k_dim = 16, .v_dim = 16, .past = 70, .queries = queries, .soft_cap = 4.0F});
+      head.set_q(1.0F);
+      head.set_row(7, k, 1.0F);
+      this->expect_oracle(head, "past");
+      head.set_row(70, k, 1.0F);
+      this->expect_oracle(head, "own");
+    }
+  }
+}
+
+TYPED_TEST(Extremes, ASinkBesideScoresOfMinusInfinityTakesAll) {
+  for (const std::int64_t queries : {1, 70}) {
+    typename TestFixture::Head head({.name = "",
+                                     .k_dim = 16,
+                                     .v_dim = 16,
+                                     .group_size = 2,
+                                     .past = 300,
+                                     .queries = queries,
+                                     .sinks = true});
+    head.set_q(-1.0F);
+    for (std::int64_t pos = 0; pos < 300 + queries; ++pos) head.set_row(pos, 3e38F, 2.0F);
+    this->expect_oracle(head, "sink");
+    EXPECT_EQ(head.out()[0], 0.0F);
+  }
+}
+
+TYPED_TEST(Extremes, SinksFarAboveAndBelowTheScoresAreAddedOnce) {
+  for (const float sink : {-3e38F, -60.0F, 0.0F, 60.0F, 3e38F}) {
+    for (const std::int64_t queries : {1, 70}) {
+      typename TestFixture::Head head({.name = "", .past = 200, .queries = queries});
+      auto problem = head.problem();
+      problem.softmax.sinks = &sink;
+      const std::vector<double> truth = reference_attention(problem);
+      decode_in_splits<typename TypeParam::Isa>(problem, {0, 10, 100, 150});
+      EXPECT_LE(relative_error(head.out(), truth), 1e-5) << sink;
+      prefill_in_tiles<typename TypeParam::Isa>(problem, 48);
+      EXPECT_LE(relative_error(head.out(), truth), 1e-5) << sink;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace headwise::test

@@ -47,6 +47,11 @@ std::vector<RuleCase> rule_cases() {
             KeepWindow{{4, 12}, 29}, KeepWindow{{4, 29}, 12}, KeepWindow{Window::everything()}}) {
         cases.push_back({keep, limits});
       }
+      for (const std::int64_t from : {1, 16, 39, 150, 1000}) {
+        cases.push_back({KeepWindowFrom{{{4, 12}}, from}, limits});
+        cases.push_back({KeepWindowFrom{{{17, 30}, 45}, from}, limits});
+        cases.push_back({KeepWindowFrom{{{0, 20}, 1}, from}, limits});
+      }
       if (prefill == PrefillMode::kWindowed) continue;
       for (const std::int64_t sink : {0, 4, 16, 20}) {
         cases.push_back({KeepGrowingWindow{sink, 40, 3}, limits});
@@ -213,6 +218,20 @@ TEST(KeepRules, NoStepHoldsMoreThanThePeakOfItsChunk) {
       const std::int64_t slack = std::is_same_v<Rule, GrowingWindowRule> ? 2 : 0;
       ASSERT_GE(most + slack, rule.peak_entries(max_chunk)) << "chunks of " << max_chunk;
     }
+  });
+}
+
+TEST(KeepRules, ShowNoMoreRowsThanTheySayAndAsManyAtSomeLength) {
+  for_each_rule([]<class Rule>(const Rule& rule, const RuleCase&) {
+    std::int64_t most = 0;
+    for (std::int64_t length = 0; length <= 400; ++length) {
+      for (const Phase phase : {Phase::kPrompt, Phase::kDecode}) {
+        most = std::max(most, rule.runs({}, length, phase).num_rows());
+      }
+    }
+    ASSERT_LE(most, rule.most_rows());
+    const std::int64_t slack = std::is_same_v<Rule, GrowingWindowRule> ? kPage : 0;
+    ASSERT_GE(most + slack, rule.most_rows());
   });
 }
 
@@ -394,13 +413,16 @@ TEST(KeepRules, EachBudgetHasTheRuleThatNamesIt) {
   EXPECT_TRUE(std::holds_alternative<WindowRule>(make_rule(KeepWindow{{4, 8}}, limits)));
   EXPECT_TRUE(
       std::holds_alternative<GrowingWindowRule>(make_rule(KeepGrowingWindow{4, 8, 2}, limits)));
+  EXPECT_TRUE(
+      std::holds_alternative<WindowFromRule>(make_rule(KeepWindowFrom{{{4, 8}}, 2}, limits)));
   static_assert(std::variant_size_v<AnyKeepRule> == std::variant_size_v<HeadBudget>);
 }
 
 TEST(KeepRules, AStateIsVisitedBesideItsRule) {
   const KeepLimits limits = limits_of(0, PrefillMode::kChunkCausal);
-  for (const HeadBudget& budget : {HeadBudget{KeepEverything{}}, HeadBudget{KeepWindow{{4, 8}}},
-                                   HeadBudget{KeepGrowingWindow{4, 8, 2}}}) {
+  for (const HeadBudget& budget :
+       {HeadBudget{KeepEverything{}}, HeadBudget{KeepWindow{{4, 8}}},
+        HeadBudget{KeepGrowingWindow{4, 8, 2}}, HeadBudget{KeepWindowFrom{{{4, 8}}, 2}}}) {
     const AnyKeepRule rule = make_rule(budget, limits);
     const AnyKeepState state = empty_state(rule);
     EXPECT_EQ(rule.index(), state.index());

@@ -218,5 +218,18 @@ TEST(WindowRule, CountsBeyond32Bits) {
   EXPECT_EQ(runs.runs[1].first_pos, Pos{far - 63});
 }
 
+TEST(WindowRule, HasAWindowForPromptsAndOneForDecode) {
+  // LServe: 128 sinks, 8192 newest tokens while a prompt is read, 256 in decode. The ring has the
+  // wider one's: ceil((128 + 8192 + 8) / 64) pages.
+  const WindowRule rule = WindowRule::make(
+      {{128, 256}, 8192},
+      {.page_tokens = 64, .max_context = 131072, .max_rollback = 8, .max_chunk = 131072});
+  EXPECT_EQ(rule.window(Phase::kPrompt), (Window{128, 8192}));
+  EXPECT_EQ(rule.window(Phase::kDecode), (Window{128, 256}));
+  EXPECT_EQ(rule.runs({}, 100000, Phase::kPrompt).num_rows(), 128 + 8191);
+  EXPECT_EQ(rule.runs({}, 100000, Phase::kDecode).num_rows(), 128 + 255);
+  EXPECT_EQ(rule.held({}, 100000, 100000)[0].count(), 131);
+}
+
 }  // namespace
 }  // namespace headwise

@@ -15,7 +15,8 @@ namespace headwise::inline v0 {
 struct DecodeSplit {
   std::int64_t begin = 0;  ///< first row of the past, counted through the runs in their order
   std::int64_t end = 0;    ///< one after the last; at most past.num_rows()
-  /// Does this split also do the step's own rows and the compensation row? Exactly one must.
+  /// Does this split also do the step's own rows, the compensation row and the sinks? Exactly one
+  /// must.
   bool own_rows = false;
 };
 
@@ -75,7 +76,11 @@ HEADWISE_ALWAYS_INLINE void attend_split(const HeadProblem<Format>& problem, Que
                                          const DecodeSplit& split, float* packed,
                                          AttendRows&& attend_rows, OutputOf&& output_of) {
   for (;;) {
-    reset_state<Isa>(queries, split.own_rows ? problem.past.compensation : CompensationRow{});
+    if (split.own_rows) {
+      reset_state<Isa>(queries, problem.past.compensation, problem.softmax.sinks);
+    } else {
+      reset_state<Isa>(queries);
+    }
     for_each_stored_block(queries, problem.past, split, attend_rows);
     if (split.own_rows) attend_own_rows<Isa>(problem, queries, packed);
 

@@ -37,6 +37,7 @@ struct QueryRows {
   float* out = nullptr;        ///< [rows][v_dim]: not divided by sum before finish_row()
 
   Window window;
+  HeadSoftmax softmax;
   Pos first_query;
   int num_queries = 0;
   int group_size = 0;
@@ -80,7 +81,10 @@ QueryRows load_queries(const HeadProblem<Format>& problem, std::int64_t begin, s
                        float* scratch, float* state) noexcept {
   using O = simd::Ops<Isa>;
   QueryRows rows;
+  HEADWISE_ASSERT(problem.softmax.alibi_slopes == nullptr || problem.past.compensation.count == 0,
+                  "a compensation row has no position for ALiBi");
   rows.window = problem.window;
+  rows.softmax = problem.softmax;
   rows.first_query = problem.first_query + begin;
   rows.num_queries = static_cast<int>(end - begin);
   rows.group_size = problem.group_size;
@@ -120,28 +124,44 @@ void reset_state(const QueryRows& rows) noexcept {
   std::fill_n(rows.out, static_cast<std::ptrdiff_t>(num_rows) * rows.v_dim, 0.0F);
 }
 
-/// As if the compensation row were the first row seen: it begins the softmax state as it is, with
-/// score q.k_mean + ln(count), sum 1 and output v_mean.
+/// As if sinks and the compensation row were the first rows seen: sinks with a value of 0, the
+/// compensation row with score q.k_mean, capped, + ln(count) and value v_mean.
+/// @param sinks  [group_size] or null
 template <class Isa>
-void reset_state(const QueryRows& rows, const CompensationRow& row) noexcept {
+void reset_state(const QueryRows& rows, const CompensationRow& row, const float* sinks) noexcept {
   using O = simd::Ops<Isa>;
   reset_state<Isa>(rows);
+  for (int r = 0; sinks != nullptr && r < rows.num_rows(); ++r) {
+    rows.max[r] = sinks[r % rows.group_size];
+    rows.lane_sums[static_cast<std::ptrdiff_t>(r) * kTile] = 1.0F;
+  }
   if (row.count <= 0) return;
   for (int r = 0; r < rows.num_rows(); ++r) {
     const float* q = rows.q + static_cast<std::ptrdiff_t>(r) * kPanel;
     float* out = rows.out + static_cast<std::ptrdiff_t>(r) * rows.v_dim;
+    float& sum = rows.lane_sums[static_cast<std::ptrdiff_t>(r) * kTile];
     auto dot = O::zero();
     for (int d = 0; d < rows.k_dim; d += O::kWidth) {
       const auto x = O::load(q + d / kPanel * rows.q_stride() + d % kPanel);
       dot = O::fma(x, O::load(row.k_mean + d), dot);
     }
-    const float score = O::reduce_add(dot) + std::log(static_cast<float>(row.count));
+    float score = O::reduce_add(dot);
+    if (const float cap = rows.softmax.soft_cap; cap > 0.0F && !is_nan(score)) {
+      score = cap * std::tanh(score / cap);
+    }
+    score += std::log(static_cast<float>(row.count));
     if (is_minus_infinity(score)) continue;  // as if not there
-    rows.max[r] = score;
-    rows.lane_sums[static_cast<std::ptrdiff_t>(r) * kTile] =
-        is_finite(score) ? 1.0F : opaque_float(0x7FC00000U);
+    if (!is_finite(score)) {
+      rows.max[r] = score;
+      sum = opaque_float(0x7FC00000U);
+      continue;
+    }
+    const float max = std::max(rows.max[r], score);
+    const float share = std::exp(score - max);
+    sum = sum * std::exp(rows.max[r] - max) + share;
+    rows.max[r] = max;
     for (int d = 0; d < rows.v_dim; d += O::kWidth) {
-      O::store(out + d, O::mul(O::broadcast(rows.weight[r]), O::load(row.v_mean + d)));
+      O::store(out + d, O::mul(O::broadcast(share * rows.weight[r]), O::load(row.v_mean + d)));
     }
   }
 }
@@ -204,6 +224,49 @@ inline bool spoils_row(const float* scores, int count) noexcept {
               static_cast<std::uint32_t>(bits != 0xFF800000U);
   }
   return spoilt != 0;
+}
+
+/// soft_cap * tanh(score / soft_cap) for 16 x `num_tiles` scores.
+template <class Isa>
+void cap_scores(float* scores, int num_tiles, float soft_cap) noexcept {
+  using O = simd::Ops<Isa>;
+  constexpr bool kNanMayBeLost = __FINITE_MATH_ONLY__ != 0;
+  std::uint64_t nans = 0;
+  for (int i = 0; kNanMayBeLost && i < num_tiles * kTile; ++i) {
+    nans |= std::uint64_t{is_nan(scores[i])} << i;
+  }
+  const auto cap = O::broadcast(soft_cap);
+  for (int i = 0; i < num_tiles * kTile; i += O::kWidth) {
+    O::store(scores + i, O::mul(cap, simd::tanh<Isa>(O::div(O::load(scores + i), cap))));
+  }
+  for (; nans != 0; nans &= nans - 1) scores[std::countr_zero(nans)] = opaque_float(0x7FC00000U);
+}
+
+/// From scale * q.k to logits, where that is not the same: soft-cap and ALiBi, for the rows of
+/// `queries` and whole tiles of a block. Never inlined: most models have neither.
+template <class Isa>
+HEADWISE_NEVER_INLINE void shape_scores(const QueryRows& rows, const SeeingQueries& queries,
+                                        Pos row0, int tile_begin, int tile_end) noexcept {
+  using O = simd::Ops<Isa>;
+  const int num_tiles = tile_end - tile_begin;
+  const HeadSoftmax& softmax = rows.softmax;
+  std::ptrdiff_t row = std::ptrdiff_t{queries.first} * rows.group_size;
+  for (int i = queries.first; i < queries.last; ++i) {
+    float distance[kBlockRows];  // from the query to each key
+    const std::int64_t first = (row0 + tile_begin * kTile) - (rows.first_query + i);
+    for (int j = 0; softmax.alibi_slopes != nullptr && j < num_tiles * kTile; ++j) {
+      distance[j] = static_cast<float>(first + j);
+    }
+    for (int g = 0; g < rows.group_size; ++g, ++row) {
+      float* scores = rows.scores + row * kBlockRows + tile_begin * kTile;
+      if (softmax.soft_cap > 0.0F) cap_scores<Isa>(scores, num_tiles, softmax.soft_cap);
+      if (softmax.alibi_slopes == nullptr) continue;
+      const auto slope = O::broadcast(softmax.alibi_slopes[g]);
+      for (int j = 0; j < num_tiles * kTile; j += O::kWidth) {
+        O::store(scores + j, O::fma(slope, O::load(distance + j), O::load(scores + j)));
+      }
+    }
+  }
 }
 
 /// Turns one row of scores into exp(score - max) and updates that row's max and sums.
@@ -325,6 +388,9 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   scores.depth = rows.k_dim;
   scores.fetch = block.fetch_with_k;
   multiply_tiles<Isa, kFetch>(scores);
+  if (rows.softmax.soft_cap > 0.0F || rows.softmax.alibi_slopes != nullptr) {
+    shape_scores<Isa>(rows, queries, block.row0, tile_begin, tile_end);
+  }
 
   // Memory is kept busy meanwhile. Measured with AVX-512: 4 lines a row make decode 2 % faster with
   // groups of 4 and of 8, 1 % slower without groups; 8 lines are too many at once. A run's last

@@ -55,8 +55,8 @@ HEADWISE_ALWAYS_INLINE SeeingQueries seeing_queries(const Window& window, Pos fi
   SeeingQueries queries;
   queries.first = within(oldest - first_query, 0);
   const bool forgotten = window.bounded() && oldest.value >= window.sink;
-  queries.last =
-      forgotten ? within(newest - first_query + window.recent, queries.first) : num_queries;
+  const Pos end{std::max(newest.value + window.recent, window.from)};
+  queries.last = forgotten ? within(end - first_query, queries.first) : num_queries;
   return queries;
 }
 

@@ -84,7 +84,8 @@ class DeviceAttention {
  public:
   /// @param max_converted_rows  where Io is not Row: tokens of any step that has a chunk of more
   ///   than one token.
-  /// @throws ConfigError for a head width that is not one of Dims, or a group of more than 64.
+  /// @throws ConfigError for a head width that is not one of Dims, a group of more than 64, or a
+  ///   layer whose softmax has more than a scale (SoftmaxOptions).
   /// @throws CudaError when memory cannot be allocated.
   explicit DeviceAttention(const DeviceCache<Row>& cache, std::int64_t max_converted_rows = 0)
       : cache_(cache),

@@ -67,7 +67,8 @@ struct LaunchLayout {
   std::size_t cut_bytes = 0;       ///< of shared memory that the cut takes
 
   /// @param max_converted_rows  tokens of a step with chunks, where they must be converted
-  /// @throws ConfigError for a head width that is not one of Dims, or a group of more than 64.
+  /// @throws ConfigError for a head width that is not one of Dims, a group of more than 64, or a
+  ///   softmax that has more than a scale.
   template <class Dims>
   static LaunchLayout of(std::span<const DeviceLayer> layers, int max_sequences,
                          const DeviceLimits& limits, std::int64_t max_converted_rows) {
@@ -143,6 +144,16 @@ struct LaunchLayout {
     if (layer.shape.group_size > 64) {
       fail<ConfigError>("layer ", l, ": at most 64 query heads a KV head on a device, got ",
                         layer.shape.group_size);
+    }
+    const SoftmaxOptions& softmax = layer.shape.softmax;
+    if (softmax.soft_cap != 0.0F) {
+      fail<ConfigError>("layer ", l, ": no device kernel caps scores yet, got soft_cap ",
+                        softmax.soft_cap);
+    }
+    if (!softmax.sinks.empty() || !softmax.alibi_slopes.empty()) {
+      fail<ConfigError>("layer ", l, ": no device kernel has ",
+                        softmax.sinks.empty() ? "alibi_slopes" : "sinks", " yet, got ",
+                        std::max(softmax.sinks.size(), softmax.alibi_slopes.size()), " of them");
     }
     LayerKind kind;
     kind.num_heads = layer.heads.num_heads;

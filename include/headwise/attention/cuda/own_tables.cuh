@@ -106,8 +106,9 @@ class TableAttention {
  public:
   /// @param layers  of the model, K and V equally wide
   /// @param windows  [layers][num_kv_heads]; Window::everything() for a retrieval head
-  /// @throws ConfigError for windows that are not one a head, widths without a kernel, groups of
-  ///   more than 64, more than 128 KV heads.
+  /// @throws ConfigError for windows that are not one a head or have a `from`, a layer with a
+  ///   sliding_window (`windows` say it, head by head), widths without a kernel, groups of more
+  ///   than 64, more than 128 KV heads, a softmax that has more than a scale.
   /// @throws CudaError when memory cannot be allocated.
   TableAttention(std::span<const LayerShape> layers, std::span<const std::vector<Window>> windows,
                  const PageTableShape& tables)
@@ -184,7 +185,19 @@ class TableAttention {
                           " KV heads of widths ", layers[l].k_dim, " and ", layers[l].v_dim,
                           "; at most ", kMaxHeads, " of equal widths");
       }
+      if (layers[l].sliding_window != 0) {
+        fail<ConfigError>("layer ", l,
+                          ": windows are given for each head, sliding_window must be "
+                          "0, got ",
+                          layers[l].sliding_window);
+      }
       for (const Window& window : windows[l]) {
+        if (window.from != 0) {
+          fail<ConfigError>("layer ", l,
+                            ": windows from a length on are not on the device yet, "
+                            "got from ",
+                            window.from);
+        }
         if (class_idx(classes, window_class(window)) == static_cast<int>(classes.size())) {
           classes.push_back(window_class(window));
         }

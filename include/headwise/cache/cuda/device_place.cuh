@@ -57,8 +57,9 @@ class DevicePlace {
   }
 
   /// @throws ConfigError for pages that are not 64 tokens, a context of 2^31 tokens or more, more
-  ///   than 128 KV heads in a layer, K and V of different widths, a budget with compensation rows
-  ///   (RazorAttention's exist on the CPU only in this version), or page memory that is too small.
+  ///   than 128 KV heads in a layer, K and V of different widths, a layer that reads another's, a
+  ///   budget with compensation rows (RazorAttention's exist on the CPU only in this version) or a
+  ///   length to stream from, or page memory that is too small.
   /// @throws CudaError when memory cannot be allocated.
   explicit DevicePlace(const CacheGeometry& geometry)
       : layout_(checked_layout(geometry)),
@@ -190,8 +191,16 @@ class DevicePlace {
         fail<ConfigError>("layer ", l, ": K and V widths must be equal on a device, got ",
                           layer.k_dim, " and ", layer.v_dim);
       }
+      if (!layer.owns_kv()) {
+        fail<ConfigError>("layer ", l, ": layers that read another's K and V (kv_layer), here of ",
+                          "layer ", layer.kv_layer, ", are not on the device yet");
+      }
     }
     for (const HeadClass& heads : geometry.classes()) {
+      if (const auto* late = std::get_if<WindowFromRule>(&heads.rule)) {
+        fail<ConfigError>("heads that stream from a length on (KeepWindowFrom), here from ",
+                          late->from, " tokens on, are not on the device yet");
+      }
       if (std::visit([](const auto& rule) { return rule.compensation_rows(); }, heads.rule) > 0) {
         fail<ConfigError>("growing windows (RazorAttention) are not on the device yet");
       }

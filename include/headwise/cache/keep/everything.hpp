@@ -41,6 +41,7 @@ struct EverythingRule {
     return std::max<std::int64_t>(0, high_water - max_rollback) / page_tokens;
   }
   constexpr std::int64_t peak_entries(std::int64_t) const { return pages_of(max_context); }
+  constexpr std::int64_t most_rows() const { return max_context; }
 
   constexpr StoredRuns runs(State, std::int64_t length, Phase) const {
     return {{{{Slot{0}, Pos{0}, length}}}};

@@ -80,6 +80,10 @@ struct GrowingWindowRule {
     const std::int64_t tokens = budget.recent(start) + max_rollback + max_chunk;
     return std::min(pages_of(max_context), sink_pages() + pages_of(tokens) + 2);
   }
+  /// It forgets page by page: a shorter sequence may see nearly a page more.
+  constexpr std::int64_t most_rows() const {
+    return std::min(max_context, runs({}, max_context, Phase::kDecode).num_rows() + page_tokens);
+  }
 
   constexpr StoredRuns runs(State, std::int64_t length, Phase) const {
     const std::int64_t end = fold(length);

@@ -12,12 +12,13 @@
 #include "headwise/cache/keep/growing_window.hpp"
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/cache/keep/window.hpp"
+#include "headwise/cache/keep/window_from.hpp"
 #include "headwise/heads/budget.hpp"
 
 namespace headwise::inline v0 {
 
 /// The rule of a class of heads. A new kind is one more type here.
-using AnyKeepRule = std::variant<EverythingRule, WindowRule, GrowingWindowRule>;
+using AnyKeepRule = std::variant<EverythingRule, WindowRule, GrowingWindowRule, WindowFromRule>;
 
 namespace detail {
 

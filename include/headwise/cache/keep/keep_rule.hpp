@@ -96,6 +96,7 @@ struct FoldMove {
 /// - `frozen(state, high_water)`: held pages of entries below this one are out of reach of every
 ///   append and permitted rollback, so that a fork may share them.
 /// - `peak_entries(max_chunk)`: most entries with a page while a step of so many tokens is open.
+/// - `most_rows()`: most stored rows in `runs`, at any length and phase.
 /// - `runs(state, length, phase)`, `folded(state, length)`: what the first query of a step sees.
 /// - `window(phase)`: what each query of a step may see of that, Window::everything() if all.
 /// - `slots(state)`, `append_slots(state, lengths)`: where rows lie, and where a step's rows go; if
@@ -115,6 +116,7 @@ concept KeepRule = std::is_trivially_copyable_v<typename R::State> &&
   { rule.rolled_back(state, tokens, tokens) } -> std::same_as<EntryRange>;
   { rule.frozen(state, tokens) } -> std::same_as<std::int64_t>;
   { rule.peak_entries(tokens) } -> std::same_as<std::int64_t>;
+  { rule.most_rows() } -> std::same_as<std::int64_t>;
   { rule.runs(state, tokens, phase) } -> std::same_as<StoredRuns>;
   { rule.folded(state, tokens) } -> std::same_as<FoldedRows>;
   { rule.window(phase) } -> std::same_as<Window>;

@@ -77,6 +77,9 @@ struct WindowRule {
         max_context > rows && max_chunk > turn() - max_rollback - most_recent() + 1;
     return pages_per_bank() * (may_switch ? 2 : 1);
   }
+  constexpr std::int64_t most_rows() const {
+    return std::min(max_context, sink + most_recent() - 1);
+  }
 
   constexpr StoredRuns runs(State state, std::int64_t length, Phase phase) const {
     const Pos first{std::max(sink, length - (recent_of(phase) - 1))};
