@@ -108,6 +108,7 @@ void decode_split(const HeadProblem<Format>& problem, DecodeSplit split, float* 
   if (queries.num_rows() == 0) return;
   float* packed = scratch + detail::query_scratch_floats(
                                 static_cast<std::size_t>(queries.num_rows()), past.shape.k_dim);
+  queries.scaled = packed;  // free while stored rows are read in place
 
   detail::attend_split<Isa>(
       problem, queries, split, packed,
