@@ -3,6 +3,7 @@
 // alone.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <random>
@@ -12,10 +13,13 @@
 #include <vector>
 
 #include "headwise/attention/attend.hpp"
+#include "headwise/attention/cpu/prefill.hpp"
+#include "headwise/attention/reference.hpp"
 #include "headwise/cache/estimate.hpp"
 #include "headwise/cache/kv_cache.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/heads/plan.hpp"
+#include "support/attention_cases.hpp"
 
 namespace headwise {
 namespace {
@@ -144,6 +148,33 @@ TEST(CacheOfFormats, RefusesAFormatThatItDoesNotHave) {
                 std::string::npos);
     }
   }
+}
+
+template <class Isa, class Format>
+void expect_oracle_of_rotated() {
+  for (const test::AttentionCase& c : test::attention_cases()) {
+    if (c.k_dim > 128) continue;
+    test::PagedHead<Format> head(c);
+    const auto problem = head.problem();
+    const std::vector<double> truth = reference_attention(problem);
+    const std::int64_t rows = c.queries * c.group_size;
+    test::AlignedFloats partial(decode_partial_floats(rows, c.v_dim));
+    test::AlignedFloats scratch(std::max(decode_scratch_floats(rows, c.k_dim, c.v_dim),
+                                         prefill_scratch_floats(c.group_size, c.k_dim, c.v_dim)));
+    decode_split<Isa>(problem, {0, problem.past.num_rows(), true}, partial.data(), scratch.data());
+    merge_splits<Isa>(problem, partial.data(), 0, 1);
+    EXPECT_LE(test::relative_error(head.out(), truth), 1e-5) << c.name;
+    const std::int64_t tile = prefill_tile_queries(c.group_size);
+    for (std::int64_t begin = 0; begin < c.queries; begin += tile) {
+      prefill_tile<Isa>(problem, begin, std::min(begin + tile, c.queries), scratch.data());
+    }
+    EXPECT_LE(test::relative_error(head.out(), truth), 1e-5) << c.name;
+  }
+}
+
+TEST(RotatedRows, AreAttendedLikeTheOracleOverRowsTurnedBack) {
+  expect_oracle_of_rotated<simd::BestIsa, RotatedRows<KvRows<Int8Rows, f16>>>();
+  expect_oracle_of_rotated<simd::Scalar, RotatedRows<Int4Rows>>();
 }
 
 }  // namespace

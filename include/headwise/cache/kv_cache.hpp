@@ -23,6 +23,7 @@
 #include "headwise/cache/rows/int8_rows.hpp"
 #include "headwise/cache/rows/kv_rows.hpp"
 #include "headwise/cache/rows/plain_rows.hpp"
+#include "headwise/cache/rows/rotated_rows.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/check.hpp"

@@ -74,8 +74,11 @@ template <class Isa, class Format, class AttendRows, class OutputOf>
 HEADWISE_ALWAYS_INLINE void attend_split(const HeadProblem<Format>& problem, QueryRows& queries,
                                          const DecodeSplit& split, float* packed,
                                          AttendRows&& attend_rows, OutputOf&& output_of) {
+  AsStored<Format> as_stored;
+  CompensationRow mean = split.own_rows ? problem.past.compensation : CompensationRow{};
+  if (mean.count > 0) mean.k_mean = as_stored(mean.k_mean, queries.k_dim);
   for (;;) {
-    reset_state<Isa>(queries, split.own_rows ? problem.past.compensation : CompensationRow{});
+    reset_state<Isa>(queries, mean);
     for_each_stored_block(queries, problem.past, split, attend_rows);
     if (split.own_rows) attend_own_rows<Isa>(problem, queries, packed);
 

@@ -10,6 +10,7 @@
 #include "headwise/attention/cpu/tile_product.hpp"
 #include "headwise/attention/problem.hpp"
 #include "headwise/cache/rows/format.hpp"
+#include "headwise/cache/rows/rotated_rows.hpp"
 #include "headwise/cache/rows/tiles.hpp"
 #include "headwise/core/config.hpp"
 #include "headwise/core/kv_view.hpp"
@@ -27,6 +28,23 @@ struct TileBlock {
   Pos row0;               ///< position of row 0, were it there
   Prefetch fetch_with_k;  ///< while K is read
   Prefetch fetch_with_v;  ///< while V is read
+};
+
+/// A q or a mean of K as it is multiplied with stored K: turned where that is.
+template <class Format>
+class AsStored {
+ public:
+  /// @param x  [k_dim]
+  const float* operator()(const float* x, [[maybe_unused]] int k_dim) {
+    if constexpr (RotatesK<Format>) {
+      return Format::rotate_k(x, k_dim, turned_);
+    } else {
+      return x;
+    }
+  }
+
+ private:
+  float turned_[RotatesK<Format> ? kMaxRotatedDim : 1];
 };
 
 /// Floats that a packed block takes.

@@ -101,10 +101,11 @@ QueryRows load_queries(const HeadProblem<Format>& problem, std::int64_t begin, s
 
   std::fill_n(rows.weight, num_rows, 1.0F);
   const auto scale = O::broadcast(problem.scale);
+  AsStored<Format> as_stored;
   float* to = rows.q;
   for (std::int64_t i = begin; i < end; ++i) {
     for (int g = 0; g < rows.group_size; ++g, to += kPanel) {
-      const float* q = problem.q.row(i, g);
+      const float* q = as_stored(problem.q.row(i, g), rows.k_dim);
       for (int d = 0; d < rows.k_dim; d += O::kWidth) {
         O::store(to + d / kPanel * rows.q_stride() + d % kPanel, O::mul(scale, O::load(q + d)));
       }

@@ -56,7 +56,8 @@ struct PagedMemory {
 ///                       rows that a step has yet to store, rounded like round_row, likewise
 ///
 /// A format whose elements lie in tiles already also has `tiles(page, shape, row)`: decode then
-/// reads the 64 rows around `row` where they are, integers with their scales.
+/// reads the 64 rows around `row` where they are, integers with their scales. One that stores K
+/// turned has `rotate_k(x, k_dim, to)`, which turns q likewise.
 template <class F>
 concept RowFormat = requires(std::byte* page, typename F::Page stored, const PageShape& shape,
                              std::size_t row, const float* from, float* to, double* sums,
@@ -78,6 +79,12 @@ concept RowFormat = requires(std::byte* page, typename F::Page stored, const Pag
 template <class F>
 concept TiledInPlace = requires(typename F::Page page, const PageShape& shape, std::size_t row) {
   F::tiles(page, shape, row);
+};
+
+/// A format whose stored K, as tiles and packed, has been turned: q has to be, too.
+template <class F>
+concept RotatesK = requires(const float* x, int dim, float* to) {
+  { F::rotate_k(x, dim, to) } -> std::same_as<const float*>;
 };
 
 template <RowElement E>
