@@ -47,14 +47,14 @@ BenchLayer<Row>& layer_of(const BenchShape& shape, const BenchPlan& plan, std::i
 }
 
 /// Each iteration reads a buffer, multiplies in registers and decodes; medians of each. Where heads
-/// stream it decodes with a dense cache as well, in turns: rows that were timed one after the other
-/// compare the machine with itself a minute later.
+/// stream it decodes with a dense cache as well, and where rows are integers with one of f16, in
+/// turns: rows that were timed one after the other compare the machine with itself a minute later.
 template <class Row>
 void decode(benchmark::State& state, BenchShape shape, BenchPlan plan, std::int64_t kv,
             std::size_t num_threads) {
   BenchLayer<Row>& layer = layer_of<Row>(shape, plan, kv);
   const auto rows = static_cast<double>(layer.rows_read());
-  const double kv_bytes = rows * 2 * kHeadDim * sizeof(Row);
+  const double kv_bytes = rows * row_bytes<Row>();
   const int group = shape.num_qo_heads / shape.num_kv_heads;
   const double flop = rows * 2 * kHeadDim * 2 * group;  // q.k and p.v, a multiply and an add each
   const float* buffer = read_buffer(static_cast<std::size_t>(kv_bytes));
@@ -66,9 +66,18 @@ void decode(benchmark::State& state, BenchShape shape, BenchPlan plan, std::int6
   const auto step = [&](BenchLayer<Row>& of) {
     return seconds_of([&] { of.step(1, Phase::kDecode, threads); });
   };
-  Samples read, flops, decode, over_dense;
+  constexpr bool kIsQuantised = !RowElement<Row>;
+  BenchLayer<f16>* half = kIsQuantised ? &layer_of<f16>(shape, plan, kv) : nullptr;
+  if (half != nullptr) half->step(1, Phase::kDecode, threads);
+  Samples read, flops, decode, over_dense, over_f16;
   for (auto _ : state) {
     state.PauseTiming();
+    if constexpr (kIsQuantised) {
+      over_f16.add([&] {
+        const double of_half = seconds_of([&] { half->step(1, Phase::kDecode, threads); });
+        return step(layer) / of_half;
+      });
+    }
     if (dense != nullptr) {
       over_dense.add([&] {
         const double whole = step(*dense);
@@ -90,6 +99,7 @@ void decode(benchmark::State& state, BenchShape shape, BenchPlan plan, std::int6
     const double kept = rows / static_cast<double>(dense->rows_read());
     state.counters["over_kept_bytes"] = over_dense.median() / kept;
   }
+  if constexpr (kIsQuantised) state.counters["over_f16"] = over_f16.median();
 }
 
 void ceiling_read(benchmark::State& state, std::size_t num_threads) {
@@ -146,6 +156,12 @@ int main(int argc, char** argv) {
   add_rows<f16>(kLlama2, plans, {16384, 32768, 65536, 131072});
   add_rows<f16>(kQwen2, {kDense, kDuo50}, {32768});
   add_rows<f16>(kGroup8, {kDense}, {16384, 32768, 65536});
+  add_rows<Int8Rows>(kLlama3, {kDense}, {16384, 65536, 131072});
+  add_rows<Int8Rows>(kLlama2, {kDense}, {16384, 65536});
+  add_rows<Int8Rows>(kGroup8, {kDense}, {16384, 65536});
+  add_rows<Int4Rows>(kLlama3, {kDense}, {16384, 65536, 131072});
+  add_rows<Int4Rows>(kLlama2, {kDense}, {16384, 65536});
+  add_rows<KvRows<Int8Rows, Int4Rows>>(kLlama3, {kDense}, {16384});
   add_rows<bf16>(kLlama3, {kDense}, {32768});
   add_rows<f32>(kLlama3, {kDense}, {32768});
 

@@ -44,9 +44,22 @@ inline constexpr BenchPlan kRlkv50{"rlkv50", {16, 64}, true};
 
 template <class Row>
 constexpr const char* format_name() {
-  if constexpr (std::is_same_v<Row, f32>) return "f32";
-  if constexpr (std::is_same_v<Row, f16>) return "f16";
-  if constexpr (std::is_same_v<Row, bf16>) return "bf16";
+  if constexpr (std::is_same_v<Row, f32>) {
+    return "f32";
+  } else if constexpr (std::is_same_v<Row, f16>) {
+    return "f16";
+  } else if constexpr (std::is_same_v<Row, bf16>) {
+    return "bf16";
+  } else {
+    return Row::name();
+  }
+}
+
+/// Bytes that a stored row of K and V takes, scales included.
+template <class Row>
+constexpr double row_bytes() {
+  constexpr PageShape kPage{64, kHeadDim, kHeadDim};
+  return static_cast<double>(FormatOf<Row>::page_bytes(kPage)) / kPage.page_tokens;
 }
 
 inline std::vector<float> random_floats(std::size_t count, unsigned seed) {

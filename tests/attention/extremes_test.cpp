@@ -71,10 +71,9 @@ class AttendExtremes : public ::testing::Test {
         if (!window.sees(Pos{static_cast<std::int64_t>(i)}, Pos{static_cast<std::int64_t>(j)})) {
           continue;
         }
-        row.assign(kDim, tokens.k[j]);
-        Format::round_row(row.data(), kDim, stored_k.data());
-        row.assign(kDim, tokens.v[j]);
-        Format::round_row(row.data(), kDim, stored_v.data());
+        const std::vector<float> k(kDim, tokens.k[j]), v(kDim, tokens.v[j]);
+        Format::round_row({.k_dim = kDim, .v_dim = kDim}, k.data(), v.data(), stored_k.data(),
+                          stored_v.data());
         query.add(std::span<const float>(stored_k), std::span<const float>(stored_v));
       }
       truth.push_back(query.output(kDim)[0]);

@@ -31,7 +31,7 @@ class CompensationOf : public ::testing::Test {
   template <class K, class V>
   void expect_means(K&& k_of, V&& v_of) {
     constexpr std::int64_t kChunk = 4000;
-    std::vector<float> k(std::size_t{kChunk} * kDim), v(k.size()), stored(kDim);
+    std::vector<float> k(std::size_t{kChunk} * kDim), v(k.size()), stored_k(kDim), stored_v(kDim);
     std::vector<double> k_sum(kDim), v_sum(kDim);
     std::int64_t summed = 4;  // the sinks are not folded
     std::vector<float> all_k, all_v;
@@ -56,10 +56,11 @@ class CompensationOf : public ::testing::Test {
     const CompensationRow& row = view.compensation;
     ASSERT_GT(row.count, 990'000);
     for (; summed < 4 + row.count; ++summed) {
-      Format::round_row(&all_k[static_cast<std::size_t>(summed * kDim)], kDim, stored.data());
-      for (std::size_t d = 0; d < kDim; ++d) k_sum[d] += static_cast<double>(stored[d]);
-      Format::round_row(&all_v[static_cast<std::size_t>(summed * kDim)], kDim, stored.data());
-      for (std::size_t d = 0; d < kDim; ++d) v_sum[d] += static_cast<double>(stored[d]);
+      const auto at = static_cast<std::size_t>(summed * kDim);
+      Format::round_row({.k_dim = kDim, .v_dim = kDim}, &all_k[at], &all_v[at], stored_k.data(),
+                        stored_v.data());
+      for (std::size_t d = 0; d < kDim; ++d) k_sum[d] += static_cast<double>(stored_k[d]);
+      for (std::size_t d = 0; d < kDim; ++d) v_sum[d] += static_cast<double>(stored_v[d]);
     }
     for (std::size_t d = 0; d < kDim; ++d) {
       const auto count = static_cast<double>(row.count);

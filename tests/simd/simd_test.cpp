@@ -193,6 +193,24 @@ TYPED_TEST(Simd, WidensEveryByteExactly) {
   for (std::size_t i = 0; i < x.size(); ++i) EXPECT_EQ(x[i], static_cast<float>(bytes[i]));
 }
 
+TYPED_TEST(Simd, WidensEveryPairOfFourBitIntegersExactly) {
+  using Ops = simd::Ops<TypeParam>;
+  std::vector<std::uint8_t> bytes(256);
+  std::iota(bytes.begin(), bytes.end(), std::uint8_t{0});
+  std::vector<float> low(bytes.size()), high(bytes.size());
+  for (std::size_t i = 0; i < bytes.size(); i += Ops::kWidth) {
+    typename Ops::V l, h;
+    Ops::load_int4(bytes.data() + i, l, h);
+    Ops::store(low.data() + i, l);
+    Ops::store(high.data() + i, h);
+  }
+  for (int i = 0; i < 256; ++i) {
+    const auto at = static_cast<std::size_t>(i);
+    EXPECT_EQ(low[at], static_cast<float>(i % 16 < 8 ? i % 16 : i % 16 - 16)) << i;
+    EXPECT_EQ(high[at], static_cast<float>(i / 16 < 8 ? i / 16 : i / 16 - 16)) << i;
+  }
+}
+
 TYPED_TEST(Simd, WidensEveryBfloatExactly) { this->template check_every_pattern<bf16>(); }
 TYPED_TEST(Simd, RoundsToHalfLikeTheCore) { this->template check_rounding<f16>(); }
 TYPED_TEST(Simd, RoundsToBfloatLikeTheCore) { this->template check_rounding<bf16>(); }

@@ -275,8 +275,8 @@ class PagedHead {
   DenseRows dense_rows() const {
     DenseRows rows{k_, v_};
     for (std::int64_t pos = 0; pos < case_.past + case_.queries; ++pos) {
-      Format::round_row(&k_[at(pos, case_.k_dim)], case_.k_dim, &rows.k[at(pos, case_.k_dim)]);
-      Format::round_row(&v_[at(pos, case_.v_dim)], case_.v_dim, &rows.v[at(pos, case_.v_dim)]);
+      Format::round_row(view_.shape, &k_[at(pos, case_.k_dim)], &v_[at(pos, case_.v_dim)],
+                        &rows.k[at(pos, case_.k_dim)], &rows.v[at(pos, case_.v_dim)]);
     }
     return rows;
   }

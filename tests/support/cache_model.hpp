@@ -72,7 +72,8 @@ std::vector<float> stored_row(Token token, std::int64_t pos, int layer, int head
                               int dim) {
   const std::vector<float> row = row_of(token, pos, layer, head, side, dim);
   std::vector<float> stored(row.size());
-  Format::round_row(row.data(), dim, stored.data());
+  const PageShape shape{.k_dim = side == Side::kK ? dim : 0, .v_dim = side == Side::kK ? 0 : dim};
+  Format::round_row(shape, row.data(), row.data(), stored.data(), stored.data());
   return stored;
 }
 

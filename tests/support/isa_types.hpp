@@ -9,7 +9,9 @@
 #include <tuple>
 #include <type_traits>
 
+#include "headwise/cache/rows/int4_rows.hpp"
 #include "headwise/cache/rows/int8_rows.hpp"
+#include "headwise/cache/rows/kv_rows.hpp"
 #include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/core/dtype.hpp"
@@ -39,7 +41,9 @@ std::tuple<KernelTypes<Isa, PlainRows<f32>>, KernelTypes<Isa, TiledRows<f32>>,
 element_types_of();
 
 template <class Isa>
-std::tuple<KernelTypes<Isa, Int8Rows>> scaled_types_of();
+std::tuple<KernelTypes<Isa, Int8Rows>, KernelTypes<Isa, Int4Rows>,
+           KernelTypes<Isa, KvRows<Int8Rows, Int4Rows>>, KernelTypes<Isa, KvRows<f16, Int8Rows>>>
+scaled_types_of();
 
 template <class Isa>
 std::tuple<KernelTypes<Isa, PlainRows<f32>>, KernelTypes<Isa, PlainRows<f16>>,
@@ -83,7 +87,8 @@ struct KernelNames {
 
 /// Every row format, for tests that run on the best ISA alone.
 using AllFormats = ::testing::Types<PlainRows<f32>, TiledRows<f32>, PlainRows<f16>, TiledRows<f16>,
-                                    PlainRows<bf16>, TiledRows<bf16>, Int8Rows>;
+                                    PlainRows<bf16>, TiledRows<bf16>, Int8Rows, Int4Rows,
+                                    KvRows<Int8Rows, Int4Rows>, KvRows<f16, Int8Rows>>;
 
 struct FormatNames {
   template <class Format>

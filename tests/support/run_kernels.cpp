@@ -62,5 +62,8 @@ template Kernels<TiledRows<f16>> kernels_on(std::string_view);
 template Kernels<PlainRows<bf16>> kernels_on(std::string_view);
 template Kernels<TiledRows<bf16>> kernels_on(std::string_view);
 template Kernels<Int8Rows> kernels_on(std::string_view);
+template Kernels<Int4Rows> kernels_on(std::string_view);
+template Kernels<KvRows<Int8Rows, Int4Rows>> kernels_on(std::string_view);
+template Kernels<KvRows<f16, Int8Rows>> kernels_on(std::string_view);
 
 }  // namespace headwise::test

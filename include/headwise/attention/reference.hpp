@@ -134,8 +134,7 @@ std::vector<ReferenceKey> reference_keys(const HeadProblem<Format>& problem) {
     keys.push_back({doubles(k), doubles(v), row.count, {}});
   }
   for (std::int64_t j = 0; j < problem.num_queries; ++j) {
-    Format::round_row(problem.own_k.row(j, 0), shape.k_dim, k.data());
-    Format::round_row(problem.own_v.row(j, 0), shape.v_dim, v.data());
+    Format::round_row(shape, problem.own_k.row(j, 0), problem.own_v.row(j, 0), k.data(), v.data());
     keys.push_back({doubles(k), doubles(v), 1, problem.first_query + j});
   }
   return keys;

@@ -28,7 +28,7 @@ inline std::size_t scratch_bytes(const CacheGeometry& geometry, std::size_t num_
 template <class Rows = f16>
 std::size_t scratch_bytes(const ModelShape& shape, const HeadPlan& plan,
                           const CacheOptions& options, std::size_t num_threads) {
-  return scratch_bytes(CacheGeometry(shape, plan, options, &FormatOf<Rows>::page_bytes),
+  return scratch_bytes(CacheGeometry(shape, plan, options, FormatList<Rows>::kPageBytes),
                        num_threads);
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "headwise/attention/cpu/decode.hpp"
@@ -34,8 +35,6 @@ enum class OwnRows : std::uint8_t {
 /// @tparam Rows  KvCache's.
 template <class Isa, class Rows>
 class AttendTasks {
-  using Format = FormatOf<Rows>;
-
  public:
   /// O(1): every thread may make its own.
   /// @param q    [rows, num_qo_heads, k_dim], rows in the order of the step's chunks
@@ -74,11 +73,19 @@ class AttendTasks {
   void operator()(std::size_t task, std::size_t thread) const noexcept { run(task, thread); }
 
  private:
+  /// A task of a head whose rows are Format's.
+  /// @param of_item  the task, counted within its item
+  template <class Format>
+  void run_as(const WorkItem& item, const StepChunk& chunk, int kv_head, std::int64_t of_item,
+              std::size_t thread) const noexcept;
   /// Part `tile x splits + split`: its partial result, or its output where there is one split.
+  template <class Format>
   static void run_part(const HeadProblem<Format>& problem, const HeadCut& cut, std::int64_t part,
                        float* partials, float* scratch) noexcept;
+  template <class Format>
   static void merge_tiles(const HeadProblem<Format>& problem, const HeadCut& cut,
                           float* partials) noexcept;
+  template <class Format>
   HeadProblem<Format> problem_of(const StepChunk& chunk, int kv_head) const;
 
   const KvCache<Rows>& cache_;
@@ -99,11 +106,20 @@ void AttendTasks<Isa, Rows>::run(std::size_t task, std::size_t thread) const noe
   const WorkItem& item = tasks_.item(static_cast<std::int64_t>(task));
   const StepChunk& chunk = step_.chunks()[static_cast<std::size_t>(item.chunk)];
   const std::int64_t of_item = static_cast<std::int64_t>(task) - item.first_task;
+  const std::int64_t head = of_item / item.cut.num_parts();
+  const int kv_head = geometry_.task_order[static_cast<std::size_t>(item.first_head + head)];
+  cache_.visit_format(layer_, kv_head, [&]<class Format>(std::type_identity<Format>) {
+    run_as<Format>(item, chunk, kv_head, of_item, thread);
+  });
+}
+
+template <class Isa, class Rows>
+template <class Format>
+void AttendTasks<Isa, Rows>::run_as(const WorkItem& item, const StepChunk& chunk, int kv_head,
+                                    std::int64_t of_item, std::size_t thread) const noexcept {
   const std::int64_t num_parts = item.cut.num_parts();
   const std::int64_t head = of_item / num_parts;
-  const int kv_head = geometry_.task_order[static_cast<std::size_t>(item.first_head + head)];
-
-  const HeadProblem<Format> problem = problem_of(chunk, kv_head);
+  const HeadProblem<Format> problem = problem_of<Format>(chunk, kv_head);
   float* partials =
       work_.partials(item.first_partial + head * item.cut.partial_floats_of(
                                                      chunk.num_tokens(), geometry_.shape.group_size,
@@ -118,6 +134,7 @@ void AttendTasks<Isa, Rows>::run(std::size_t task, std::size_t thread) const noe
 }
 
 template <class Isa, class Rows>
+template <class Format>
 void AttendTasks<Isa, Rows>::run_part(const HeadProblem<Format>& problem, const HeadCut& cut,
                                       std::int64_t part, float* partials, float* scratch) noexcept {
   const auto [k_dim, v_dim] = std::pair(problem.past.shape.k_dim, problem.past.shape.v_dim);
@@ -146,6 +163,7 @@ void AttendTasks<Isa, Rows>::run_part(const HeadProblem<Format>& problem, const 
 }
 
 template <class Isa, class Rows>
+template <class Format>
 void AttendTasks<Isa, Rows>::merge_tiles(const HeadProblem<Format>& problem, const HeadCut& cut,
                                          float* partials) noexcept {
   const int v_dim = problem.past.shape.v_dim;
@@ -161,12 +179,12 @@ void AttendTasks<Isa, Rows>::merge_tiles(const HeadProblem<Format>& problem, con
 }
 
 template <class Isa, class Rows>
-auto AttendTasks<Isa, Rows>::problem_of(const StepChunk& chunk, int kv_head) const
-    -> HeadProblem<Format> {
+template <class Format>
+HeadProblem<Format> AttendTasks<Isa, Rows>::problem_of(const StepChunk& chunk, int kv_head) const {
   const LayerShape& shape = geometry_.shape;
   const std::int64_t row = chunk.first_row;
   const std::int64_t qo_head = std::int64_t{kv_head} * shape.group_size;
-  auto [view, window] = cache_.seen(chunk, layer_, kv_head);
+  auto [view, window] = cache_.template seen<Format>(chunk, layer_, kv_head);
   return {view,
           window,
           Pos{chunk.lengths.length},

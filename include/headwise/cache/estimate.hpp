@@ -73,7 +73,7 @@ inline Estimate estimate_of(const CacheGeometry& geometry, const CacheGeometry& 
 template <class Rows = f16>
 std::size_t sequence_bytes(const ModelShape& shape, const HeadPlan& plan,
                            const CacheOptions& options, std::int64_t length) {
-  const CacheGeometry geometry(shape, plan, options, &FormatOf<Rows>::page_bytes);
+  const CacheGeometry geometry(shape, plan, options, FormatList<Rows>::kPageBytes);
   detail::checked_range(length, 0, geometry.options().max_context, "length");
   return geometry.bytes_held(length, length);
 }
@@ -84,8 +84,8 @@ std::size_t sequence_bytes(const ModelShape& shape, const HeadPlan& plan,
 /// @throws ConfigError as KvCache's constructor.
 template <class Rows = f16>
 Estimate estimate(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options) {
-  const CacheGeometry geometry(shape, plan, options, &FormatOf<Rows>::page_bytes);
-  const CacheGeometry dense(shape, HeadPlan(shape), options, &FormatOf<Rows>::page_bytes);
+  const CacheGeometry geometry(shape, plan, options, FormatList<Rows>::kPageBytes);
+  const CacheGeometry dense(shape, HeadPlan(shape), options, FormatList<Rows>::kPageBytes);
   return detail::estimate_of(geometry, dense, /*keeps_log=*/false);
 }
 
@@ -127,7 +127,7 @@ inline constexpr std::int64_t kMostSequences = std::int64_t{1} << 20;
 template <class Rows, BytesBeside Beside>
 bool fits_in(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
              std::size_t bytes, const Beside& beside) {
-  const CacheGeometry geometry(shape, plan, options, &FormatOf<Rows>::page_bytes);
+  const CacheGeometry geometry(shape, plan, options, FormatList<Rows>::kPageBytes);
   // In double: a pool far beyond all bytes may have more pages than can be named, and more bytes
   // than 64 bits count.
   const std::vector<std::int64_t> pages = geometry.peak_pages(geometry.options().max_chunk);

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <span>
 #include <tuple>
 #include <utility>
 #include <variant>
@@ -25,10 +26,11 @@
 
 namespace headwise::inline v0 {
 
-/// Heads with equal budgets and pages of one size behave alike: they are counted, grown and cut
-/// together.
+/// Heads with equal budgets, rows of one format and pages of one size behave alike: they are
+/// counted, grown and cut together.
 struct HeadClass {
   AnyKeepRule rule;            ///< what each of these heads keeps
+  int format = 0;              ///< of their rows, in the cache's list
   std::size_t page_size = 0;   ///< of their pages, in the pool's sizes
   std::int64_t num_heads = 0;  ///< in all layers with K and V of their own
 };
@@ -65,12 +67,18 @@ class CacheGeometry {
   /// Bytes of a page of rows in some format.
   using PageBytes = std::size_t (*)(const PageShape&);
 
+  /// Of a cache of one format.
   /// @param page_bytes  RowFormat::page_bytes of the cache's rows.
+  CacheGeometry(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
+                PageBytes page_bytes)
+      : CacheGeometry(shape, plan, options, std::span<const PageBytes>(&page_bytes, 1)) {}
+
+  /// @param page_bytes  RowFormat::page_bytes of each of the cache's formats.
   /// @throws ConfigError when shape and plan differ, a layer that shares another's K and V has
   ///   other budgets than that one (share_budgets()), a compensation row meets ALiBi, an option is
   ///   out of its range, or sizes pass 64 bits; says both values.
   CacheGeometry(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
-                PageBytes page_bytes)
+                std::span<const PageBytes> page_bytes)
       : options_(checked(options)) {
     check(shape, plan);
     std::map<ClassKey, int> known;
@@ -84,7 +92,7 @@ class CacheGeometry {
 
   /// As given, max_chunk within [1, max_context], max_rollback within [0, max_context].
   const CacheOptions& options() const& { return options_; }
-  /// One for each budget and page size that the plan has, in order of appearance.
+  /// One for each budget, format and page size that the plan has, in order of appearance.
   const std::vector<HeadClass>& classes() const& { return classes_; }
   /// [num_layers]
   const std::vector<LayerGeometry>& layers() const& { return layers_; }
@@ -303,26 +311,26 @@ class CacheGeometry {
         heads.rule);
   }
 
-  /// What makes two heads of one class: budget, page size, rule of prompt chunks.
-  using ClassKey = std::tuple<HeadBudget, std::size_t, PrefillMode>;
+  /// What makes two heads of one class: budget, format, page size, rule of prompt chunks.
+  using ClassKey = std::tuple<HeadBudget, int, std::size_t, PrefillMode>;
 
   /// What a head of a layer keeps. The model's own window matters where the context passes it; its
   /// prompts are windowed, as the model reads them.
-  ClassKey class_key(const LayerShape& layer, const HeadBudget& budget,
+  ClassKey class_key(const LayerShape& layer, const HeadBudget& budget, int format,
                      std::size_t page_size) const {
     if (layer.sliding_window == 0 || layer.sliding_window >= options_.max_context) {
-      return {budget, page_size, options_.prefill};
+      return {budget, format, page_size, options_.prefill};
     }
-    return {within_window(budget, layer.sliding_window), page_size, PrefillMode::kWindowed};
+    return {within_window(budget, layer.sliding_window), format, page_size, PrefillMode::kWindowed};
   }
 
   int class_of(const ClassKey& key, std::map<ClassKey, int>& known) {
     const auto [found, is_new] = known.try_emplace(key, static_cast<int>(classes_.size()));
     if (is_new) {
-      const auto& [budget, page_size, prefill] = key;
+      const auto& [budget, format, page_size, prefill] = key;
       const KeepLimits limits{options_.page_tokens, options_.max_context, options_.max_rollback,
                               options_.max_chunk, prefill};
-      classes_.push_back({make_rule(budget, limits), page_size, 0});
+      classes_.push_back({make_rule(budget, limits), format, page_size, 0});
     }
     return found->second;
   }
@@ -343,22 +351,34 @@ class CacheGeometry {
         "bytes of compensation rows");
   }
 
-  void add_layer(const LayerShape& shape, const HeadPlan& plan, int l, PageBytes page_bytes,
-                 std::map<ClassKey, int>& known, std::vector<std::size_t>& sizes) {
+  /// The format of a budget's heads.
+  int format_of(const HeadBudget& budget, int num_formats) const {
+    if (options_.format_of == nullptr) {
+      return std::holds_alternative<KeepEverything>(budget) ? 0 : num_formats - 1;
+    }
+    return detail::checked_range(options_.format_of(budget), 0, num_formats - 1,
+                                 "format of a head");
+  }
+
+  void add_layer(const LayerShape& shape, const HeadPlan& plan, int l,
+                 std::span<const PageBytes> page_bytes, std::map<ClassKey, int>& known,
+                 std::vector<std::size_t>& sizes) {
     LayerGeometry layer{shape,
                         {options_.page_tokens, shape.k_dim, shape.v_dim},
                         static_cast<std::int64_t>(heads_.size()),
                         {},
                         {}};
-    const std::size_t bytes = page_bytes(layer.page);
-    const auto found = std::find(sizes.begin(), sizes.end(), bytes);
-    const auto page_size = static_cast<std::size_t>(found - sizes.begin());
-    if (found == sizes.end()) sizes.push_back(bytes);
     max_heads_per_layer_ = std::max(max_heads_per_layer_, shape.num_kv_heads);
 
     for (int h = 0; h < shape.num_kv_heads; ++h) {
       if (shape.owns_kv()) {
-        add_head(class_of(class_key(shape, plan.budget(l, h), page_size), known), layer.page);
+        const int format = format_of(plan.budget(l, h), static_cast<int>(page_bytes.size()));
+        const std::size_t bytes = page_bytes[static_cast<std::size_t>(format)](layer.page);
+        const auto found = std::find(sizes.begin(), sizes.end(), bytes);
+        const auto page_size = static_cast<std::size_t>(found - sizes.begin());
+        if (found == sizes.end()) sizes.push_back(bytes);
+        add_head(class_of(class_key(shape, plan.budget(l, h), format, page_size), known),
+                 layer.page);
       } else {
         heads_.push_back(HeadGeometry(head(shape.kv_layer, h)));
       }

@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <optional>
 #include <span>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -18,8 +19,11 @@
 #include "headwise/cache/keep/keep.hpp"
 #include "headwise/cache/place.hpp"
 #include "headwise/cache/rows/format.hpp"
+#include "headwise/cache/rows/int4_rows.hpp"
 #include "headwise/cache/rows/int8_rows.hpp"
+#include "headwise/cache/rows/kv_rows.hpp"
 #include "headwise/cache/rows/plain_rows.hpp"
+#include "headwise/cache/rows/rotated_rows.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/check.hpp"
@@ -46,19 +50,19 @@ struct SeenRows {
 /// it.
 ///
 /// @tparam Row  a row format (cache/rows/), or an element type for its usual format: f32, f16,
-/// bf16.
+/// bf16; or Formats<...> of a few of either, for classes of heads (CacheOptions::format_of).
 /// @tparam Place  where the pages live (cache/place.hpp).
 template <class Row = f16, CachePlace Place = HostPlace>
-  requires RowFormat<FormatOf<Row>>
+  requires(FormatList<Row>::kAreFormats)
 class KvCache {
  public:
-  using Format = FormatOf<Row>;
+  using Format = typename FormatList<Row>::Front;  ///< the only one, or the first of a few
   using Stream = typename Place::Stream;
 
   /// @throws ConfigError when plan and shape differ or an option is out of range; says both values.
   ///   What the place throws where it cannot have the memory.
   KvCache(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
-      : KvCache(CacheGeometry(shape, plan, options, &Format::page_bytes)) {}
+      : KvCache(CacheGeometry(shape, plan, options, FormatList<Row>::kPageBytes)) {}
 
   KvCache(const KvCache&) = delete;
   KvCache& operator=(const KvCache&) = delete;
@@ -174,15 +178,23 @@ class KvCache {
                       });
   }
 
+  /// `fn(std::type_identity<F>)` of the format of a head's rows.
+  template <class Fn>
+  decltype(auto) visit_format(int layer, int kv_head, Fn&& fn) const {
+    const HeadGeometry& head = geometry().head(layer, kv_head);
+    return FormatList<Row>::visit(class_of(head).format, fn);
+  }
+
   /// What the chunk's queries may see of one head, as of the step's start. Any thread.
-  SeenRows<Format> seen(const StepChunk& chunk, int layer, int kv_head) const
-      requires(Place::kOnHost) {
+  /// @tparam F  the format of the head's rows: see visit_format()
+  template <class F = Format>
+  SeenRows<F> seen(const StepChunk& chunk, int layer, int kv_head) const requires(Place::kOnHost) {
     const LayerGeometry& of_layer = geometry().layer(layer);
     const HeadGeometry& head = geometry().head(layer, kv_head);
     return visit_head(chunk, head, [&](const auto& rule, const auto& state) {
       const std::int64_t length = chunk.lengths.length;
-      SeenRows<Format> seen{
-          KvView<Format>::over_pages(
+      SeenRows<F> seen{
+          KvView<F>::over_pages(
               place_.pages(), geometry().pool().granule(),
               length == 0 ? nullptr : table(chunk, head) + rule.slots(state).first_entry,
               of_layer.page),
@@ -208,26 +220,8 @@ class KvCache {
     if (!geometry().layer(layer).shape.owns_kv()) return;
     const PageShape& page = geometry().layer(layer).page;
     const HeadGeometry& head = geometry().head(layer, kv_head);
-    visit_head(chunk, head, [&](const auto& rule, const auto& state) {
-      const SlotMap to = rule.append_slots(state, chunk.lengths);
-      carry_over(rule.slots(state), to,
-                 rule.held(state, chunk.lengths.length, chunk.lengths.high_water)[0], chunk, head);
-      std::int64_t overflows = 0;
-      for (std::int64_t i = 0; i < chunk.num_tokens(); ++i) {
-        const Pos pos{chunk.lengths.length + i};
-        if (!to.keeps(pos, chunk.lengths.next)) {  // gone before the chunk ends
-          overflows += Format::template count_overflows<Isa>(k.row(i, 0), page.k_dim) +
-                       Format::template count_overflows<Isa>(v.row(i, 0), page.v_dim);
-          continue;
-        }
-        const Slot slot = to.slot(pos);
-        overflows += Format::template encode<Isa>(
-            page_of(chunk, head, to.first_entry + slot.value / page.page_tokens), page,
-            static_cast<std::size_t>(slot.value % page.page_tokens), k.row(i, 0), v.row(i, 0));
-      }
-      step.note_overflows(overflows);
-      rule.for_each_fold(state, chunk.lengths,
-                         [&](const FoldMove& move) { fold<Isa>(move, chunk, head, page); });
+    visit_format(layer, kv_head, [&]<class F>(std::type_identity<F>) {
+      append_as<Isa, F>(step, chunk, head, page, k, v);
     });
   }
 
@@ -243,6 +237,9 @@ class KvCache {
   explicit KvCache(CacheGeometry geometry)
       : place_(geometry), books_(std::move(geometry), place_.pages(), Place::kOnHost) {}
 
+  const HeadClass& class_of(const HeadGeometry& head) const {
+    return geometry().classes()[static_cast<std::size_t>(head.class_idx)];
+  }
   /// `fn(rule, state)` of the head's class for the chunk's sequence.
   template <class Fn>
   decltype(auto) visit_head(const StepChunk& chunk, const HeadGeometry& head, Fn&& fn) const {
@@ -265,11 +262,38 @@ class KvCache {
     return {sums, sums + page.k_dim, means, means + page.k_dim};
   }
 
+  /// append() of a head whose rows are F's.
+  template <class Isa, class F>
+  void append_as(const Step& step, const StepChunk& chunk, const HeadGeometry& head,
+                 const PageShape& page, TensorView<const float> k,
+                 TensorView<const float> v) const {
+    visit_head(chunk, head, [&](const auto& rule, const auto& state) {
+      const SlotMap to = rule.append_slots(state, chunk.lengths);
+      carry_over(rule.slots(state), to,
+                 rule.held(state, chunk.lengths.length, chunk.lengths.high_water)[0], chunk, head);
+      std::int64_t overflows = 0;
+      for (std::int64_t i = 0; i < chunk.num_tokens(); ++i) {
+        const Pos pos{chunk.lengths.length + i};
+        if (!to.keeps(pos, chunk.lengths.next)) {  // gone before the chunk ends
+          overflows += F::template count_overflows<Isa>(page, k.row(i, 0), v.row(i, 0));
+          continue;
+        }
+        const Slot slot = to.slot(pos);
+        overflows += F::template encode<Isa>(
+            page_of(chunk, head, to.first_entry + slot.value / page.page_tokens), page,
+            static_cast<std::size_t>(slot.value % page.page_tokens), k.row(i, 0), v.row(i, 0));
+      }
+      step.note_overflows(overflows);
+      rule.for_each_fold(state, chunk.lengths,
+                         [&](const FoldMove& move) { fold<Isa, F>(move, chunk, head, page); });
+    });
+  }
+
   /// Where a step's rows go to other pages, those begin as what the head holds.
   void carry_over(const SlotMap& from, const SlotMap& to, EntryRange held, const StepChunk& chunk,
                   const HeadGeometry& head) const {
     if (from.first_entry == to.first_entry) return;
-    const HeadClass& heads = geometry().classes()[static_cast<std::size_t>(head.class_idx)];
+    const HeadClass& heads = class_of(head);
     const std::int32_t* entries = table(chunk, head);
     for (std::int64_t i = 0; i < held.count(); ++i) {
       std::memcpy(books_.pool().address(entries[to.first_entry + i]),
@@ -280,7 +304,7 @@ class KvCache {
 
   /// Makes one compensation row: sums in double, so that they are right for a million rows, and
   /// their means as attention reads them.
-  template <class Isa>
+  template <class Isa, class F>
   void fold(const FoldMove& move, const StepChunk& chunk, const HeadGeometry& head,
             const PageShape& page) const {
     const Sums to = sums_of(chunk, head, page, move.to);
@@ -291,9 +315,9 @@ class KvCache {
       std::copy_n(sums_of(chunk, head, page, *move.from).k_sum, width, to.k_sum);
     }
     if (move.first_row < move.end_row) {
-      Format::template add_rows<Isa>(page_of(chunk, head, move.entry), page,
-                                     static_cast<std::size_t>(move.first_row),
-                                     static_cast<std::size_t>(move.end_row), to.k_sum, to.v_sum);
+      F::template add_rows<Isa>(page_of(chunk, head, move.entry), page,
+                                static_cast<std::size_t>(move.first_row),
+                                static_cast<std::size_t>(move.end_row), to.k_sum, to.v_sum);
     }
     const double share = 1.0 / static_cast<double>(move.count);
     for (std::int64_t d = 0; d < width; ++d) {

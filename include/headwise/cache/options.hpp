@@ -8,6 +8,8 @@
 #include <memory_resource>
 #include <span>
 
+#include "headwise/heads/budget.hpp"
+
 namespace headwise::inline v0 {
 
 /// Which rule a chunk's queries follow. It matters to chunks of several tokens on streaming heads,
@@ -45,6 +47,10 @@ struct CacheOptions {
   std::int64_t max_rollback = 0;
   /// The rule of prompt chunks on streaming heads.
   PrefillMode prefill = PrefillMode::kWindowed;
+
+  /// Which of a cache's formats (Formats<...>, by index) the heads of a budget have; null: the
+  /// first where everything is kept, the last elsewhere.
+  int (*format_of)(const HeadBudget&) = nullptr;
 
   /// Page memory given by the caller, of the cache's place, 64-byte aligned, at least `max_bytes`;
   /// empty: allocated.

@@ -29,6 +29,12 @@ struct Ops<Avx2> {
     const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(static_cast<const void*>(p)));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
   }
+  static HEADWISE_ALWAYS_INLINE void load_int4(const std::uint8_t* p, V& low, V& high) {
+    const __m256i bytes = _mm256_cvtepi8_epi32(
+        _mm_loadl_epi64(static_cast<const __m128i*>(static_cast<const void*>(p))));
+    low = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bytes, 28), 28));
+    high = _mm256_cvtepi32_ps(_mm256_srai_epi32(bytes, 4));
+  }
   static HEADWISE_ALWAYS_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   static HEADWISE_ALWAYS_INLINE void store(f16* p, V v) { store_8x16(p, to_f16(v)); }
   static HEADWISE_ALWAYS_INLINE void store(bf16* p, V v) { store_8x16(p, to_bf16(v)); }

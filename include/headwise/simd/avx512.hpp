@@ -38,6 +38,15 @@ struct Ops<Avx512> {
     const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(p)));
     return _mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepi8_epi32(kAll, bytes));
   }
+  /// A permutation looks at the low four bits of an index: a table of 16 floats.
+  static HEADWISE_ALWAYS_INLINE void load_int4(const std::uint8_t* p, V& low, V& high) {
+    const V table = _mm512_setr_ps(0.0F, 1.0F, 2.0F, 3.0F, 4.0F, 5.0F, 6.0F, 7.0F, -8.0F, -7.0F,
+                                   -6.0F, -5.0F, -4.0F, -3.0F, -2.0F, -1.0F);
+    const __m512i bytes = _mm512_maskz_cvtepu8_epi32(
+        kAll, _mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(p))));
+    low = _mm512_maskz_permutexvar_ps(kAll, bytes, table);
+    high = _mm512_maskz_permutexvar_ps(kAll, _mm512_maskz_srli_epi32(kAll, bytes, 4), table);
+  }
   static HEADWISE_ALWAYS_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static HEADWISE_ALWAYS_INLINE void store(f16* p, V v) { store_16x16(p, to_f16(v)); }
   static HEADWISE_ALWAYS_INLINE void store(bf16* p, V v) { store_16x16(p, to_bf16(v)); }

@@ -30,6 +30,8 @@ constexpr const char* isa_name() {
 
 /// The vector operations of one instruction set: a register type `V` of `kWidth` floats, and
 ///
+///     load_int4(const uint8_t*, low, high)  kWidth bytes: the four-bit integers (two's complement)
+///     in their low halves, and those in their high halves
 ///     zero()  broadcast(float)  load(const float* | f16* | bf16* | int8_t*)  store(float* | f16* |
 ///     bf16*, V) add(a, b)  sub(a, b)  mul(a, b)  div(a, b)  fma(a, b, c) = a * b + c  max(a, b)
 ///     reduce_add(v) reduce_max(v) any_above(a, b)        whether a > b in some lane round(v) to

@@ -30,7 +30,14 @@ struct Ops<Neon> {
   static HEADWISE_ALWAYS_INLINE V load(const std::int8_t* p) {
     std::int8_t bytes[8] = {};
     std::memcpy(bytes, p, 4);
-    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(bytes)))));
+    return widen_bytes(vld1_s8(bytes));
+  }
+  static HEADWISE_ALWAYS_INLINE void load_int4(const std::uint8_t* p, V& low, V& high) {
+    std::int8_t bytes[8] = {};
+    std::memcpy(bytes, p, 4);
+    const int8x8_t both = vld1_s8(bytes);
+    low = widen_bytes(vshr_n_s8(vshl_n_s8(both, 4), 4));
+    high = widen_bytes(vshr_n_s8(both, 4));
   }
   static HEADWISE_ALWAYS_INLINE void store(float* p, V v) { vst1q_f32(p, v); }
   static HEADWISE_ALWAYS_INLINE void store(f16* p, V v) { store_4x16(p, to_f16(v)); }
@@ -74,6 +81,10 @@ struct Ops<Neon> {
   }
 
  private:
+  /// The first four.
+  static HEADWISE_ALWAYS_INLINE V widen_bytes(int8x8_t bytes) {
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
+  }
   static HEADWISE_ALWAYS_INLINE uint16x4_t load_4x16(const void* p) {
     std::uint16_t bits[4];
     std::memcpy(bits, p, sizeof bits);

@@ -23,6 +23,10 @@ struct Ops<Scalar> {
   static HEADWISE_ALWAYS_INLINE V load(const f16* p) { return to_float(*p); }
   static HEADWISE_ALWAYS_INLINE V load(const bf16* p) { return to_float(*p); }
   static HEADWISE_ALWAYS_INLINE V load(const std::int8_t* p) { return *p; }
+  static HEADWISE_ALWAYS_INLINE void load_int4(const std::uint8_t* p, V& low, V& high) {
+    low = static_cast<float>((*p & 15) - (*p & 8) * 2);
+    high = static_cast<float>((*p >> 4) - (*p & 128) / 8);
+  }
   static HEADWISE_ALWAYS_INLINE void store(float* p, V v) { *p = v; }
   static HEADWISE_ALWAYS_INLINE void store(f16* p, V v) { *p = from_float<f16>(v); }
   static HEADWISE_ALWAYS_INLINE void store(bf16* p, V v) { *p = from_float<bf16>(v); }

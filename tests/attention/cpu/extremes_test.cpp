@@ -170,7 +170,7 @@ TYPED_TEST(Extremes, TheMeanOfHugeValuesIsTheMean) {
   // In the row format's own range: 6e4 fits f16.
   using Format = typename TypeParam::Format;
   float huge = 1e38F, rounded = 0.0F;
-  Format::round_row(&huge, 1, &rounded);
+  Format::round_row({.k_dim = 0, .v_dim = 1}, nullptr, &huge, nullptr, &rounded);
   if (!is_finite(rounded)) huge = 6e4F;
   for (const std::int64_t queries : {1, 90}) {
     typename TestFixture::Head head({.name = "",

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "support/attention_cases.hpp"
@@ -21,21 +22,42 @@ TYPED_TEST_SUITE(Pack, AllKernels, KernelNames);
 /// Rows that no query sees may be NaN.
 bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
-/// Every row of a block, read back through the tile format, is the row of the dense history.
+/// One value of K, or V, with its scale.
 template <class Element>
-void expect_rows(const detail::TileBlock<Element>& block, const AttentionCase& c,
+float value_of(const detail::Tiles<Element>& tiles, std::ptrdiff_t line, int lane, int half,
+               int group, int row) {
+  const Element* at = tiles.data + line * 16 + lane;
+  if constexpr (!detail::kIsScaled<Element>) {
+    return to_float(*at);
+  } else {
+    float values[2] = {};
+    if constexpr (std::is_same_v<Element, std::int8_t>) {
+      values[0] = static_cast<float>(*at);
+    } else {
+      simd::Ops<simd::Scalar>::load_int4(&at->bits, values[0], values[1]);
+    }
+    return values[half] * to_float(tiles.scales[group * tiles.scale_stride + row]);
+  }
+}
+
+/// Every row of a block, read back through the tile format, is the row of the dense history.
+template <class K, class V>
+void expect_rows(const detail::TileBlock<K, V>& block, const AttentionCase& c,
                  const DenseRows& dense) {
+  constexpr int k_steps = detail::TileElement<K>::kSteps;
+  constexpr int v_tiles = detail::TileElement<V>::kTiles;
+  const auto group = [](int d, int width) { return width == 0 ? 0 : d / width; };
   for (int row = block.first; row < block.last; ++row) {
     const std::int64_t pos = block.row0.value + row;
     for (int d = 0; d < c.k_dim; ++d) {
-      const int at = row / 16 * 16 * c.k_dim + d * 16 + row % 16;
-      ASSERT_TRUE(
-          same(to_float(block.k[at]), dense.k[static_cast<std::size_t>(pos * c.k_dim + d)]));
+      ASSERT_TRUE(same(value_of(block.k, row / 16 * block.k.stride / 16 + d / k_steps, row % 16,
+                                d % k_steps, group(d, detail::TileElement<K>::kGroup), row),
+                       dense.k[static_cast<std::size_t>(pos * c.k_dim + d)]));
     }
     for (int d = 0; d < c.v_dim; ++d) {
-      const std::ptrdiff_t at = d / 16 * block.v_stride + row * 16 + d % 16;
-      ASSERT_TRUE(
-          same(to_float(block.v[at]), dense.v[static_cast<std::size_t>(pos * c.v_dim + d)]));
+      ASSERT_TRUE(same(value_of(block.v, d / (16 * v_tiles) * block.v.stride / 16 + row, d % 16,
+                                d / 16 % v_tiles, group(d, detail::TileElement<V>::kGroup), row),
+                       dense.v[static_cast<std::size_t>(pos * c.v_dim + d)]));
     }
   }
 }

@@ -47,8 +47,7 @@ TYPED_TEST(RowFormats, ReadsBackWhatRoundRowSays) {
     const std::vector<float> v = this->floats(shape.v_dim);
     Format::template encode<typename TypeParam::Isa>(page.data(), shape, 13, k.data(), v.data());
     std::vector<float> rounded_k(k.size()), rounded_v(v.size()), read_k(k.size()), read_v(v.size());
-    Format::round_row(k.data(), shape.k_dim, rounded_k.data());
-    Format::round_row(v.data(), shape.v_dim, rounded_v.data());
+    Format::round_row(shape, k.data(), v.data(), rounded_k.data(), rounded_v.data());
     const auto memory = Format::Memory::over_pages(page.data(), page.size(), shape);
     Format::read_row(memory.page(0), shape, 13, read_k.data(), read_v.data());
     EXPECT_EQ(read_k, rounded_k);
@@ -76,8 +75,7 @@ TYPED_TEST(RowFormats, AddsExactlyTheRowsAskedFor) {
         Format::template encode<typename TypeParam::Isa>(page.data(), shape, row, k.data(),
                                                          v.data());
         std::vector<float> stored_k(k.size()), stored_v(v.size());
-        Format::round_row(k.data(), shape.k_dim, stored_k.data());
-        Format::round_row(v.data(), shape.v_dim, stored_v.data());
+        Format::round_row(shape, k.data(), v.data(), stored_k.data(), stored_v.data());
         for (std::size_t d = 0; d < k.size(); ++d) k_truth[d] += static_cast<double>(stored_k[d]);
         for (std::size_t d = 0; d < v.size(); ++d) v_truth[d] += static_cast<double>(stored_v[d]);
       }
@@ -114,8 +112,7 @@ TYPED_TEST(RowFormats, HasPagesOfWholeCacheLinesThatHoldAllRows) {
       std::vector<float> k(static_cast<std::size_t>(shape.k_dim)), rounded_k = k;
       std::vector<float> v(static_cast<std::size_t>(shape.v_dim)), rounded_v = v;
       Format::read_row(memory.page(0), shape, static_cast<std::size_t>(row), k.data(), v.data());
-      Format::round_row(x.data(), shape.k_dim, rounded_k.data());
-      Format::round_row(x.data(), shape.v_dim, rounded_v.data());
+      Format::round_row(shape, x.data(), x.data(), rounded_k.data(), rounded_v.data());
       EXPECT_EQ(k, rounded_k);
       EXPECT_EQ(v, rounded_v);
     }

@@ -75,9 +75,12 @@ template <class Isa, class Format, class AttendRows, class OutputOf>
 HEADWISE_ALWAYS_INLINE void attend_split(const HeadProblem<Format>& problem, QueryRows& queries,
                                          const DecodeSplit& split, float* packed,
                                          AttendRows&& attend_rows, OutputOf&& output_of) {
+  AsStored<Format> as_stored;
+  CompensationRow mean = split.own_rows ? problem.past.compensation : CompensationRow{};
+  if (mean.count > 0) mean.k_mean = as_stored(mean.k_mean, queries.k_dim);
   for (;;) {
     if (split.own_rows) {
-      reset_state<Isa>(queries, problem.past.compensation, problem.softmax.sinks);
+      reset_state<Isa>(queries, mean, problem.softmax.sinks);
     } else {
       reset_state<Isa>(queries);
     }
@@ -113,6 +116,7 @@ void decode_split(const HeadProblem<Format>& problem, DecodeSplit split, float* 
   if (queries.num_rows() == 0) return;
   float* packed = scratch + detail::query_scratch_floats(
                                 static_cast<std::size_t>(queries.num_rows()), past.shape.k_dim);
+  queries.scaled = packed;  // free while stored rows are read in place
 
   detail::attend_split<Isa>(
       problem, queries, split, packed,

@@ -10,6 +10,7 @@
 #include "headwise/attention/cpu/tile_product.hpp"
 #include "headwise/attention/problem.hpp"
 #include "headwise/cache/rows/format.hpp"
+#include "headwise/cache/rows/rotated_rows.hpp"
 #include "headwise/cache/rows/tiles.hpp"
 #include "headwise/core/config.hpp"
 #include "headwise/core/kv_view.hpp"
@@ -18,16 +19,32 @@ namespace headwise::inline v0::detail {
 
 /// Rows of consecutive positions, as tiles. Rows outside [first, last) may hold anything, NaN
 /// included: V rows there are never read, scores of K rows there are overwritten.
-template <class Element>
+template <class KElement, class VElement = KElement>
 struct TileBlock {
-  const Element* k = nullptr;  ///< [rows / 16][k_dim][16]
-  const Element* v = nullptr;  ///< [v_dim / 16][rows][16], strips `v_stride` elements apart
-  std::ptrdiff_t v_stride = 0;
+  Tiles<KElement> k;
+  Tiles<VElement> v;
   int first = 0;
   int last = 0;
   Pos row0;               ///< position of row 0, were it there
   Prefetch fetch_with_k;  ///< while K is read
   Prefetch fetch_with_v;  ///< while V is read
+};
+
+/// A q or a mean of K as it is multiplied with stored K: turned where that is.
+template <class Format>
+class AsStored {
+ public:
+  /// @param x  [k_dim]
+  const float* operator()(const float* x, [[maybe_unused]] int k_dim) {
+    if constexpr (RotatesK<Format>) {
+      return Format::rotate_k(x, k_dim, turned_);
+    } else {
+      return x;
+    }
+  }
+
+ private:
+  float turned_[RotatesK<Format> ? kMaxRotatedDim : 1];
 };
 
 /// Floats that a packed block takes.
@@ -61,30 +78,51 @@ HEADWISE_ALWAYS_INLINE std::ptrdiff_t bytes_between(const void* from, const void
   return static_cast<const char*>(to) - static_cast<const char*>(from);
 }
 
+/// The scales of a block of V or K, into the second cache: too few for the walk along its tiles.
+template <class Element>
+HEADWISE_ALWAYS_INLINE void fetch_scales([[maybe_unused]] const Tiles<Element>& tiles,
+                                         [[maybe_unused]] int dim) {
+  if constexpr (kIsScaled<Element>) {
+    const int group = TileElement<Element>::kGroup == 0 ? dim : TileElement<Element>::kGroup;
+    const auto* scales = reinterpret_cast<const char*>(tiles.scales);
+    constexpr auto kSize = static_cast<std::ptrdiff_t>(sizeof(*tiles.scales));
+    for (int d = 0; d < dim; d += group, scales += tiles.scale_stride * kSize) {
+      for (std::ptrdiff_t at = 0; at < kBlockRows * kSize; at += 64) {
+        __builtin_prefetch(scales + at, 0, 2);
+      }
+    }
+  }
+}
+
+template <class KElement, class VElement>
+HEADWISE_ALWAYS_INLINE TileBlock<KElement, VElement> block_of(
+    const RowTiles<KElement, VElement>& tiles) {
+  TileBlock<KElement, VElement> block;
+  block.k = tiles.k;
+  block.v = tiles.v;
+  return block;
+}
+
 /// The rows where they lie. Fetched meanwhile: what is read next, K after V after K, into the
 /// nearest cache, and what comes after that into the second.
 template <class Isa, TiledInPlace Format>
-TileBlock<typename Format::Element> block_in_place(const KvView<Format>& view,
-                                                   const StoredRows& rows) {
-  using Element = typename Format::Element;
-  const auto tiles_at = [&](Slot slot) -> RowTiles<Element> {
+auto block_in_place(const KvView<Format>& view, const StoredRows& rows) {
+  const auto tiles_at = [&](Slot slot) {
     return Format::tiles(view.page_of(slot), view.shape,
                          static_cast<std::size_t>(slot.value % view.shape.page_tokens));
   };
-  const RowTiles<Element> here = tiles_at(rows.slot);
-  TileBlock<Element> block;
-  block.k = here.k;
-  block.v = here.v;
-  block.v_stride = here.v_stride;
+  auto block = block_of(tiles_at(rows.slot));
   block.first = static_cast<int>(rows.slot.value % view.shape.page_tokens % kBlockRows);
   block.last = block.first + rows.count;
   block.row0 = rows.pos + -block.first;
-  block.fetch_with_k.near = bytes_between(block.k, block.v);
+  block.fetch_with_k.near = bytes_between(block.k.data, block.v.data);
   if (rows.more) {
-    const RowTiles<Element> next = tiles_at(rows.slot + rows.count);
-    block.fetch_with_k.far = bytes_between(block.k, next.k);
-    block.fetch_with_v.near = bytes_between(block.v, next.k);
-    block.fetch_with_v.far = bytes_between(block.v, next.v);
+    const auto next = tiles_at(rows.slot + rows.count);
+    block.fetch_with_k.far = bytes_between(block.k.data, next.k.data);
+    block.fetch_with_v.near = bytes_between(block.v.data, next.k.data);
+    block.fetch_with_v.far = bytes_between(block.v.data, next.v.data);
+    fetch_scales(next.k, view.shape.k_dim);
+    fetch_scales(next.v, view.shape.v_dim);
   }
   return block;
 }
@@ -92,9 +130,8 @@ TileBlock<typename Format::Element> block_in_place(const KvView<Format>& view,
 HEADWISE_ALWAYS_INLINE TileBlock<float> packed_block(const float* packed, int k_dim, int first,
                                                      int count, Pos pos) {
   TileBlock<float> block;
-  block.k = packed;
-  block.v = packed + kBlockRows * k_dim;
-  block.v_stride = kBlockRows * kTile;
+  block.k = {packed, static_cast<std::ptrdiff_t>(k_dim) * kTile};
+  block.v = {packed + kBlockRows * k_dim, kBlockRows * kTile};
   block.first = first;
   block.last = first + count;
   block.row0 = pos + -first;

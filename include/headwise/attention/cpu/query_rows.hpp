@@ -35,6 +35,8 @@ struct QueryRows {
   float* max = nullptr;        ///< [rows]: SoftmaxState, as arrays
   float* sum = nullptr;        ///< [rows]
   float* out = nullptr;        ///< [rows][v_dim]: not divided by sum before finish_row()
+  /// [packed_block_floats], used where V in place has scales: see multiply_scaled()
+  float* scaled = nullptr;
 
   Window window;
   HeadSoftmax softmax;
@@ -103,10 +105,11 @@ QueryRows load_queries(const HeadProblem<Format>& problem, std::int64_t begin, s
 
   std::fill_n(rows.weight, num_rows, 1.0F);
   const auto scale = O::broadcast(problem.scale);
+  AsStored<Format> as_stored;
   float* to = rows.q;
   for (std::int64_t i = begin; i < end; ++i) {
     for (int g = 0; g < rows.group_size; ++g, to += kPanel) {
-      const float* q = problem.q.row(i, g);
+      const float* q = as_stored(problem.q.row(i, g), rows.k_dim);
       for (int d = 0; d < rows.k_dim; d += O::kWidth) {
         O::store(to + d / kPanel * rows.q_stride() + d % kPanel, O::mul(scale, O::load(q + d)));
       }
@@ -329,8 +332,9 @@ float softmax_row(float* scores, const VisibleRows& seen, int rows_end, float& m
 /// The output product where V that some query does not see is infinite or NaN, which times 0 is
 /// NaN: query by query, and only what it sees.
 /// @param output  as for all rows at once
-template <class Isa, bool kFetch, class Element>
-HEADWISE_NEVER_INLINE void multiply_visible(const QueryRows& rows, const TileBlock<Element>& block,
+template <class Isa, bool kFetch, class KElement, class Element>
+HEADWISE_NEVER_INLINE void multiply_visible(const QueryRows& rows,
+                                            const TileBlock<KElement, Element>& block,
                                             const SeeingQueries& queries,
                                             TileProduct<Element> output) noexcept {
   output.num_rows = rows.group_size;
@@ -342,7 +346,7 @@ HEADWISE_NEVER_INLINE void multiply_visible(const QueryRows& rows, const TileBlo
     const auto multiply = [&](int begin, int end) {
       if (begin == end) return;
       output.a = rows.scores + row * kBlockRows + begin;
-      output.b = block.v + begin * kTile;
+      output.b = block.v.data + begin * kTile;
       output.c = rows.out + row * rows.v_dim;
       output.rescale = rows.rescale + row;
       output.depth = end - begin;
@@ -355,20 +359,70 @@ HEADWISE_NEVER_INLINE void multiply_visible(const QueryRows& rows, const TileBlo
 }
 
 /// Whether all V that [first, last) of the block have is finite.
-template <class Isa, class Element>
-bool has_finite_v(const TileBlock<Element>& block, int v_dim) noexcept {
+template <class Isa, class KElement, class Element>
+bool has_finite_v(const TileBlock<KElement, Element>& block, int v_dim) noexcept {
   bool finite = true;
   for (int strip = 0; strip < v_dim / kTile; ++strip) {
-    finite &= are_finite<Isa>(block.v + strip * block.v_stride + block.first * kTile,
+    finite &= are_finite<Isa>(block.v.data + strip * block.v.stride + block.first * kTile,
                               block.last - block.first);
   }
   return finite;
 }
 
+/// Query rows whose probabilities are scaled together: what [packed_block_floats] holds of any V.
+inline constexpr int kScaledRows = 16;
+
+/// The output product where V are integers: probabilities are multiplied by the scales of the rows
+/// first, group by group of dimensions. What a query does not see gets 0 by place, for its scale
+/// may be NaN, and integers are finite: see multiply_visible() for V that are not.
+/// @param output  as for all rows at once
+template <class Isa, bool kFetch, class KElement, class Element>
+void multiply_scaled(const QueryRows& rows, const TileBlock<KElement, Element>& block,
+                     const SeeingQueries& queries, bool all_see_all,
+                     TileProduct<Element> output) noexcept {
+  using O = simd::Ops<Isa>;
+  const int group = TileElement<Element>::kGroup == 0 ? rows.v_dim : TileElement<Element>::kGroup;
+  const int begin = block.first / kTile * kTile;
+  const std::ptrdiff_t first_row = std::ptrdiff_t{queries.first} * rows.group_size;
+  const std::ptrdiff_t end_row = std::ptrdiff_t{queries.last} * rows.group_size;
+  output.a = rows.scaled + block.first;
+  output.a_tile = kScaledRows * kBlockRows;
+  output.num_tiles =
+      (output.num_tiles + TileElement<Element>::kTiles - 1) / TileElement<Element>::kTiles;
+  output.num_columns = rows.v_dim;
+  for (std::ptrdiff_t chunk = first_row; chunk < end_row; chunk += kScaledRows) {
+    const std::ptrdiff_t chunk_end = std::min(chunk + kScaledRows, end_row);
+    const auto* scales = block.v.scales;
+    float* to_group = rows.scaled;
+    for (int d = 0; d < rows.v_dim; d += group) {
+      float* to = to_group;
+      for (std::ptrdiff_t row = chunk; row < chunk_end; ++row, to += kBlockRows) {
+        const float* from = rows.scores + row * kBlockRows;
+        for (int i = begin; i < block.last; i += O::kWidth) {
+          O::store(to + i, O::mul(O::load(from + i), O::load(scales + i)));
+        }
+        if (all_see_all) continue;
+        const VisibleRows seen =
+            visible_rows(rows.window, rows.first_query + static_cast<int>(row / rows.group_size),
+                         block.row0, block.first, block.last);
+        std::fill(to + block.first, to + seen.first, 0.0F);
+        std::fill(to + seen.hole_first, to + seen.hole_last, 0.0F);
+        std::fill(to + seen.last, to + block.last, 0.0F);
+      }
+      scales += block.v.scale_stride;
+      to_group += kScaledRows * kBlockRows;
+    }
+    output.c = rows.out + chunk * rows.v_dim;
+    output.rescale = rows.rescale + chunk;
+    output.num_rows = static_cast<int>(chunk_end - chunk);
+    multiply_tiles<Isa, kFetch>(output);
+  }
+}
+
 /// Attends those query rows that see something of a block: scores, softmax, output.
 /// @tparam kFetch  prefetch what is read after this: see block_in_place
-template <class Isa, bool kFetch, class Element>
-void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexcept {
+template <class Isa, bool kFetch, class KElement, class VElement>
+void attend_block(const QueryRows& rows, const TileBlock<KElement, VElement>& block) noexcept {
   const int tile_begin = block.first / kTile;
   const int tile_end = (block.last + kTile - 1) / kTile;
   const SeeingQueries queries =
@@ -376,11 +430,15 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
                      block.row0 + (block.last - 1));
   const std::ptrdiff_t first_row = std::ptrdiff_t{queries.first} * rows.group_size;
 
-  TileProduct<Element> scores;
+  TileProduct<KElement> scores;
   scores.a = rows.q + first_row * kPanel;
   scores.a_stride = rows.q_stride();
-  scores.b_stride = static_cast<std::ptrdiff_t>(rows.k_dim) * kTile;
-  scores.b = block.k + tile_begin * scores.b_stride;
+  scores.b_stride = block.k.stride;
+  scores.b = block.k.data + tile_begin * scores.b_stride;
+  if constexpr (kIsScaled<KElement>) {
+    scores.scales = block.k.scales + tile_begin * kTile;
+    scores.scale_stride = block.k.scale_stride;
+  }
   scores.c = rows.scores + first_row * kBlockRows + tile_begin * kTile;
   scores.c_stride = kBlockRows;
   scores.num_rows = (queries.last - queries.first) * rows.group_size;
@@ -396,7 +454,7 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   // groups of 4 and of 8, 1 % slower without groups; 8 lines are too many at once. A run's last
   // block fetches itself again, which costs nothing that shows.
   constexpr int kLinesPerRow = 4;
-  const char* fetch = reinterpret_cast<const char*>(block.v) + block.fetch_with_v.far;
+  const char* fetch = reinterpret_cast<const char*>(block.v.data) + block.fetch_with_v.far;
   std::ptrdiff_t row = first_row;
   bool all_see_all = true;
   for (int i = queries.first; i < queries.last; ++i) {
@@ -423,10 +481,10 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   }
 
   static_assert(kBlockRows == kPanel, "a block's probabilities are one panel");
-  TileProduct<Element> output;
+  TileProduct<VElement> output;
   output.a = rows.scores + first_row * kBlockRows + block.first;
-  output.b = block.v + block.first * kTile;
-  output.b_stride = block.v_stride;
+  output.b = block.v.data + block.first * kTile;
+  output.b_stride = block.v.stride;
   output.c = rows.out + first_row * rows.v_dim;
   output.c_stride = rows.v_dim;
   output.rescale = rows.rescale + first_row;
@@ -434,7 +492,9 @@ void attend_block(const QueryRows& rows, const TileBlock<Element>& block) noexce
   output.num_tiles = rows.v_dim / kTile;
   output.depth = block.last - block.first;
   output.fetch = block.fetch_with_v;
-  if (all_see_all || !rows.exact || has_finite_v<Isa>(block, rows.v_dim)) {
+  if constexpr (kIsScaled<VElement>) {
+    multiply_scaled<Isa, kFetch>(rows, block, queries, all_see_all, output);
+  } else if (all_see_all || !rows.exact || has_finite_v<Isa>(block, rows.v_dim)) {
     multiply_tiles<Isa, kFetch>(output);
   } else {
     multiply_visible<Isa, kFetch>(rows, block, queries, output);

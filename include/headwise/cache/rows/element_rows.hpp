@@ -28,10 +28,22 @@ struct ElementRows {
     return (elements * sizeof(E) + 63) / 64 * 64;
   }
 
+  template <class Isa>
+  static std::int64_t count_overflows(const PageShape& shape, const float* k, const float* v) {
+    return count_row_overflows<Isa>(k, shape.k_dim) + count_row_overflows<Isa>(v, shape.v_dim);
+  }
+
+  static void round_row(const PageShape& shape, const float* k, const float* v, float* to_k,
+                        float* to_v) {
+    for (int d = 0; d < shape.k_dim; ++d) to_k[d] = to_float(from_float<E>(k[d]));
+    for (int d = 0; d < shape.v_dim; ++d) to_v[d] = to_float(from_float<E>(v[d]));
+  }
+
   /// Finite floats of a row that rounding makes infinite; cheap where there are none.
   /// @param dim  a multiple of 16
   template <class Isa>
-  static std::int64_t count_overflows([[maybe_unused]] const float* row, [[maybe_unused]] int dim) {
+  static std::int64_t count_row_overflows([[maybe_unused]] const float* row,
+                                          [[maybe_unused]] int dim) {
     if constexpr (std::same_as<E, f32>) {
       return 0;
     } else {
@@ -46,10 +58,6 @@ struct ElementRows {
         return magnitude(x) >= kFirst && magnitude(x) < 0x7F800000U;
       });
     }
-  }
-
-  static void round_row(const float* from, int dim, float* to) {
-    for (int d = 0; d < dim; ++d) to[d] = to_float(from_float<E>(from[d]));
   }
 
   template <class Isa>

@@ -6,6 +6,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "headwise/core/dtype.hpp"
 #include "headwise/core/page_shape.hpp"
@@ -29,7 +30,8 @@ struct PagedMemory {
   }
 };
 
-/// What a row format offers. A format is a type without objects.
+/// What a row format offers. A format is a type without objects. Either width of a shape may be 0:
+/// such a page has K, or V, alone.
 ///
 ///     Memory            where pages lie: over_pages(), page(index)
 ///     Page              one page, as Memory::page() gives it and as made of a `const std::byte*`
@@ -38,14 +40,14 @@ struct PagedMemory {
 ///     encode<Isa>(page, shape, row, k, v)
 ///                       stores a token's K [k_dim] and V [v_dim]; returns how many of its finite
 ///                       elements became infinite
-///     count_overflows<Isa>(row, dim)
-///                       the same of one K or V row that is not stored
+///     count_overflows<Isa>(shape, k, v)
+///                       the same of a token that is not stored
 ///     add_rows<Isa>(page, shape, first, last, k_sum, v_sum)
 ///                       adds rows [first, last), as read, to sums in double
 ///     read_row(page, shape, row, k, v)
 ///                       one row as floats
-///     round_row(from, dim, to)
-///                       what storing a K or V row and reading it would give, bit for bit
+///     round_row(shape, k, v, to_k, to_v)
+///                       what storing a token and reading it would give, bit for bit
 ///     pack<Isa>(page, shape, row, count, k, v)
 ///                       rows [row, row + count), within 64 that begin at a multiple of 64, to
 ///                       tiles of floats (tiles.hpp); returns the tiles' row that the first one
@@ -53,8 +55,9 @@ struct PagedMemory {
 ///     pack_own_k<Isa>(rows, stride, count, dim, tiles), pack_own_v<Isa>(...)
 ///                       rows that a step has yet to store, rounded like round_row, likewise
 ///
-/// A format whose elements lie in tiles already and need no scale also has `Element` and
-/// `tiles(page, shape, row)`: decode then reads the 64 rows around `row` where they are.
+/// A format whose elements lie in tiles already also has `tiles(page, shape, row)`: decode then
+/// reads the 64 rows around `row` where they are, integers with their scales. One that stores K
+/// turned has `rotate_k(x, k_dim, to)`, which turns q likewise.
 template <class F>
 concept RowFormat = requires(std::byte* page, typename F::Page stored, const PageShape& shape,
                              std::size_t row, const float* from, float* to, double* sums,
@@ -63,10 +66,10 @@ concept RowFormat = requires(std::byte* page, typename F::Page stored, const Pag
   { F::name() } -> std::convertible_to<const char*>;
   { F::page_bytes(shape) } -> std::same_as<std::size_t>;
   { F::template encode<simd::Scalar>(page, shape, row, from, from) } -> std::same_as<std::int64_t>;
-  { F::template count_overflows<simd::Scalar>(from, n) } -> std::same_as<std::int64_t>;
+  { F::template count_overflows<simd::Scalar>(shape, from, from) } -> std::same_as<std::int64_t>;
   F::template add_rows<simd::Scalar>(page, shape, row, row, sums, sums);
   F::read_row(stored, shape, row, to, to);
-  F::round_row(from, n, to);
+  F::round_row(shape, from, from, to, to);
   { F::template pack<simd::Scalar>(stored, shape, row, n, to, to) } -> std::same_as<int>;
   F::template pack_own_k<simd::Scalar>(from, stride, n, n, to);
   F::template pack_own_v<simd::Scalar>(from, stride, n, n, to);
@@ -75,8 +78,13 @@ concept RowFormat = requires(std::byte* page, typename F::Page stored, const Pag
 /// A format that the decode kernel reads without packing.
 template <class F>
 concept TiledInPlace = requires(typename F::Page page, const PageShape& shape, std::size_t row) {
-  typename F::Element;
   F::tiles(page, shape, row);
+};
+
+/// A format whose stored K, as tiles and packed, has been turned: q has to be, too.
+template <class F>
+concept RotatesK = requires(const float* x, int dim, float* to) {
+  { F::rotate_k(x, dim, to) } -> std::same_as<const float*>;
 };
 
 template <RowElement E>
@@ -97,5 +105,46 @@ struct FormatOfTrait<E> {
 /// read fastest, a format itself. KvCache<f16> keeps TiledRows<f16>.
 template <class T>
 using FormatOf = typename detail::FormatOfTrait<T>::type;
+
+/// The few formats that one cache holds, each for some classes of its heads: see
+/// CacheOptions::format_of. KvCache<Formats<Int4Rows, f16>> keeps retrieval heads as int4.
+template <class... Rows>
+  requires(sizeof...(Rows) > 0)
+struct Formats {};
+
+namespace detail {
+template <class T>
+struct FormatListTrait {
+  using type = Formats<FormatOf<T>>;
+};
+template <class... Rows>
+struct FormatListTrait<Formats<Rows...>> {
+  using type = Formats<FormatOf<Rows>...>;
+};
+
+template <class List>
+struct FormatListOf;
+template <class First, class... Rest>
+struct FormatListOf<Formats<First, Rest...>> {
+  using Front = First;
+  static constexpr int kCount = 1 + static_cast<int>(sizeof...(Rest));
+  static constexpr bool kAreFormats = RowFormat<First> && (RowFormat<Rest> && ...);
+  static constexpr std::size_t (*kPageBytes[])(const PageShape&) = {&First::page_bytes,
+                                                                    &Rest::page_bytes...};
+
+  /// `fn(std::type_identity<Format>)` of the one at `idx`, which exists.
+  template <class Fn>
+  static decltype(auto) visit([[maybe_unused]] int idx, Fn&& fn) {
+    if constexpr (sizeof...(Rest) > 0) {
+      if (idx > 0) return FormatListOf<Formats<Rest...>>::visit(idx - 1, fn);
+    }
+    return fn(std::type_identity<First>{});
+  }
+};
+}  // namespace detail
+
+/// The list that a cache's argument names: of one, or Formats' own.
+template <class T>
+using FormatList = detail::FormatListOf<typename detail::FormatListTrait<T>::type>;
 
 }  // namespace headwise::inline v0

@@ -91,8 +91,7 @@ struct PlainRows : detail::ElementRows<E> {
     for (int d = 0; d < shape.v_dim; d += detail::kTile) {
       detail::convert_strip<Isa>(v + d, to_v + d);
     }
-    return detail::ElementRows<E>::template count_overflows<Isa>(k, shape.k_dim) +
-           detail::ElementRows<E>::template count_overflows<Isa>(v, shape.v_dim);
+    return detail::ElementRows<E>::template count_overflows<Isa>(shape, k, v);
   }
 
   template <class Isa>

@@ -54,8 +54,7 @@ struct TiledRows : detail::ElementRows<E> {
     for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.v_dim); dim += kRows) {
       detail::convert_strip<Isa>(v + dim, elements + v_offset(shape, row, dim));
     }
-    return detail::ElementRows<E>::template count_overflows<Isa>(k, shape.k_dim) +
-           detail::ElementRows<E>::template count_overflows<Isa>(v, shape.v_dim);
+    return detail::ElementRows<E>::template count_overflows<Isa>(shape, k, v);
   }
 
   template <class Isa>
@@ -96,8 +95,10 @@ struct TiledRows : detail::ElementRows<E> {
                                                           std::size_t row) {
     const std::size_t block = row / detail::kBlockRows * detail::kBlockRows;
     const E* elements = elements_of(page);
-    return {elements + k_offset(shape, block, 0), elements + v_offset(shape, block, 0),
-            static_cast<std::ptrdiff_t>(shape.page_tokens) * detail::kTile};
+    return {{elements + k_offset(shape, block, 0),
+             static_cast<std::ptrdiff_t>(shape.k_dim) * detail::kTile},
+            {elements + v_offset(shape, block, 0),
+             static_cast<std::ptrdiff_t>(shape.page_tokens) * detail::kTile}};
   }
 
   template <class Isa>
@@ -105,12 +106,12 @@ struct TiledRows : detail::ElementRows<E> {
                   float* v) noexcept {
     const detail::RowTiles<E> stored = tiles(page, shape, row);
     const int first = static_cast<int>(row % detail::kBlockRows);
-    const std::ptrdiff_t tile = static_cast<std::ptrdiff_t>(shape.k_dim) * detail::kTile;
-    const std::ptrdiff_t k_begin = first / detail::kTile * tile;
-    const std::ptrdiff_t k_end = (first + count + detail::kTile - 1) / detail::kTile * tile;
-    widen<Isa>(stored.k + k_begin, k_end - k_begin, k + k_begin);
+    const std::ptrdiff_t k_begin = first / detail::kTile * stored.k.stride;
+    const std::ptrdiff_t k_end =
+        (first + count + detail::kTile - 1) / detail::kTile * stored.k.stride;
+    widen<Isa>(stored.k.data + k_begin, k_end - k_begin, k + k_begin);
     for (int strip = 0; strip < shape.v_dim / detail::kTile; ++strip) {
-      widen<Isa>(stored.v + strip * stored.v_stride + first * detail::kTile,
+      widen<Isa>(stored.v.data + strip * stored.v.stride + first * detail::kTile,
                  static_cast<std::ptrdiff_t>(count) * detail::kTile,
                  v + (strip * detail::kBlockRows + first) * detail::kTile);
     }
