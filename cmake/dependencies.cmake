@@ -44,10 +44,10 @@ function(headwise_fetch package)
   endif()
 endfunction()
 
-# ggml and llama.cpp are never fetched: the adapter's test, the examples that are built on them and the comparison in bench/
-# are left out where neither is installed. One installation has both, or ggml alone.
+# ggml and llama.cpp are never fetched: the adapter's test, the examples that are built on them and the comparison in
+# bench/ are left out where neither is installed. One installation has both, or ggml alone.
 set(HEADWISE_GGML "" CACHE PATH
-  "Where ggml (and llama.cpp) is installed; empty: build/llama, where cmake/bootstrap.sh llama puts it, else the system")
+  "Where ggml (and llama.cpp) is installed; empty: where cmake/bootstrap.sh llama puts it, else the system")
 if(NOT CMAKE_CROSSCOMPILING)
   set(ggml_hints ${HEADWISE_GGML})
   if(NOT ggml_hints)
