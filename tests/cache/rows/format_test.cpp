@@ -56,6 +56,38 @@ TYPED_TEST(RowFormats, ReadsBackWhatRoundRowSays) {
   }
 }
 
+TYPED_TEST(RowFormats, CopiesARowsBitsAndNoOthers) {
+  using Format = typename TypeParam::Format;
+  for (const PageShape& shape : kShapes) {
+    const std::size_t bytes = Format::page_bytes(shape);
+    std::vector<std::byte> page(bytes);
+    std::vector<std::vector<float>> k, v;
+    for (std::size_t row = 0; row < static_cast<std::size_t>(shape.page_tokens); ++row) {
+      k.push_back(this->floats(shape.k_dim));
+      v.push_back(this->floats(shape.v_dim));
+      Format::template encode<typename TypeParam::Isa>(page.data(), shape, row, k.back().data(),
+                                                       v.back().data());
+    }
+    std::vector<std::byte> other(bytes, std::byte{0x5A});
+    Format::copy_row(page.data(), 3, other.data(), 14, shape);
+    std::vector<std::byte> expected(bytes, std::byte{0x5A});
+    Format::template encode<typename TypeParam::Isa>(expected.data(), shape, 14, k[3].data(),
+                                                     v[3].data());
+    EXPECT_EQ(other, expected);
+    // Within a page, to another tile, within a tile and to itself.
+    for (const auto& [from, to] : {std::pair{15, 0}, std::pair{2, 7}, std::pair{5, 5}}) {
+      std::vector<std::byte> same = page;
+      Format::copy_row(same.data(), static_cast<std::size_t>(from), same.data(),
+                       static_cast<std::size_t>(to), shape);
+      expected = page;
+      Format::template encode<typename TypeParam::Isa>(
+          expected.data(), shape, static_cast<std::size_t>(to),
+          k[static_cast<std::size_t>(from)].data(), v[static_cast<std::size_t>(from)].data());
+      EXPECT_EQ(same, expected);
+    }
+  }
+}
+
 TYPED_TEST(RowFormats, AddsExactlyTheRowsAskedFor) {
   using Format = typename TypeParam::Format;
   for (const PageShape& shape : kShapes) {

@@ -44,6 +44,8 @@ struct PagedMemory {
 ///                       adds rows [first, last), as read, to sums in double
 ///     read_row(page, shape, row, k, v)
 ///                       one row as floats
+///     copy_row(from, row, to, to_row, shape)
+///                       a stored row to another place, bit for bit; pages may be the same
 ///     round_row(from, dim, to)
 ///                       what storing a K or V row and reading it would give, bit for bit
 ///     pack<Isa>(page, shape, row, count, k, v)
@@ -66,6 +68,7 @@ concept RowFormat = requires(std::byte* page, typename F::Page stored, const Pag
   { F::template count_overflows<simd::Scalar>(from, n) } -> std::same_as<std::int64_t>;
   F::template add_rows<simd::Scalar>(page, shape, row, row, sums, sums);
   F::read_row(stored, shape, row, to, to);
+  F::copy_row(static_cast<const std::byte*>(page), row, page, row, shape);
   F::round_row(from, n, to);
   { F::template pack<simd::Scalar>(stored, shape, row, n, to, to) } -> std::same_as<int>;
   F::template pack_own_k<simd::Scalar>(from, stride, n, n, to);

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "headwise/cache/rows/format.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
@@ -74,6 +75,24 @@ struct Int8Rows {
     for_each_element(
         page, shape, row, [&](std::size_t d, float x) { k[d] = x; },
         [&](std::size_t d, float x) { v[d] = x; });
+  }
+
+  static void copy_row(const std::byte* from, std::size_t row, std::byte* to, std::size_t to_row,
+                       const PageShape& shape) {
+    const auto* old_bytes = reinterpret_cast<const std::int8_t*>(from);
+    auto* new_bytes = reinterpret_cast<std::int8_t*>(to);
+    for (std::size_t d = 0; d < static_cast<std::size_t>(shape.k_dim); ++d) {
+      new_bytes[k_offset(shape, to_row, d)] = old_bytes[k_offset(shape, row, d)];
+    }
+    for (std::size_t d = 0; d < static_cast<std::size_t>(shape.v_dim); d += kRows) {
+      std::memmove(new_bytes + v_offset(shape, to_row, d), old_bytes + v_offset(shape, row, d),
+                   kRows);
+    }
+    const auto tokens = static_cast<std::size_t>(shape.page_tokens);
+    for (const std::size_t first : {std::size_t{0}, tokens}) {
+      std::memmove(to + scales_offset(shape) + (first + to_row) * sizeof(float),
+                   from + scales_offset(shape) + (first + row) * sizeof(float), sizeof(float));
+    }
   }
 
   static void round_row(const float* from, int dim, float* to) {

@@ -6,6 +6,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "headwise/cache/rows/element_rows.hpp"
 #include "headwise/cache/rows/format.hpp"
@@ -116,6 +117,16 @@ struct PlainRows : detail::ElementRows<E> {
     const auto r = static_cast<std::ptrdiff_t>(row);
     for (int d = 0; d < shape.k_dim; ++d) k[d] = to_float(page.k[r * page.k_stride + d]);
     for (int d = 0; d < shape.v_dim; ++d) v[d] = to_float(page.v[r * page.v_stride + d]);
+  }
+
+  static void copy_row(const std::byte* from, std::size_t row, std::byte* to, std::size_t to_row,
+                       const PageShape& shape) {
+    const E* old_rows = reinterpret_cast<const E*>(from);
+    E* new_rows = reinterpret_cast<E*>(to);
+    std::memmove(new_rows + k_offset(shape, to_row, 0), old_rows + k_offset(shape, row, 0),
+                 static_cast<std::size_t>(shape.k_dim) * sizeof(E));
+    std::memmove(new_rows + v_offset(shape, to_row, 0), old_rows + v_offset(shape, row, 0),
+                 static_cast<std::size_t>(shape.v_dim) * sizeof(E));
   }
 
   template <class Isa>
