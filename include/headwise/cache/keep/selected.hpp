@@ -64,6 +64,7 @@ struct SelectedRule {
   }
   /// Until it is selected from, a prompt is held as a whole.
   constexpr std::int64_t peak_entries(std::int64_t) const { return pages_of(max_context); }
+  constexpr std::int64_t most_rows() const { return max_context; }
 
   constexpr StoredRuns runs(State state, std::int64_t length, Phase) const {
     return {{{{Slot{state.first}, Pos{state.first}, length - state.first}}}};
