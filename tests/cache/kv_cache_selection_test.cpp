@@ -374,7 +374,7 @@ TYPED_TEST(SelectionOfFormat, EverythingElseGoesOnBetweenSelectionsAtRandomMomen
         return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(n));
       };
       (void)model.add();
-      for (int i = 0; i < 120; ++i) {
+      for (int i = 0; i < 70; ++i) {
         const auto at = std::next(model.sequences.begin(),
                                   below(static_cast<std::int64_t>(model.sequences.size())));
         const SequenceId id = at->first;

@@ -281,12 +281,12 @@ class Books {
   /// nothing is changed.
   /// @param fault  says what is wrong where kBadSelection is returned.
   /// @param copy_page  copy_page(PageCopy): a page that a fork shares and rows move into.
-  /// @param copy_row  copy_row(layer, page, row, to page, to row): one row's bits; in such an order
-  ///   that no row is overwritten before it has moved.
+  /// @param copy_rows  copy_rows(layer, page, rows, to page, to row): rows of one page to as many
+  ///   of another or the same; in such an order that none is overwritten before it has moved.
   /// @return kInStep, kOutOfPages or kBadSelection change nothing.
-  template <class CopyPage, class CopyRow>
+  template <class CopyPage, class CopyRows>
   StepStatus compact(SequenceId id, const KeptPositions& kept, SelectionFault& fault,
-                     CopyPage&& copy_page, CopyRow&& copy_row) {
+                     CopyPage&& copy_page, CopyRows&& copy_rows) {
     fault = {};
     if (!is_live(id)) return StepStatus::kInvalidChunk;
     SequenceState& sequence = state(id);
@@ -299,7 +299,7 @@ class Books {
     for_each_selected(
         id.index, kept,
         [&](int, const HeadPlace& head, const auto& rule, const auto& was, Positions positions) {
-          const Moves moves = moves_of(head, rule, was, positions);
+          const Moves moves = plan_moves(head, rule, was, positions);
           drops |= moves.first != was.first;
           for (const std::int32_t& page : entries(head, written(moves))) {
             if (pool_.num_holders(page) > 1) ++demand_of(head.c);
@@ -311,9 +311,10 @@ class Books {
     for_each_selected(id.index, kept,
                       [&](int layer, const HeadPlace& head, const auto& rule, const auto& was,
                           Positions positions) {
-                        const Moves moves = moves_of(head, rule, was, positions);
+                        const Moves moves = plan_moves(head, rule, was, positions);
                         unshare(head, written(moves), copy_page);
-                        move_rows(layer, head, rule, was, positions, moves, copy_row);
+                        move_rows(layer, head, moves, copy_rows);
+                        note_positions(head, moves, positions);
                         const std::int64_t page_tokens = geometry_.options().page_tokens;
                         for (const std::int32_t page :
                              entries(head, {was.first / page_tokens, moves.first / page_tokens})) {
@@ -340,11 +341,10 @@ class Books {
   void for_each_position(std::int32_t index, std::size_t c, std::int64_t h, Fn&& fn) const {
     visit_head(index, c, h, [&]<class Rule>(const Rule& rule, const auto& kept) {
       if constexpr (Rule::kSelects) {
-        const HeadPlace head{index, c, h};
-        const std::int64_t length = sequences_[static_cast<std::size_t>(index)].length;
-        for (std::int64_t slot = kept.first; slot < length; ++slot) {
-          fn(position_of(head, rule, kept, slot));
-        }
+        walk_positions({index, c, h}, rule, kept, [&](std::int64_t, std::int32_t position) {
+          fn(position);
+          return true;
+        });
       }
     });
   }
@@ -709,16 +709,24 @@ class Books {
     return positions_.data() +
            begin / smallest_page_bytes_ * static_cast<std::size_t>(geometry_.options().page_tokens);
   }
-  std::int32_t& noted_position(const HeadPlace& head, std::int64_t slot) const {
+  /// `fn(slot, position)` for every stored row of a head, ascending, until it says false.
+  template <class Rule, class Fn>
+  void walk_positions(const HeadPlace& head, const Rule& rule, const typename Rule::State& kept,
+                      Fn&& fn) const {
+    const std::int64_t length = sequences_[static_cast<std::size_t>(head.index)].length;
     const std::int64_t page_tokens = geometry_.options().page_tokens;
-    const std::int32_t page = tables_.head(head.index, head.c, head.h)[slot / page_tokens];
-    return positions_of(page)[slot % page_tokens];
-  }
-  template <class Rule>
-  std::int32_t position_of(const HeadPlace& head, const Rule& rule,
-                           const typename Rule::State& kept, std::int64_t slot) const {
-    return rule.position_is_slot(kept, slot) ? static_cast<std::int32_t>(slot)
-                                             : noted_position(head, slot);
+    for (std::int64_t slot = kept.first; slot < length;) {
+      const std::int64_t entry = slot / page_tokens;
+      const std::int64_t end = std::min(length, (entry + 1) * page_tokens);
+      const std::int32_t* noted =
+          positions_of(tables_.head(head.index, head.c, head.h)[entry]) - entry * page_tokens;
+      for (; slot < end; ++slot) {
+        if (!fn(slot, rule.position_is_slot(kept, slot) ? static_cast<std::int32_t>(slot)
+                                                        : noted[slot])) {
+          return;
+        }
+      }
+    }
   }
   /// A page's rows, and their positions with them.
   PageCopy copy_of(std::size_t c, std::int32_t from, std::int32_t to) {
@@ -782,7 +790,6 @@ class Books {
         return given == 0 || refuse(Kind::kNotSelectable, given, 0);
       } else {
         if (!owns_rows(layer)) return given == 0 || refuse(Kind::kNotSelectable, given, 0);
-        std::int64_t slot = was.first;
         std::int64_t last = -1;
         for (const std::int32_t position : positions) {
           if (position < 0 || position >= length) {
@@ -790,24 +797,34 @@ class Books {
           }
           if (position <= last) return refuse(Kind::kNotAscending, position, last);
           last = position;
-          while (slot < length && position_of(head, rule, was, slot) < position) ++slot;
-          if (slot == length || position_of(head, rule, was, slot) != position) {
-            return refuse(Kind::kNotStored, position, was.selected);
-          }
         }
+        auto next = positions.begin();
+        walk_positions(head, rule, was, [&](std::int64_t, std::int32_t stored) {
+          if (next != positions.end() && *next == stored) ++next;
+          return next != positions.end() && *next > stored;
+        });
+        if (next != positions.end()) return refuse(Kind::kNotStored, *next, was.selected);
         return true;
       }
     });
     return fault;
   }
 
+  /// Where kept rows are now, in from_slots_, and what becomes of them.
   template <class Rule>
-  Moves moves_of(const HeadPlace& head, const Rule& rule, const typename Rule::State& was,
-                 Positions kept) const {
+  Moves plan_moves(const HeadPlace& head, const Rule& rule, const typename Rule::State& was,
+                   Positions kept) {
+    from_slots_.clear();
+    walk_positions(head, rule, was, [&](std::int64_t slot, std::int32_t position) {
+      if (from_slots_.size() < kept.size() && kept[from_slots_.size()] == position) {
+        from_slots_.push_back(slot);
+      }
+      return from_slots_.size() < kept.size();
+    });
     const std::int64_t length = sequences_[static_cast<std::size_t>(head.index)].length;
     Moves moves{rule.first_after(length, std::ssize(kept)), length, length};
-    for (std::size_t i = kept.size(); i > 0; --i, --moves.still) {
-      if (position_of(head, rule, was, moves.still - 1) != kept[i - 1]) break;
+    for (std::size_t i = kept.size(); i > 0 && from_slots_[i - 1] == moves.still - 1; --i) {
+      --moves.still;
     }
     return moves;
   }
@@ -832,24 +849,41 @@ class Books {
       ++at;
     }
   }
-  /// Moves rows to their slots, the newest first: none goes to a lower slot, and so none is
-  /// overwritten that has yet to move. Notes all positions.
-  template <class Rule, class CopyRow>
-  void move_rows(int layer, const HeadPlace& head, const Rule& rule,
-                 const typename Rule::State& was, Positions kept, const Moves& moves,
-                 CopyRow&& copy_row) {
+  /// Moves rows from from_slots_ to their slots, page by page and the newest first: none goes to a
+  /// lower slot, and so none is overwritten that has yet to move.
+  template <class CopyRows>
+  void move_rows(int layer, const HeadPlace& head, const Moves& moves, CopyRows&& copy_rows) {
     const std::int64_t page_tokens = geometry_.options().page_tokens;
     const std::int32_t* table = tables_.head(head.index, head.c, head.h);
-    std::int64_t from = moves.still - 1;
-    std::int64_t to = moves.end - 1;
-    for (std::size_t i = kept.size(); i > 0; --i, --to) {
-      if (to < moves.still) {
-        while (position_of(head, rule, was, from) != kept[i - 1]) --from;
-        copy_row(layer, table[from / page_tokens], from % page_tokens, table[to / page_tokens],
-                 to % page_tokens);
-        --from;
+    for (std::int64_t to_end = moves.still; to_end > moves.first;) {
+      // As many rows as come from one page and go to one.
+      const auto from_of = [&](std::int64_t to) {
+        return from_slots_[static_cast<std::size_t>(to - moves.first)];
+      };
+      const std::int64_t from_entry = from_of(to_end - 1) / page_tokens;
+      const std::int64_t to_entry = (to_end - 1) / page_tokens;
+      const std::int64_t lowest = std::max(moves.first, to_entry * page_tokens);
+      std::int64_t to = to_end;
+      while (to > lowest && from_of(to - 1) >= from_entry * page_tokens) --to;
+      rows_.clear();
+      for (std::int64_t slot = to; slot < to_end; ++slot) {
+        rows_.push_back(static_cast<std::int32_t>(from_of(slot) - from_entry * page_tokens));
       }
-      noted_position(head, to) = kept[i - 1];
+      copy_rows(layer, table[from_entry], Positions(rows_), table[to_entry],
+                to - to_entry * page_tokens);
+      to_end = to;
+    }
+  }
+  /// Writes down whose rows now lie in the slots of a head.
+  void note_positions(const HeadPlace& head, const Moves& moves, Positions kept) {
+    const std::int64_t page_tokens = geometry_.options().page_tokens;
+    const std::int32_t* table = tables_.head(head.index, head.c, head.h);
+    for (std::int64_t slot = moves.first; slot < moves.end;) {
+      const std::int64_t entry = slot / page_tokens;
+      const std::int64_t end = std::min(moves.end, (entry + 1) * page_tokens);
+      std::copy_n(kept.begin() + (slot - moves.first), end - slot,
+                  positions_of(table[entry]) + (slot - entry * page_tokens));
+      slot = end;
     }
   }
 
@@ -864,7 +898,9 @@ class Books {
   std::span<std::int32_t> first_slots_;  // [max_sequences][heads that are selected from]
   std::span<std::int32_t> positions_;    // [pages][page_tokens], of the smallest size
   std::size_t smallest_page_bytes_;
-  std::span<std::int64_t> demand_;  // pages of each size: of the call in progress
+  std::vector<std::int64_t> from_slots_;  // of the selection in progress: one head's kept rows
+  std::vector<std::int32_t> rows_;        // of one page
+  std::span<std::int64_t> demand_;        // pages of each size: of the call in progress
   std::size_t num_free_sequences_ = 0;
   std::vector<StepChunk> open_chunks_;  // a copy: the engine's Step may be gone before a drop
   std::uint64_t last_epoch_ = 0;

@@ -155,11 +155,10 @@ class KvCache {
         [&](const PageCopy& copy) {
           (void)place_.copy_pages({&copy, 1}, Stream{});
         },
-        [&](int layer, std::int32_t from, std::int64_t from_row, std::int32_t to,
+        [&](int layer, std::int32_t from, std::span<const std::int32_t> rows, std::int32_t to,
             std::int64_t to_row) {
-          Format::copy_row(books_.pool().address(from), static_cast<std::size_t>(from_row),
-                           books_.pool().address(to), static_cast<std::size_t>(to_row),
-                           geometry().layer(layer).page);
+          Format::copy_rows(books_.pool().address(from), rows, books_.pool().address(to),
+                            static_cast<std::size_t>(to_row), geometry().layer(layer).page);
         });
     if (fault != nullptr) *fault = found;
     return status;

@@ -7,7 +7,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
+#include <span>
 
 #include "headwise/cache/rows/format.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
@@ -77,21 +77,17 @@ struct Int8Rows {
         [&](std::size_t d, float x) { v[d] = x; });
   }
 
-  static void copy_row(const std::byte* from, std::size_t row, std::byte* to, std::size_t to_row,
-                       const PageShape& shape) {
-    const auto* old_bytes = reinterpret_cast<const std::int8_t*>(from);
-    auto* new_bytes = reinterpret_cast<std::int8_t*>(to);
-    for (std::size_t d = 0; d < static_cast<std::size_t>(shape.k_dim); ++d) {
-      new_bytes[k_offset(shape, to_row, d)] = old_bytes[k_offset(shape, row, d)];
-    }
-    for (std::size_t d = 0; d < static_cast<std::size_t>(shape.v_dim); d += kRows) {
-      std::memmove(new_bytes + v_offset(shape, to_row, d), old_bytes + v_offset(shape, row, d),
-                   kRows);
-    }
-    const auto tokens = static_cast<std::size_t>(shape.page_tokens);
-    for (const std::size_t first : {std::size_t{0}, tokens}) {
-      std::memmove(to + scales_offset(shape) + (first + to_row) * sizeof(float),
-                   from + scales_offset(shape) + (first + row) * sizeof(float), sizeof(float));
+  static void copy_rows(const std::byte* from, std::span<const std::int32_t> rows, std::byte* to,
+                        std::size_t to_row, const PageShape& shape) {
+    detail::copy_tiled_rows(reinterpret_cast<const std::int8_t*>(from), rows,
+                            reinterpret_cast<std::int8_t*>(to), to_row, shape);
+    const float* old_scales = scales_of(from, shape);
+    float* new_scales = reinterpret_cast<float*>(to + scales_offset(shape));
+    for (std::size_t i = rows.size(); i > 0; --i) {
+      for (const std::size_t side : {std::size_t{0}, static_cast<std::size_t>(shape.page_tokens)}) {
+        new_scales[side + to_row + i - 1] =
+            old_scales[side + static_cast<std::size_t>(rows[i - 1])];
+      }
     }
   }
 

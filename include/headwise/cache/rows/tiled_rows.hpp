@@ -7,7 +7,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
+#include <span>
 
 #include "headwise/cache/rows/element_rows.hpp"
 #include "headwise/cache/rows/format.hpp"
@@ -92,15 +92,9 @@ struct TiledRows : detail::ElementRows<E> {
     }
   }
 
-  static void copy_row(const std::byte* from, std::size_t row, std::byte* to, std::size_t to_row,
-                       const PageShape& shape) {
-    const E* old_k = elements_of(from) + k_offset(shape, row, 0);
-    E* new_k = reinterpret_cast<E*>(to) + k_offset(shape, to_row, 0);
-    for (int d = 0; d < shape.k_dim; ++d) new_k[d * detail::kTile] = old_k[d * detail::kTile];
-    for (std::size_t d = 0; d < static_cast<std::size_t>(shape.v_dim); d += kRows) {
-      std::memmove(reinterpret_cast<E*>(to) + v_offset(shape, to_row, d),
-                   elements_of(from) + v_offset(shape, row, d), kRows * sizeof(E));
-    }
+  static void copy_rows(const std::byte* from, std::span<const std::int32_t> rows, std::byte* to,
+                        std::size_t to_row, const PageShape& shape) {
+    detail::copy_tiled_rows(elements_of(from), rows, reinterpret_cast<E*>(to), to_row, shape);
   }
 
   /// The 64 rows around `row` (as many as the page has), where they lie.
