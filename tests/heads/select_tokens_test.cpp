@@ -94,5 +94,15 @@ TEST(SelectTokens, RefusesCountsBelowTheProtectedSetAndAppendsNothing) {
   EXPECT_EQ(list_of(select_tokens(few, {4, 4}, uniform_counts(few, 10)), 0), (List{0, 1, 2}));
 }
 
+TEST(SelectAbove, KeepsWhatScoresEnoughAndIsProtected) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  TokenScores scores(7);
+  std::ranges::copy(std::vector<float>{-1, 2, 1.5F, kInf, 1.4F, 3, -9}, scores.add_head().begin());
+  KeptPositions kept;
+  select_above(scores, {1, 1}, 1.5F, kept);
+  EXPECT_EQ(list_of(kept, 0), (List{0, 1, 2, 5, 6}));
+  EXPECT_THROW(select_above(scores, {}, kInf, kept), ConfigError);
+}
+
 }  // namespace
 }  // namespace headwise

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "headwise/core/bits.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/heads/kept_positions.hpp"
 #include "headwise/heads/token_counts.hpp"
@@ -56,6 +57,28 @@ inline KeptPositions select_tokens(const TokenScores& scores, const Protection& 
   KeptPositions kept;
   select_tokens(scores, protection, counts, kept);
   return kept;
+}
+
+/// Appends, for each head, the protected tokens and those that score `threshold` or more: as many
+/// as there are (DMS, arXiv:2506.05345, where a token is judged once, when it leaves the `recent`
+/// ones: the same, again and again, for scorers that are final at birth). Size is not bounded.
+/// @throws ConfigError for a threshold that is not finite.
+inline void select_above(const TokenScores& scores, const Protection& protection, float threshold,
+                         KeptPositions& kept) {
+  if (!is_finite(threshold)) fail<ConfigError>("a threshold must be finite, got ", threshold);
+  std::vector<std::int32_t> chosen;
+  for (std::int64_t h = 0; h < scores.num_heads(); ++h) {
+    chosen.clear();
+    for (std::size_t j = 0; j < scores.positions(h).size(); ++j) {
+      const std::int32_t position = scores.positions(h)[j];
+      const float score = scores.scores(h)[j];
+      if (protection.covers(position, scores.length()) ||
+          (is_finite(score) && score >= threshold)) {
+        chosen.push_back(position);
+      }
+    }
+    kept.add_head(chosen);
+  }
 }
 
 }  // namespace headwise::inline v0
