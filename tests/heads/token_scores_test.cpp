@@ -31,6 +31,9 @@ TEST(TokenScores, OrderIsByScoreThenTieScoreThenLowerPosition) {
   EXPECT_EQ(scores.order(0, {}), (Order{1, 3, 2, 4, 5, 0}));
   scores.set_tie_scores(std::vector<float>{0, 0, 1, 5, 7, 7});
   EXPECT_EQ(scores.order(0, {}), (Order{3, 1, 4, 5, 2, 0}));
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  scores.set_tie_scores(std::vector<float>{0, kNan, 1, 5, kNan, 7});
+  EXPECT_EQ(scores.order(0, {}), (Order{3, 1, 5, 2, 4, 0}));
 }
 
 TEST(TokenScores, ProtectedTokensComeFirstNewestFirstWhateverTheyScore) {

@@ -129,10 +129,10 @@ class TokenScores {
     if (counts_a != counts_b) return counts_a;
     if (counts_a && scores_[at_a] != scores_[at_b]) return scores_[at_a] > scores_[at_b];
     if (head_a != head_b) return head_a < head_b;
-    if (at_a < ties_.size() && at_b < ties_.size() && is_finite(ties_[at_a]) &&
-        is_finite(ties_[at_b]) && ties_[at_a] != ties_[at_b]) {
-      return ties_[at_a] > ties_[at_b];
-    }
+    const bool ties_a = at_a < ties_.size() && is_finite(ties_[at_a]);
+    const bool ties_b = at_b < ties_.size() && is_finite(ties_[at_b]);
+    if (ties_a != ties_b) return ties_a;
+    if (ties_a && ties_[at_a] != ties_[at_b]) return ties_[at_a] > ties_[at_b];
     return a < b;
   }
   /// Stored tokens of a head that are protected.
