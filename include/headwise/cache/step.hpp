@@ -51,6 +51,7 @@ enum class [[nodiscard]] StepStatus : std::uint8_t{
     kAttended,        ///< the layer was attended already
     kNotPlanned,      ///< a share of a layer before plan_work(), or a second time after it
     kTooManyThreads,  ///< a share of more threads than plan_work() was told
+    kBadSelection,    ///< compact: kept positions that the sequence cannot keep; the fault says why
     kDeviceError,     ///< a device refused a copy or a launch; its cache is of no more use
 };
 
@@ -85,6 +86,8 @@ constexpr const char* to_string(StepStatus status) {
       return "the step's work was not planned";
     case StepStatus::kTooManyThreads:
       return "more threads than planned for";
+    case StepStatus::kBadSelection:
+      return "kept positions that cannot be kept";
     case StepStatus::kDeviceError:
       return "device error";
   }
