@@ -65,6 +65,8 @@ class Naive {
 
   void attend_row(const headwise::LayerShape& layer, int idx, int head, std::int64_t pos,
                   const float* q, float* out) {
+    const headwise::SoftmaxOptions& softmax = layer.softmax;
+    const auto of_head = static_cast<std::size_t>(head);
     const int kv_head = head / layer.group_size;
     const auto* keep = std::get_if<headwise::KeepWindow>(&plan_.budget(idx, kv_head));
     const headwise::Window window = keep != nullptr ? keep->window : headwise::Window::everything();
@@ -78,11 +80,18 @@ class Naive {
       const float* k = row(keys_, j, layer.k_dim);
       double sum = 0.0;
       for (int d = 0; d < layer.k_dim; ++d) sum += double{q[d]} * double{k[d]};
-      logits_.push_back(sum * static_cast<double>(layer.scale()));
-      max = std::max(max, logits_.back());
+      double logit = sum * static_cast<double>(layer.scale());
+      if (softmax.soft_cap != 0.0F) {
+        logit = double{softmax.soft_cap} * std::tanh(logit / double{softmax.soft_cap});
+      }
+      if (!softmax.alibi_slopes.empty()) {
+        logit += double{softmax.alibi_slopes[of_head]} * static_cast<double>(j - pos);
+      }
+      logits_.push_back(logit);
+      max = std::max(max, logit);
     }
     sums_.assign(static_cast<std::size_t>(layer.v_dim), 0.0);
-    double total = 0.0;
+    double total = softmax.sinks.empty() ? 0.0 : std::exp(double{softmax.sinks[of_head]} - max);
     auto logit = logits_.begin();
     for (std::int64_t j = 0; j <= pos; ++j) {
       if (!window.sees(headwise::Pos{pos}, headwise::Pos{j})) continue;
