@@ -52,7 +52,7 @@ inline std::vector<float> alibi_slopes_of(float max_bias, int num_qo_heads) {
   const auto n = static_cast<int>(std::bit_floor(static_cast<unsigned>(num_qo_heads)));
   for (int head = 0; head < num_qo_heads; ++head) {
     const double power = head < n ? head + 1 : head - n + 0.5;
-    slopes.push_back(static_cast<float>(std::exp2(-double{max_bias} * power / n)));
+    slopes.push_back(static_cast<float>(std::exp2(-static_cast<double>(max_bias) * power / n)));
   }
   return slopes;
 }
