@@ -163,6 +163,9 @@ class KvCache {
   /// What follows from shape, plan and options.
   const CacheGeometry& geometry() const& { return books_.geometry(); }
   const CacheGeometry& geometry() const&& = delete;
+  /// Sequences, and the tables of their pages.
+  const Books& books() const& { return books_; }
+  const Books& books() const&& = delete;
   /// Where the pages live.
   const Place& place() const& { return place_; }
   const Place& place() const&& = delete;
