@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <limits>
 #include <memory_resource>
+#include <vector>
 
 #include "headwise/cache/kv_cache.hpp"
+#include "headwise/heads/shard.hpp"
 
 namespace headwise {
 namespace {
@@ -103,6 +105,25 @@ TEST(Estimate, BytesOfASequenceFollowItsLength) {
   EXPECT_EQ(bytes(129), (2 * 3 + 2 * 2) * kFirst + (3 + 2) * kSecond)
       << "rings have all they will ever hold";
   EXPECT_EQ(bytes(5000), (2 * 79 + 2 * 2) * kFirst + (79 + 2) * kSecond);
+}
+
+TEST(Estimate, BytesOfHeadsAreThoseOfTheSequenceAndShardEvenly) {
+  const Model model;
+  const auto bytes = head_bytes<f16>(model.shape, model.plan, model.options, 5000);
+  const auto first = static_cast<std::int64_t>(kFirst);
+  const auto second = static_cast<std::int64_t>(kSecond);
+  EXPECT_EQ(bytes, (std::vector<std::int64_t>{2 * first, 79 * first, 79 * first, 2 * first,
+                                              79 * second, 2 * second}));
+  const Sharding parts = shard(model.plan, 2, bytes);
+  std::size_t sum = 0;
+  for (int rank = 0; rank < 2; ++rank) {
+    const std::size_t held = sequence_bytes<f16>(parts.shape(model.shape),
+                                                 parts.plan(model.plan, rank), model.options, 5000);
+    EXPECT_EQ(held, static_cast<std::size_t>(parts.costs()[static_cast<std::size_t>(rank)]));
+    sum += held;
+  }
+  EXPECT_EQ(sum, sequence_bytes<f16>(model.shape, model.plan, model.options, 5000));
+  EXPECT_THROW((void)head_bytes<f16>(model.shape, model.plan, model.options, 5001), ConfigError);
 }
 
 TEST(Estimate, SaysNoGainWhereWindowsAreNoSmallerThanTheContext) {

@@ -78,6 +78,22 @@ std::size_t sequence_bytes(const ModelShape& shape, const HeadPlan& plan,
   return geometry.bytes_held(length, length);
 }
 
+/// sequence_bytes() of each KV head, layer by layer: what shard() (heads/shard.hpp) evens out.
+/// @throws ConfigError as sequence_bytes().
+template <class Rows = f16>
+std::vector<std::int64_t> head_bytes(const ModelShape& shape, const HeadPlan& plan,
+                                     const CacheOptions& options, std::int64_t length) {
+  const CacheGeometry geometry(shape, plan, options, &FormatOf<Rows>::page_bytes);
+  detail::checked_range(length, 0, geometry.options().max_context, "length");
+  std::vector<std::int64_t> bytes;
+  for (const HeadGeometry& head : geometry.heads()) {
+    const HeadClass& heads = geometry.classes()[static_cast<std::size_t>(head.class_idx)];
+    bytes.push_back(detail::checked_cast<std::int64_t>(
+        geometry.head_bytes_held(heads, length, length), "bytes of a head"));
+  }
+  return bytes;
+}
+
 /// What a KvCache<Rows> of these arguments asks its allocator for. CacheOptions::max_chunk bounds
 /// the steps; with max_bytes 0 the pool holds resident and transient bytes (in whole slabs, where
 /// layers differ in width).

@@ -147,14 +147,21 @@ class CacheGeometry {
   std::size_t bytes_held(std::int64_t length, std::int64_t high_water) const {
     std::size_t bytes = 0;
     for (const HeadClass& heads : classes_) {
-      const std::int64_t pages = heads.num_heads * entries_held(heads, length, high_water);
       bytes = detail::checked_add(
           bytes,
-          detail::checked_mul(static_cast<std::size_t>(pages), pool_.page_bytes(heads.page_size),
-                              "bytes of a sequence"),
+          detail::checked_mul(static_cast<std::size_t>(heads.num_heads),
+                              head_bytes_held(heads, length, high_water), "bytes of a sequence"),
           "bytes of a sequence");
     }
     return bytes;
+  }
+
+  /// Bytes of one head of a class.
+  /// @throws ConfigError as bytes_held().
+  std::size_t head_bytes_held(const HeadClass& heads, std::int64_t length,
+                              std::int64_t high_water) const {
+    return detail::checked_mul(static_cast<std::size_t>(entries_held(heads, length, high_water)),
+                               pool_.page_bytes(heads.page_size), "bytes of a sequence");
   }
 
   /// Most pages of each size that one sequence holds while a step of at most `max_chunk` tokens is
