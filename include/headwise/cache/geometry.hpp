@@ -164,6 +164,26 @@ class CacheGeometry {
                                pool_.page_bytes(heads.page_size), "bytes of a sequence");
   }
 
+  /// Bytes of pages that one sequence holds while a step between these lengths is open.
+  /// @throws ConfigError as bytes_held().
+  std::size_t bytes_in_step(const StepLengths& lengths) const {
+    std::size_t bytes = bytes_held(lengths.length, lengths.high_water);
+    for (const HeadClass& heads : classes_) {
+      const std::int64_t taken = std::visit(
+          [&]<class Rule>(const Rule& rule) {
+            return rule.changes(typename Rule::State{}, lengths).take.count();
+          },
+          heads.rule);
+      const std::size_t of_head = detail::checked_mul(
+          static_cast<std::size_t>(taken), pool_.page_bytes(heads.page_size), "bytes of a step");
+      bytes = detail::checked_add(bytes,
+                                  detail::checked_mul(static_cast<std::size_t>(heads.num_heads),
+                                                      of_head, "bytes of a step"),
+                                  "bytes of a step");
+    }
+    return bytes;
+  }
+
   /// Most pages of each size that one sequence holds while a step of at most `max_chunk` tokens is
   /// open, at any length up to the longest.
   std::vector<std::int64_t> peak_pages(std::int64_t max_chunk) const {
