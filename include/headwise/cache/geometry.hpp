@@ -184,15 +184,17 @@ class CacheGeometry {
     return bytes;
   }
 
-  /// Most pages of each size that one sequence holds while a step of at most `max_chunk` tokens is
-  /// open, at any length up to the longest.
-  std::vector<std::int64_t> peak_pages(std::int64_t max_chunk) const {
+  /// Most pages of each size that sequences hold while a step of at most `max_chunk` tokens of each
+  /// is open, at any length up to the longest.
+  std::vector<std::int64_t> peak_pages(std::int64_t max_chunk,
+                                       std::int64_t num_sequences = 1) const {
     std::vector<std::int64_t> pages(pool_.num_sizes(), 0);
     for (const HeadClass& heads : classes_) {
       const std::int64_t peak =
           std::visit([&](const auto& rule) { return rule.peak_entries(max_chunk); }, heads.rule);
+      const std::int64_t num_heads = detail::checked_mul(heads.num_heads, num_sequences, "pages");
       std::int64_t& sum = pages[heads.page_size];
-      sum = detail::checked_add(sum, detail::checked_mul(heads.num_heads, peak, "pages"), "pages");
+      sum = detail::checked_add(sum, detail::checked_mul(num_heads, peak, "pages"), "pages");
     }
     return pages;
   }
@@ -200,11 +202,7 @@ class CacheGeometry {
   /// Slabs of a pool in which `max_sequences` sequences may be in a step of `max_chunk` tokens
   /// each.
   std::int64_t slabs_for_steps_of(std::int64_t max_chunk) const {
-    std::vector<std::int64_t> pages = peak_pages(max_chunk);
-    for (std::int64_t& of_size : pages) {
-      of_size = detail::checked_mul(of_size, std::int64_t{options_.max_sequences}, "pages");
-    }
-    return pool_.slabs_for(pages);
+    return pool_.slabs_for(peak_pages(max_chunk, options_.max_sequences));
   }
 
   /// Slabs of the pool: what the options ask for, or enough for any step over all sequences.
