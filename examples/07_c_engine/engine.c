@@ -31,10 +31,11 @@ static headwise_status forward(headwise_cache* cache, headwise_sequence sequence
     project(q, first, num_tokens, layer, kKvHeads * kGroup, token);
     project(k, first, num_tokens, layer, kKvHeads, token + 1);
     project(v, first, num_tokens, layer, kKvHeads, token + 2);
-    const headwise_input queries = {q, num_tokens, kKvHeads * kGroup, kDim, 0, 0};
-    const headwise_input keys = {k, num_tokens, kKvHeads, kDim, 0, 0};
-    const headwise_input values = {v, num_tokens, kKvHeads, kDim, 0, 0};
-    const headwise_output outputs = {out, num_tokens, kKvHeads * kGroup, kDim, 0, 0};
+    const headwise_input queries = {q, num_tokens, kKvHeads * kGroup, kDim, 0, 0, HEADWISE_FLOAT32};
+    const headwise_input keys = {k, num_tokens, kKvHeads, kDim, 0, 0, HEADWISE_FLOAT32};
+    const headwise_input values = {v, num_tokens, kKvHeads, kDim, 0, 0, HEADWISE_FLOAT32};
+    const headwise_output outputs = {out, num_tokens, kKvHeads * kGroup, kDim,
+                                     0,   0,          HEADWISE_FLOAT32};
     // Each of the engine's threads takes a share; here one thread takes them all.
     for (int32_t ith = 0; ith < kThreads && status == HEADWISE_OK; ++ith) {
       status =

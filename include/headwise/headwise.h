@@ -214,25 +214,29 @@ typedef struct headwise_chunk {
   int32_t phase;               ///< enum headwise_phase
 } headwise_chunk;
 
-/// Rows of floats that are read: element (row, head, i) is data[row * row_stride + head *
-/// head_stride + i].
+/// What a tensor is made of, whatever the cache's rows are.
+enum headwise_type { HEADWISE_FLOAT32 = 0, HEADWISE_FLOAT16 = 1, HEADWISE_BFLOAT16 = 2 };
+
+/// Rows that are read: element (row, head, i) is data[row * row_stride + head * head_stride + i].
 typedef struct headwise_input {
-  const float* data;
+  const void* data;
   int64_t num_rows;     ///< all rows of the step
   int64_t num_heads;    ///< query heads for q, KV heads for k and v
   int64_t dim;          ///< k_dim for q and k, v_dim for v
-  int64_t row_stride;   ///< in floats; 0: num_heads * dim
-  int64_t head_stride;  ///< in floats; 0: dim
+  int64_t row_stride;   ///< in elements; 0: num_heads * dim
+  int64_t head_stride;  ///< in elements; 0: dim
+  int32_t type;         ///< enum headwise_type
 } headwise_input;
 
-/// Rows of floats that are written; no two of them, nor of an input, may overlap.
+/// Rows that are written; no two of them, nor of an input, may overlap.
 typedef struct headwise_output {
-  float* data;
+  void* data;
   int64_t num_rows;     ///< all rows of the step
   int64_t num_heads;    ///< query heads
   int64_t dim;          ///< v_dim
-  int64_t row_stride;   ///< in floats; 0: num_heads * dim
-  int64_t head_stride;  ///< in floats; 0: dim
+  int64_t row_stride;   ///< in elements; 0: num_heads * dim
+  int64_t head_stride;  ///< in elements; 0: dim
+  int32_t type;         ///< enum headwise_type
 } headwise_output;
 
 /// Opens a step: takes every page that it needs, or none, and cuts its work. The step that was open

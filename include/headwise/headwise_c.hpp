@@ -24,8 +24,8 @@
 #include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/executor.hpp"
+#include "headwise/core/io_view.hpp"
 #include "headwise/core/shape.hpp"
-#include "headwise/core/tensor_view.hpp"
 #include "headwise/heads/fingerprint.hpp"
 #include "headwise/heads/plan.hpp"
 #include "headwise/heads/select.hpp"
@@ -205,17 +205,16 @@ inline bool c_chunks(const headwise_chunk* chunks, std::int32_t num_chunks,
 
 /// A tensor as a view, if it has this shape and lies where a machine can address it.
 /// @param is_written  rows must not overlap each other
-template <class Tensor>
-auto c_view(const Tensor* tensor, std::int64_t rows, std::int64_t heads, std::int64_t dim,
-            bool is_written)
-    -> std::optional<TensorView<std::remove_pointer_t<decltype(tensor->data)>>> {
+/// @tparam View  InputView or OutputView
+template <class View, class Tensor>
+std::optional<View> c_view(const Tensor* tensor, std::int64_t rows, std::int64_t heads,
+                           std::int64_t dim, bool is_written) {
   if (tensor == nullptr || tensor->num_rows != rows || tensor->num_heads != heads ||
       tensor->dim != dim) {
     return std::nullopt;
   }
-  using Element = std::remove_pointer_t<decltype(tensor->data)>;
   // Rows, heads and widths are within their limits: 2^40 x 2^16 x 2^16 may pass 64 bits.
-  constexpr std::int64_t kMost = std::numeric_limits<std::ptrdiff_t>::max() / sizeof(Element) / 4;
+  constexpr std::int64_t kMost = std::numeric_limits<std::ptrdiff_t>::max() / sizeof(f32) / 4;
   const std::int64_t head_stride = tensor->head_stride == 0 ? dim : tensor->head_stride;
   const std::int64_t row_stride = tensor->row_stride == 0 ? heads * dim : tensor->row_stride;
   if (head_stride < dim || row_stride < dim || head_stride > kMost / heads ||
@@ -226,11 +225,25 @@ auto c_view(const Tensor* tensor, std::int64_t rows, std::int64_t heads, std::in
       head_stride < (rows - 1) * row_stride + dim) {
     return std::nullopt;
   }
-  if (rows > 0 && (tensor->data == nullptr ||
-                   reinterpret_cast<std::uintptr_t>(tensor->data) % alignof(Element) != 0)) {
-    return std::nullopt;
+  const auto of = [&]<class E>() -> std::optional<View> {
+    if (rows > 0 && (tensor->data == nullptr ||
+                     reinterpret_cast<std::uintptr_t>(tensor->data) % alignof(E) != 0)) {
+      return std::nullopt;
+    }
+    using Data = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(tensor->data)>>,
+                                    const E, E>;
+    return View(static_cast<Data*>(tensor->data), row_stride, head_stride);
+  };
+  switch (tensor->type) {
+    case HEADWISE_FLOAT32:
+      return of.template operator()<f32>();
+    case HEADWISE_FLOAT16:
+      return of.template operator()<f16>();
+    case HEADWISE_BFLOAT16:
+      return of.template operator()<bf16>();
+    default:
+      return std::nullopt;
   }
-  return TensorView<Element>{tensor->data, row_stride, head_stride};
 }
 
 /// `run(of, q, k, v, out)` for tensors that are the open step's and the layer's.
@@ -246,10 +259,10 @@ headwise_status c_attend(headwise_cache* cache, std::int32_t layer, const headwi
     }
     const LayerShape& shape = layers[static_cast<std::size_t>(layer)].shape;
     const std::int64_t rows = of.step.num_rows();
-    const auto q_view = c_view(q, rows, shape.num_qo_heads(), shape.k_dim, false);
-    const auto k_view = c_view(k, rows, shape.num_kv_heads, shape.k_dim, false);
-    const auto v_view = c_view(v, rows, shape.num_kv_heads, shape.v_dim, false);
-    const auto out_view = c_view(out, rows, shape.num_qo_heads(), shape.v_dim, true);
+    const auto q_view = c_view<InputView>(q, rows, shape.num_qo_heads(), shape.k_dim, false);
+    const auto k_view = c_view<InputView>(k, rows, shape.num_kv_heads, shape.k_dim, false);
+    const auto v_view = c_view<InputView>(v, rows, shape.num_kv_heads, shape.v_dim, false);
+    const auto out_view = c_view<OutputView>(out, rows, shape.num_qo_heads(), shape.v_dim, true);
     if (!q_view || !k_view || !v_view || !out_view) return HEADWISE_INVALID_ARGUMENT;
     return to_c(run(of, *q_view, *k_view, *v_view, *out_view));
   });

@@ -83,7 +83,7 @@ static float q_rows[kMaxRows * kQoHeads * kWidest], k_rows[kMaxRows * kKvHeads *
 static float v_rows[kMaxRows * kKvHeads * kWidest], out_rows[kMaxRows * kQoHeads * kWidest];
 
 static headwise_input input(const float* data, int64_t rows, int64_t heads, int64_t dim) {
-  const headwise_input tensor = {data, rows, heads, dim, 0, 0};
+  const headwise_input tensor = {data, rows, heads, dim, 0, 0, HEADWISE_FLOAT32};
   return tensor;
 }
 
@@ -130,7 +130,8 @@ static void run_step(headwise_cache* cache, const work* chunks, int32_t num_chun
     const headwise_input k = input(k_rows, rows, kKvHeads, k_dim);
     const headwise_input v = input(v_rows, rows, kKvHeads, v_dim);
     // Heads first: [heads][rows][dim], as some engines have their outputs.
-    const headwise_output out = {out_rows, rows, kQoHeads, v_dim, v_dim, rows * v_dim};
+    const headwise_output out = {out_rows, rows,         kQoHeads,        v_dim,
+                                 v_dim,    rows * v_dim, HEADWISE_FLOAT32};
     if (num_shares == 0) {
       CHECK_STATUS(headwise_attend(cache, layer, &q, &k, &v, &out), HEADWISE_OK);
       CHECK_STATUS(headwise_attend(cache, layer, &q, &k, &v, &out), HEADWISE_ATTENDED);
@@ -408,7 +409,7 @@ static void everything_refuses_null(void) {
   headwise_sequence id;
   const headwise_chunk chunk = {nobody, 1, HEADWISE_PROMPT};
   const headwise_input in = input(q_rows, 1, 1, 16);
-  const headwise_output out = {out_rows, 1, 1, 16, 0, 0};
+  const headwise_output out = {out_rows, 1, 1, 16, 0, 0, 0};
   CHECK_STATUS(headwise_add_sequence(NULL, &id), HEADWISE_INVALID_ARGUMENT);
   CHECK_STATUS(headwise_release(NULL, nobody), HEADWISE_INVALID_ARGUMENT);
   CHECK_STATUS(headwise_clear(NULL, nobody), HEADWISE_INVALID_ARGUMENT);
@@ -488,7 +489,7 @@ static void steps_refuse(void) {
   // Tensors.
   const headwise_input q = input(q_rows, 3, kQoHeads, 32), k = input(k_rows, 3, kKvHeads, 32);
   const headwise_input v = input(v_rows, 3, kKvHeads, 16);
-  const headwise_output out = {out_rows, 3, kQoHeads, 16, 0, 0};
+  const headwise_output out = {out_rows, 3, kQoHeads, 16, 0, 0, 0};
   CHECK_STATUS(headwise_attend(cache, 0, &q, &k, &v, &out), HEADWISE_STALE);
   chunks[0].num_tokens = 3;
   CHECK_STATUS(headwise_begin(cache, chunks, 1), HEADWISE_OK);
@@ -510,8 +511,10 @@ static void steps_refuse(void) {
     REFUSED_TENSOR(wout, member, value); \
   } while (0)
   REFUSED_TENSORS(data, NULL);
-  REFUSED_TENSOR(wq, data, (const float*)(const void*)((const char*)q_rows + 1));
-  REFUSED_TENSOR(wout, data, (float*)(void*)((char*)out_rows + 2));
+  REFUSED_TENSOR(wq, data, (const char*)q_rows + 1);
+  REFUSED_TENSOR(wout, data, (char*)out_rows + 2);
+  REFUSED_TENSORS(type, 3);
+  REFUSED_TENSORS(type, -1);
   REFUSED_TENSORS(num_rows, 2);
   REFUSED_TENSORS(num_rows, -3);
   REFUSED_TENSORS(num_heads, 3);
@@ -545,6 +548,38 @@ static void steps_refuse(void) {
   CHECK_STATUS(headwise_rollback(cache, a.id, -1), HEADWISE_TOO_FAR_BACK);
   CHECK_STATUS(headwise_rollback(cache, a.id, INT64_MAX), HEADWISE_TOO_FAR_BACK);
   CHECK(headwise_length(cache, a.id) == 0);
+  headwise_cache_destroy(cache);
+}
+
+// Two-byte tensors: all zeros and ones, which every type has exactly.
+static void tensors_of_two_bytes(void) {
+  headwise_plan* plan = new_plan();
+  const headwise_options options = new_options(HEADWISE_ROWS_F16);
+  headwise_cache* cache = headwise_cache_create(kModel, kLayers, plan, &options, NULL);
+  headwise_plan_destroy(plan);
+  const text a = new_text(cache);
+  const headwise_chunk chunk = {a.id, 2, HEADWISE_PROMPT};
+  CHECK_STATUS(headwise_begin(cache, &chunk, 1), HEADWISE_OK);
+  static uint16_t queries[2 * kQoHeads * kWidest], keys[2 * kKvHeads * kWidest];
+  static uint16_t values[2 * kKvHeads * kWidest], outputs[2 * kQoHeads * kWidest + 1];
+  for (int layer = 0; layer < kLayers; ++layer) {
+    for (int i = 0; i < 2 * kKvHeads * kWidest; ++i) values[i] = 0x3F80;  // 1 as bf16
+    memset(outputs, 0x77, sizeof outputs);
+    headwise_input q = input(NULL, 2, kQoHeads, kKDim[layer]);
+    headwise_input k = input(NULL, 2, kKvHeads, kKDim[layer]);
+    headwise_input v = input(NULL, 2, kKvHeads, kVDim[layer]);
+    q.data = queries;
+    k.data = keys;
+    v.data = values;
+    q.type = k.type = HEADWISE_FLOAT16;
+    v.type = HEADWISE_BFLOAT16;
+    const headwise_output out = {outputs, 2, kQoHeads, kVDim[layer], 0, 0, HEADWISE_FLOAT16};
+    CHECK_STATUS(headwise_attend(cache, layer, &q, &k, &v, &out), HEADWISE_OK);
+    const int written = 2 * kQoHeads * kVDim[layer];
+    for (int i = 0; i < written; ++i) CHECK(outputs[i] == 0x3C00);  // 1 as f16
+    CHECK(outputs[written] == 0x7777);
+  }
+  CHECK_STATUS(headwise_commit(cache), HEADWISE_OK);
   headwise_cache_destroy(cache);
 }
 
@@ -582,6 +617,7 @@ int main(void) {
   caches_refuse();
   everything_refuses_null();
   steps_refuse();
+  tensors_of_two_bytes();
   pages_run_out();
   if (num_failures == 0) printf("the C face holds\n");
   return num_failures == 0 ? 0 : 1;
