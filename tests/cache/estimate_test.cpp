@@ -118,7 +118,7 @@ TEST(Estimate, BytesOfHeadsAreThoseOfTheSequenceAndShardEvenly) {
   const Sharding parts = shard(model.plan, 2, bytes);
   std::size_t sum = 0;
   for (int rank = 0; rank < 2; ++rank) {
-    const std::size_t held = sequence_bytes<f16>(parts.shape(model.shape),
+    const std::size_t held = sequence_bytes<f16>(parts.shape(model.shape, rank),
                                                  parts.plan(model.plan, rank), model.options, 5000);
     EXPECT_EQ(held, static_cast<std::size_t>(parts.costs()[static_cast<std::size_t>(rank)]));
     sum += held;

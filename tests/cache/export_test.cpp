@@ -26,6 +26,18 @@ using testing::message_of;
 constexpr std::int64_t kRollback = 5;
 constexpr float kRoundings = 4.0F;  // of a stored element, that an output may be off by
 
+/// mixed_plan() with a ring wherever a head streams from a length on: that has no list of pages.
+HeadPlan mixed_rings(PrefillMode prefill) {
+  HeadPlan plan = mixed_plan(prefill);
+  for (int l = 0; l < plan.num_layers(); ++l) {
+    for (int h = 0; h < plan.num_kv_heads(l); ++h) {
+      const HeadBudget budget = plan.budget(l, h);
+      if (const auto* from = std::get_if<KeepWindowFrom>(&budget)) plan.set(l, h, from->keep);
+    }
+  }
+  return plan;
+}
+
 /// Heads of both kinds, two sequences and a third, in pages of 16 that begin as NaN.
 template <class E>
 struct Exported {
@@ -33,7 +45,7 @@ struct Exported {
 
   std::vector<std::byte> memory = std::vector<std::byte>((std::size_t{2} << 20) + 64);
   CacheOptions options = options_over(memory);
-  HeadPlan plan = mixed_plan(PrefillMode::kWindowed);
+  HeadPlan plan = mixed_rings(PrefillMode::kWindowed);
   ModelledCache<Format> model{mixed_shape(), plan, options};
 
   static CacheOptions options_over(std::vector<std::byte>& memory) {
@@ -347,7 +359,7 @@ TEST(Export, SaysHowFarWholePagesRoundAWindowUp) {
 }
 
 TEST(Export, RefusesWhatNoTableCanSay) {
-  const HeadPlan razor = mixed_plan(PrefillMode::kChunkCausal);
+  const HeadPlan razor = mixed_rings(PrefillMode::kChunkCausal);
   const KvCache<PlainRows<f16>> cache(mixed_shape(), razor,
                                       mixed_options(PrefillMode::kChunkCausal, 0));
   const auto refused = [&](int layer, ExportUnit unit, std::vector<int> heads) {
@@ -360,8 +372,52 @@ TEST(Export, RefusesWhatNoTableCanSay) {
             "rows of K and V are named by one index and must be of one width, got 16 and 48");
   EXPECT_EQ(refused(3, ExportUnit::kPages, {}), "layer must be in [0, 2], got 3");
   EXPECT_EQ(refused(-1, ExportUnit::kPages, {}), "layer must be in [0, 2], got -1");
-  EXPECT_EQ(refused(1, ExportUnit::kPages, {3}), "KV head must be in [0, 2], got 3");
-  EXPECT_EQ(refused(1, ExportUnit::kPages, {0, -1}), "KV head must be in [0, 2], got -1");
+  EXPECT_EQ(refused(1, ExportUnit::kPages, {4}), "KV head must be in [0, 3], got 4");
+  EXPECT_EQ(refused(1, ExportUnit::kPages, {0, -1}), "KV head must be in [0, 3], got -1");
+}
+
+TEST(Export, RowsAreExactWhereAHeadStreamsFromALengthOn) {
+  // Heads whose pages between the sinks and the window are gone.
+  const ModelShape shape({{2, 1, 16, 16}});
+  HeadPlan plan(shape);
+  plan.set(0, 1, KeepWindowFrom{{{4, 20}}, 50});
+  CacheOptions options = mixed_options(PrefillMode::kWindowed, 3);
+  ModelledCache<PlainRows<f16>> model(shape, plan, options);
+  const SequenceId id = model.add();
+  for (const std::int64_t n : {30, 18, 1, 1, 1, 1, 100, 1, 1}) {
+    ASSERT_EQ(model.begin({{id, new_tokens(n)}}, Phase::kDecode), StepStatus::kOk);
+    model.append();
+    const LayerExporter<f16> exporter(model.cache, 0, ExportUnit::kRows);
+    const ExportSize size = exporter.size(model.step);
+    ASSERT_LE(size.longest, exporter.largest().longest);
+    std::vector<std::int32_t> indptr(3), entries(static_cast<std::size_t>(size.total));
+    ASSERT_EQ(exporter.lists(model.step, ExportOrder::kHeadsFirst, {indptr, entries, {}}),
+              StepStatus::kOk);
+    ASSERT_EQ(model.commit(), StepStatus::kOk);
+    const std::vector<Token>& tokens = model.sequences.at(id).tokens;
+    const auto total = std::ssize(tokens);
+    std::vector<std::int64_t> seen;  // by the newest token
+    for (std::int64_t pos = 0; pos < total; ++pos) {
+      if (total - 1 < 50 || pos < 4 || total - 1 - pos < 20) seen.push_back(pos);
+    }
+    ASSERT_EQ(indptr[1], total);
+    ASSERT_EQ(indptr[2] - indptr[1], std::ssize(seen));
+    for (std::size_t i = 0; i < seen.size(); ++i) {
+      const std::int32_t row = entries[static_cast<std::size_t>(indptr[1]) + i];
+      const auto pos = seen[i];
+      const Token token = tokens[static_cast<std::size_t>(pos)];
+      ASSERT_EQ(to_float(exporter.rows().k(row)[0]),
+                stored_row<PlainRows<f16>>(token, pos, 0, 1, Side::kK, 16)[0]);
+      ASSERT_EQ(to_float(exporter.rows().v(row)[15]),
+                stored_row<PlainRows<f16>>(token, pos, 0, 1, Side::kV, 16)[15]);
+    }
+  }
+  EXPECT_EQ(message_of<ConfigError>(
+                [&] { (void)LayerExporter<f16>(model.cache, 0, ExportUnit::kPages); }),
+            "layer 0, KV head 1: pages between its sinks and its window are released once it "
+            "streams (KeepWindowFrom); kRows names the others' rows");
+  EXPECT_NO_THROW(
+      (void)LayerExporter<f16>(model.cache, 0, ExportUnit::kPages, std::vector<int>{0}));
 }
 
 TEST(Export, PagesThatAreNoWholeRowsApartHaveNoRowNumbers) {
@@ -379,7 +435,8 @@ TEST(Export, AnswersTooSmallMemoryAndStaleStepsAndWritesNothing) {
   exported.model.add_tokens(a, new_tokens(40), Phase::kPrompt);
   exported.open({{a, 1}});
   Step& step = exported.model.step;
-  const LayerExporter<f16> exporter(exported.model.cache, 1, ExportUnit::kPages);
+  const std::vector<int> three{0, 1, 2};
+  const LayerExporter<f16> exporter(exported.model.cache, 1, ExportUnit::kPages, three);
   const ExportSize size = exporter.size(step);
   ASSERT_EQ(size.num_lists, 3);
   ASSERT_EQ(size.longest, 3);
@@ -401,7 +458,7 @@ TEST(Export, AnswersTooSmallMemoryAndStaleStepsAndWritesNothing) {
   EXPECT_EQ(lists({lengths, entries, lengths}), StepStatus::kTooSmall);
   EXPECT_EQ(lists({indptr, few, lengths}), StepStatus::kTooSmall);
   EXPECT_EQ(lists({indptr, entries, two}), StepStatus::kTooSmall);
-  const LayerExporter<f16> rows(exported.model.cache, 1, ExportUnit::kRows);
+  const LayerExporter<f16> rows(exported.model.cache, 1, ExportUnit::kRows, three);
   std::vector<std::int32_t> many(1000, -7);
   EXPECT_EQ(rows.table(step, ExportOrder::kHeadsFirst, {many, 50, lengths, spans}),
             StepStatus::kTooSmall)

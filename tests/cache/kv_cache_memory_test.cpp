@@ -302,7 +302,8 @@ TEST(LayerExporter, AllocatesNothing) {
                                       test::mixed_options(PrefillMode::kWindowed, 7));
   ASSERT_EQ(model.begin({{model.add(), new_tokens(90)}}, Phase::kPrompt), StepStatus::kOk);
   for (const ExportUnit unit : {ExportUnit::kPages, ExportUnit::kRows}) {
-    const LayerExporter<f16> exporter(model.cache, 1, unit);
+    const std::vector<int> heads{0, 1, 2};
+    const LayerExporter<f16> exporter(model.cache, 1, unit, heads);
     const ExportSize most = exporter.largest();
     std::vector<std::int32_t> entries(static_cast<std::size_t>(most.num_lists * most.longest));
     std::vector<std::int32_t> indptr(static_cast<std::size_t>(most.num_lists) + 1);

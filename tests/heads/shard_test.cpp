@@ -192,12 +192,45 @@ TEST(Shard, FewerKvHeadsThanRanksAreOnSeveralWhichShareTheirQueryHeads) {
   std::vector<int> all(16);
   std::iota(all.begin(), all.end(), 0);
   EXPECT_EQ(queries, all);
-  const ModelShape part = sharding.shape(shape);
+  const ModelShape part = sharding.shape(shape, 0);
   EXPECT_EQ(part, ModelShape({{1, 4, 64, 64}, {2, 2, 64, 64}}));
   EXPECT_EQ(sharding.plan(plan, 0).num_kv_heads(0), 1);
 
   const Sharding in_order = shard(plan, 4);
   EXPECT_EQ(copy(in_order.kv_heads(0)), (std::vector<int>{0, 0, 1, 1}));
+}
+
+TEST(Shard, SinksAndSlopesGoWithTheirQueryHeads) {
+  HeadPlan plan(std::vector<int>{4, 4}, kStreaming);
+  plan.set(0, 0, KeepEverything{});
+  plan.set(0, 1, KeepEverything{});
+  LayerShape first{4, 2, 64, 64};
+  first.softmax.sinks = {0, 1, 2, 3, 4, 5, 6, 7};
+  LayerShape second{4, 2, 64, 64};
+  second.softmax.alibi_slopes = {0, 1, 2, 3, 4, 5, 6, 7};
+  const Sharding sharding = shard(plan, 2, rows_kept(plan, 10000));
+  ASSERT_EQ(copy(sharding.kv_heads(0)), (std::vector<int>{0, 2, 1, 3}));
+  const ModelShape part = sharding.shape(ModelShape({first, second}), 1);
+  EXPECT_EQ(part.layer(0).softmax.sinks, (std::vector<float>{2, 3, 6, 7}));
+  std::vector<float> slopes;
+  for (const int head : sharding.kv_heads(1, 1)) {
+    slopes.insert(slopes.end(),
+                  {2.0F * static_cast<float>(head), 2.0F * static_cast<float>(head) + 1.0F});
+  }
+  EXPECT_EQ(part.layer(1).softmax.alibi_slopes, slopes);
+  EXPECT_EQ(part.layer(0).num_qo_heads(), 4);
+}
+
+TEST(Shard, LayersThatShareKAndVAreDealtAlikeOrRefused) {
+  HeadPlan plan(std::vector<int>{4, 4}, kStreaming);
+  for (const int l : {0, 1}) plan.set(l, 0, KeepEverything{});
+  LayerShape shares{4, 2, 64, 64};
+  shares.kv_layer = 0;
+  const ModelShape shape({{4, 2, 64, 64}, shares});
+  EXPECT_EQ(shard(plan, 2).shape(shape, 1).layer(1).kv_layer, 0);
+  const std::vector<std::int64_t> unlike{9, 1, 1, 1, 1, 1, 1, 9};
+  EXPECT_EQ(message_of<ConfigError>([&] { (void)shard(plan, 2, unlike).shape(shape, 0); }),
+            "layer 1 reads K and V of layer 0, whose heads were dealt otherwise");
 }
 
 TEST(Shard, RefusesWhatDoesNotGoInto) {
@@ -222,7 +255,7 @@ TEST(Shard, RefusesWhatDoesNotGoInto) {
   const Sharding sharding = shard(plan, 8);
   EXPECT_EQ(message_of<ConfigError>([&] { (void)sharding.query_heads(1, 7); }),
             "layer 1: 2 ranks hold each KV head and do not divide its group of 7 query heads");
-  EXPECT_THROW((void)sharding.shape(ModelShape({{8, 7, 64, 64}, {4, 7, 64, 64}})), ConfigError);
+  EXPECT_THROW((void)sharding.shape(ModelShape({{8, 7, 64, 64}, {4, 7, 64, 64}}), 0), ConfigError);
   EXPECT_EQ(message_of<ConfigError>([&] { (void)sharding.plan(plan, 8); }),
             "rank must be in [0, 7], got 8");
   EXPECT_EQ(message_of<ConfigError>([&] { (void)sharding.plan(plan, -1); }),

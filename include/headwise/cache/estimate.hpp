@@ -80,6 +80,7 @@ std::size_t sequence_bytes(const ModelShape& shape, const HeadPlan& plan,
 }
 
 /// sequence_bytes() of each KV head, layer by layer: what shard() (heads/shard.hpp) evens out.
+/// Heads of a layer that reads another's K and V hold nothing.
 /// @throws ConfigError as sequence_bytes().
 template <class Rows = f16>
 std::vector<std::int64_t> head_bytes(const ModelShape& shape, const HeadPlan& plan,
@@ -87,10 +88,15 @@ std::vector<std::int64_t> head_bytes(const ModelShape& shape, const HeadPlan& pl
   const CacheGeometry geometry(shape, plan, options, FormatList<Rows>::kPageBytes);
   detail::checked_range(length, 0, geometry.options().max_context, "length");
   std::vector<std::int64_t> bytes;
-  for (const HeadGeometry& head : geometry.heads()) {
-    const HeadClass& heads = geometry.classes()[static_cast<std::size_t>(head.class_idx)];
-    bytes.push_back(detail::checked_cast<std::int64_t>(
-        geometry.head_bytes_held(heads, length, length), "bytes of a head"));
+  for (int l = 0; l < shape.num_layers(); ++l) {
+    for (int h = 0; h < shape.layer(l).num_kv_heads; ++h) {
+      const auto class_idx = static_cast<std::size_t>(geometry.head(l, h).class_idx);
+      const std::size_t held =
+          geometry.head_bytes_held(geometry.classes()[class_idx], length, length);
+      bytes.push_back(shape.layer(l).owns_kv()
+                          ? detail::checked_cast<std::int64_t>(held, "bytes of a head")
+                          : 0);
+    }
   }
   return bytes;
 }

@@ -132,9 +132,9 @@ class LayerExporter {
 
   /// @param cache  borrowed
   /// @param heads  KV heads of the layer, in the order of the lists, borrowed; empty: all
-  /// @throws ConfigError for a layer or head out of range, a head with a compensation row, and for
-  ///   kRows where K and V rows differ in width, pages are no whole number of rows apart, or rows
-  ///   are more than an int32 can name.
+  /// @throws ConfigError for a layer or head out of range, a head with a compensation row, for
+  ///   kPages a KeepWindowFrom head, whose pages have gaps, and for kRows where K and V rows differ
+  ///   in width, pages are no whole number of rows apart, or rows are more than an int32 can name.
   LayerExporter(const Cache& cache, int layer, ExportUnit unit, std::span<const int> heads = {})
       : cache_(&cache), layer_(layer), unit_(unit), heads_(heads) {
     const CacheGeometry& geometry = cache.geometry();
@@ -148,6 +148,13 @@ class LayerExporter {
       }
     }
     if (unit == ExportUnit::kRows) check_rows(geometry, shape);
+    for (int i = 0; i < num_heads(); ++i) {
+      if (unit == ExportUnit::kPages && releases_pages_between(i)) {
+        fail<ConfigError>("layer ", layer, ", KV head ", head_of(i),
+                          ": pages between its sinks and its window are released once it streams "
+                          "(KeepWindowFrom); kRows names the others' rows");
+      }
+    }
   }
 
   /// KV heads that are exported.
@@ -196,8 +203,7 @@ class LayerExporter {
             const typename Rule::State state{};
             const std::int64_t longest = options.max_context;
             if (unit_ == ExportUnit::kPages) return rule.held(state, longest, longest)[0].count();
-            return 1 + std::max(rule.runs(state, longest - 1, Phase::kDecode).num_rows(),
-                                rule.runs(state, longest - 1, Phase::kPrompt).num_rows());
+            return std::min(rule.most_rows() + 1, longest);
           },
           rule_of(i));
       size.num_lists += options.max_sequences;
@@ -275,6 +281,16 @@ class LayerExporter {
     const CacheGeometry& geometry = cache_->geometry();
     const int class_idx = geometry.head(layer_, head_of(i)).class_idx;
     return geometry.classes()[static_cast<std::size_t>(class_idx)].rule;
+  }
+
+  /// Whether a head whose slots are positions forgets some: then its list of pages has holes.
+  bool releases_pages_between(int i) const {
+    return std::visit(
+        []<class Rule>(const Rule& rule) {
+          return rule.slots(typename Rule::State{}).turn == 0 &&
+                 rule.window(Phase::kDecode).bounded();
+        },
+        rule_of(i));
   }
 
   static void check_rows(const CacheGeometry& geometry, const LayerShape& shape) {

@@ -78,16 +78,32 @@ class Sharding {
     return part;
   }
 
-  /// The model as every rank sees it.
-  /// @throws ConfigError for a model of other heads, or a group that its ranks do not divide.
-  ModelShape shape(const ModelShape& whole) const {
+  /// The model as a rank sees it, with the sinks and slopes of its own query heads.
+  /// @throws ConfigError for a rank out of range, a model of other heads, a group that its ranks do
+  ///   not divide, or a layer whose heads were not dealt like those whose K and V it reads (give
+  ///   both layers equal costs).
+  ModelShape shape(const ModelShape& whole, int rank) const {
+    check_rank(rank);
     check_layers(whole.num_layers());
     std::vector<LayerShape> part(whole.layers().begin(), whole.layers().end());
     for (int l = 0; l < num_layers(); ++l) {
       LayerShape& layer = part[static_cast<std::size_t>(l)];
       check_heads(l, layer.num_kv_heads);
-      layer.num_kv_heads = static_cast<int>(kv_heads(l, 0).size());
+      if (!layer.owns_kv() && !std::ranges::equal(kv_heads(l), kv_heads(layer.kv_layer))) {
+        fail<ConfigError>("layer ", l, " reads K and V of layer ", layer.kv_layer,
+                          ", whose heads were dealt otherwise");
+      }
+      const std::vector<int> queries = query_heads(l, layer.group_size);
+      layer.num_kv_heads = static_cast<int>(kv_heads(l, rank).size());
       layer.group_size = share_of_group(l, layer.group_size);
+      const auto count = static_cast<std::size_t>(layer.num_qo_heads());
+      const auto mine = std::span(queries).subspan(static_cast<std::size_t>(rank) * count, count);
+      for (std::vector<float>* of_query : {&layer.softmax.sinks, &layer.softmax.alibi_slopes}) {
+        if (of_query->empty()) continue;
+        std::vector<float> cut;
+        for (const int head : mine) cut.push_back((*of_query)[static_cast<std::size_t>(head)]);
+        *of_query = std::move(cut);
+      }
     }
     return ModelShape(std::move(part));
   }
