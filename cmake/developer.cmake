@@ -11,7 +11,10 @@ endif()
 find_program(CCACHE_PROGRAM ccache)
 if(PROJECT_IS_TOP_LEVEL AND CCACHE_PROGRAM AND NOT DEFINED CMAKE_CXX_COMPILER_LAUNCHER)
   set(CMAKE_CXX_COMPILER_LAUNCHER ${CCACHE_PROGRAM})
+  set(CMAKE_C_COMPILER_LAUNCHER ${CCACHE_PROGRAM})
 endif()
+enable_language(C)  # engines in C: tests/c_face and an example
+set(CMAKE_C_EXTENSIONS OFF)
 set(CMAKE_CXX_EXTENSIONS OFF)
 set(THREADS_PREFER_PTHREAD_FLAG ON)
 find_package(Threads REQUIRED)
@@ -28,13 +31,19 @@ endif()
 add_library(headwise_developer INTERFACE)
 target_link_libraries(headwise_developer INTERFACE headwise::headwise Threads::Threads)
 target_compile_options(headwise_developer INTERFACE
-  $<$<COMPILE_LANGUAGE:CXX>:${HEADWISE_WARNINGS};${HEADWISE_FALSE_ALARMS}>
-  $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${HEADWISE_WERROR}>>:-Werror>
+  $<$<COMPILE_LANGUAGE:C,CXX>:${HEADWISE_WARNINGS}>
+  $<$<COMPILE_LANGUAGE:CXX>:${HEADWISE_FALSE_ALARMS}>
+  $<$<AND:$<COMPILE_LANGUAGE:C,CXX>,$<BOOL:${HEADWISE_WERROR}>>:-Werror>
   $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${HEADWISE_NATIVE}>>:-march=native>)
 target_compile_definitions(headwise_developer INTERFACE
   $<$<BOOL:${HEADWISE_HARDENED}>:HEADWISE_HARDENED=1>)
 if(HEADWISE_SANITIZE)
   set(sanitize -fsanitize=${HEADWISE_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
-  target_compile_options(headwise_developer INTERFACE $<$<COMPILE_LANGUAGE:CXX>:${sanitize}>)
+  set(sanitized CXX)
+  if(CMAKE_C_COMPILER_ID STREQUAL CMAKE_CXX_COMPILER_ID)  # runtimes are linked by the C++ compiler
+    list(PREPEND sanitized C)
+  endif()
+  string(REPLACE ";" "," sanitized "${sanitized}")
+  target_compile_options(headwise_developer INTERFACE $<$<COMPILE_LANGUAGE:${sanitized}>:${sanitize}>)
   target_link_options(headwise_developer INTERFACE ${sanitize})
 endif()

@@ -5,7 +5,7 @@ include(CMakePackageConfigHelpers)
 set(package_dir ${CMAKE_INSTALL_DATADIR}/cmake/headwise)
 
 install(DIRECTORY include/headwise DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}
-  FILES_MATCHING PATTERN *.hpp PATTERN *.cuh)
+  FILES_MATCHING PATTERN *.hpp PATTERN *.h PATTERN *.cuh)
 install(TARGETS headwise EXPORT headwise-targets)
 install(EXPORT headwise-targets NAMESPACE headwise:: DESTINATION ${package_dir})
 

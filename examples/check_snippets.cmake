@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-# Every paragraph of every ```cpp block of DOCUMENT stands, indentation aside, in one of the examples' sources.
+# Every paragraph of every ```cpp and ```c block of DOCUMENT stands, indentation aside, in one of the examples' sources.
 cmake_minimum_required(VERSION 3.22)
-file(GLOB paths ${CMAKE_CURRENT_LIST_DIR}/*/*.cpp ${CMAKE_CURRENT_LIST_DIR}/*/*.hpp)
+file(GLOB paths ${CMAKE_CURRENT_LIST_DIR}/*/*.cpp ${CMAKE_CURRENT_LIST_DIR}/*/*.hpp ${CMAKE_CURRENT_LIST_DIR}/*/*.c)
 set(sources "")
 foreach(path IN LISTS paths)
   file(READ ${path} text)
@@ -19,7 +19,7 @@ while(NOT rest STREQUAL "")
   math(EXPR next "${end} + 1")
   string(SUBSTRING "${rest}" ${next} -1 rest)
   string(REGEX REPLACE "^ +" "" line "${line}")
-  if(line STREQUAL "```cpp")
+  if(line STREQUAL "```cpp" OR line STREQUAL "```c")
     set(in_block TRUE)
   elseif(in_block AND (line STREQUAL "" OR line STREQUAL "```"))
     string(FIND "${sources}" "\n${paragraph}" found)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // A serving engine's loop: sequences of unequal length in one step, a prompt that waits for pages,
 // speculation that is taken back, and pages that serve the next sequence at once.
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <vector>
@@ -103,6 +104,13 @@ int main() {
   const auto longest = longest_context(kShape, plan, options, cost.total_bytes());
   std::printf("%zu KiB: 4 texts of up to %lld tokens at any time, or longer ones beside shorter\n",
               (cost.total_bytes() + scratch) / 1024, static_cast<long long>(longest));
+  const std::array<std::int64_t, 3> contexts{64, 256, 512};
+  for (const ContextBytes& row : bytes_by_context(kShape, plan, options, contexts)) {
+    std::printf("  %lld tokens hold %zu KiB, %zu more in a step, dense %zu: %s\n",
+                static_cast<long long>(row.context), row.resident_bytes / 1024,
+                row.transient_bytes / 1024, row.dense_bytes / 1024,
+                row.gains() ? "gains" : "no gain");
+  }
 
   Engine engine(options);
   KvCache<f16>& cache = engine.cache();

@@ -14,6 +14,7 @@
 #include "headwise/attention/single_sequence.hpp"
 #include "headwise/attention/stored_rows.hpp"
 #include "headwise/cache/estimate.hpp"
+#include "headwise/cache/export.hpp"
 #include "headwise/cache/kv_cache.hpp"
 #include "headwise/core/alibi.hpp"
 #include "headwise/core/executor.hpp"

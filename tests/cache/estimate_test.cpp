@@ -3,12 +3,15 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <memory_resource>
+#include <vector>
 
 #include "headwise/cache/kv_cache.hpp"
+#include "headwise/heads/shard.hpp"
 
 namespace headwise {
 namespace {
@@ -105,6 +108,25 @@ TEST(Estimate, BytesOfASequenceFollowItsLength) {
   EXPECT_EQ(bytes(5000), (2 * 79 + 2 * 2) * kFirst + (79 + 2) * kSecond);
 }
 
+TEST(Estimate, BytesOfHeadsAreThoseOfTheSequenceAndShardEvenly) {
+  const Model model;
+  const auto bytes = head_bytes<f16>(model.shape, model.plan, model.options, 5000);
+  const auto first = static_cast<std::int64_t>(kFirst);
+  const auto second = static_cast<std::int64_t>(kSecond);
+  EXPECT_EQ(bytes, (std::vector<std::int64_t>{2 * first, 79 * first, 79 * first, 2 * first,
+                                              79 * second, 2 * second}));
+  const Sharding parts = shard(model.plan, 2, bytes);
+  std::size_t sum = 0;
+  for (int rank = 0; rank < 2; ++rank) {
+    const std::size_t held = sequence_bytes<f16>(parts.shape(model.shape, rank),
+                                                 parts.plan(model.plan, rank), model.options, 5000);
+    EXPECT_EQ(held, static_cast<std::size_t>(parts.costs()[static_cast<std::size_t>(rank)]));
+    sum += held;
+  }
+  EXPECT_EQ(sum, sequence_bytes<f16>(model.shape, model.plan, model.options, 5000));
+  EXPECT_THROW((void)head_bytes<f16>(model.shape, model.plan, model.options, 5001), ConfigError);
+}
+
 TEST(Estimate, SaysNoGainWhereWindowsAreNoSmallerThanTheContext) {
   Model model;
   model.options.max_context = 128;
@@ -151,6 +173,107 @@ TEST(Estimate, StreamingHeadsLengthenTheContextThatFits) {
   constexpr std::size_t kBytes = std::size_t{256} << 20;
   EXPECT_GT(longest_context<f16>(model.shape, model.plan, model.options, kBytes),
             longest_context<f16>(model.shape, dense, model.options, kBytes) * 19 / 10);
+}
+
+TEST(Estimate, AnEngineOfOneTokenStepsPaysForNoSecondRing) {
+  // 64 + 256 tokens are 5 pages of 64 x 128 x 2 x 2 bytes; 32 layers of 8 heads.
+  const ModelShape shape = ModelShape::uniform(32, 32, 8, 128);
+  const HeadPlan streams(shape, KeepWindow{{64, 256}});
+  CacheOptions options{.max_context = 131072};
+  constexpr std::size_t kRings = std::size_t{32} * 8 * 5 * 32768;
+  const Estimate any = estimate<f16>(shape, streams, options);
+  EXPECT_EQ(any.pool_bytes, 2 * kRings);
+  EXPECT_EQ(any.transient_bytes, kRings);
+  options.max_chunk = 1;
+  const Estimate one = estimate<f16>(shape, streams, options);
+  EXPECT_EQ(one.pool_bytes, kRings);
+  EXPECT_EQ(one.transient_bytes, 0U);
+  KvCache<f16> cache(shape, streams, options);  // and such an engine runs in it
+  const SequenceId id = *cache.add_sequence();
+  Step step;
+  EXPECT_EQ(cache.begin(step, {{id, 1}}), StepStatus::kOk);
+  EXPECT_EQ(cache.begin(step, {{id, 2}}), StepStatus::kChunkTooLong);
+}
+
+TEST(Estimate, InversesHoldForEveryOptionAndFormat) {
+  const Model model;
+  const auto holds = [&]<class Rows>(const CacheOptions& given) {
+    constexpr std::size_t kBytes = std::size_t{16} << 20;
+    CacheOptions options = given;
+    options.max_context = longest_context<Rows>(model.shape, model.plan, options, kBytes);
+    ASSERT_GT(options.max_context, 0);
+    EXPECT_LE(estimate<Rows>(model.shape, model.plan, options).total_bytes(), kBytes);
+    ++options.max_context;
+    EXPECT_GT(estimate<Rows>(model.shape, model.plan, options).total_bytes(), kBytes);
+    options = given;
+    options.max_sequences =
+        static_cast<int>(most_sequences<Rows>(model.shape, model.plan, options, kBytes));
+    ASSERT_GT(options.max_sequences, 0);
+    EXPECT_LE(estimate<Rows>(model.shape, model.plan, options).total_bytes(), kBytes);
+    ++options.max_sequences;
+    EXPECT_GT(estimate<Rows>(model.shape, model.plan, options).total_bytes(), kBytes);
+  };
+  for (const int page_tokens : {16, 64}) {
+    for (const std::int64_t max_chunk : {0, 1, 512}) {
+      for (const std::int64_t max_rollback : {0, 8, 300}) {
+        for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
+          CacheOptions options{.page_tokens = page_tokens, .max_sequences = 2};
+          options.max_context = 900;
+          options.max_chunk = max_chunk;
+          options.max_rollback = max_rollback;
+          options.prefill = prefill;
+          holds.operator()<f16>(options);
+          holds.operator()<f32>(options);
+          holds.operator()<Int8Rows>(options);
+          holds.operator()<PlainRows<bf16>>(options);
+        }
+      }
+    }
+  }
+}
+
+TEST(Estimate, BytesByContextAreWhatASequenceHolds) {
+  const Model model;
+  const std::vector<std::int64_t> contexts{5000, 0, 1, 64, 65, 128, 129, 600, 640, 641};
+  const auto rows = bytes_by_context<f16>(model.shape, model.plan, model.options, contexts);
+  ASSERT_EQ(rows.size(), contexts.size());
+  constexpr std::size_t kRings = 2 * 2 * kFirst + 2 * kSecond;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const std::int64_t n = contexts[i];
+    SCOPED_TRACE(n);
+    EXPECT_EQ(rows[i].context, n);
+    EXPECT_EQ(rows[i].resident_bytes,
+              sequence_bytes<f16>(model.shape, model.plan, model.options, n));
+    const auto pages = static_cast<std::size_t>((n + 63) / 64);
+    EXPECT_EQ(rows[i].dense_bytes, pages * (4 * kFirst + 2 * kSecond));
+    EXPECT_EQ(rows[i].gains(), n > 128) << "a ring is two pages";
+    // A chunk of 512 tokens fills a second ring beside what its streaming heads held before.
+    const std::size_t before = n > 512 ? static_cast<std::size_t>((n - 512 + 63) / 64) : 0;
+    const std::size_t transient = std::min<std::size_t>(before, 2) * kRings / 2;
+    EXPECT_EQ(rows[i].transient_bytes, transient);
+  }
+  for (const std::int64_t n : {std::int64_t{-1}, std::int64_t{5001}}) {
+    EXPECT_THROW((void)bytes_by_context<f16>(model.shape, model.plan, model.options, {{n}}),
+                 ConfigError);
+  }
+}
+
+TEST(Estimate, BytesByContextAreThoseThatACacheTakes) {
+  const Model model;
+  KvCache<f16> cache(model.shape, model.plan, model.options);
+  const SequenceId id = *cache.add_sequence();
+  const std::size_t all = cache.free_bytes();
+  Step step;
+  for (const std::int64_t n : {512, 1024, 1536}) {
+    const auto row = bytes_by_context<f16>(model.shape, model.plan, model.options, {{n}}).front();
+    ASSERT_EQ(cache.begin(step, {{id, 512}}), StepStatus::kOk);
+    EXPECT_EQ(all - cache.free_bytes(), row.resident_bytes + row.transient_bytes);
+    for (int l = 0; l < 2; ++l) {
+      step.note_heads_done(l, model.shape.layer(l).num_kv_heads);
+    }
+    ASSERT_EQ(cache.commit(step), StepStatus::kOk);
+    EXPECT_EQ(all - cache.free_bytes(), row.resident_bytes);
+  }
 }
 
 TEST(Estimate, ShortChunksNeedNoSecondRings) {

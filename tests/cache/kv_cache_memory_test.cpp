@@ -11,6 +11,7 @@
 #include <variant>
 #include <vector>
 
+#include "headwise/cache/export.hpp"
 #include "headwise/cache/kv_cache.hpp"
 #include "support/boundary_lengths.hpp"
 #include "support/cache_model.hpp"
@@ -294,6 +295,28 @@ TEST(CountAllocations, Counts) {
               delete[] many;
             }),
             2U);
+}
+
+TEST(LayerExporter, AllocatesNothing) {
+  ModelledCache<PlainRows<f16>> model(test::mixed_shape(), test::mixed_plan(PrefillMode::kWindowed),
+                                      test::mixed_options(PrefillMode::kWindowed, 7));
+  ASSERT_EQ(model.begin({{model.add(), new_tokens(90)}}, Phase::kPrompt), StepStatus::kOk);
+  for (const ExportUnit unit : {ExportUnit::kPages, ExportUnit::kRows}) {
+    const std::vector<int> heads{0, 1, 2};
+    const LayerExporter<f16> exporter(model.cache, 1, unit, heads);
+    const ExportSize most = exporter.largest();
+    std::vector<std::int32_t> entries(static_cast<std::size_t>(most.num_lists * most.longest));
+    std::vector<std::int32_t> indptr(static_cast<std::size_t>(most.num_lists) + 1);
+    StepStatus table = StepStatus::kStale, lists = StepStatus::kStale;
+    EXPECT_EQ(test::allocations_in([&] {
+                table = exporter.table(model.step, ExportOrder::kHeadsFirst,
+                                       {entries, most.longest, {}, {}});
+                lists = exporter.lists(model.step, ExportOrder::kHeadsFirst, {indptr, entries, {}});
+              }),
+              0U);
+    EXPECT_EQ(table, StepStatus::kOk);
+    EXPECT_EQ(lists, StepStatus::kOk);
+  }
 }
 
 }  // namespace

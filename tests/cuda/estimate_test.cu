@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "cuda/device_model.cuh"
+#include "headwise/attention/cuda/estimate.cuh"
 
 namespace headwise::test {
 namespace {
@@ -33,6 +34,33 @@ TEST(CudaEstimate, NeedsNoDeviceAndNamesThePoolsBytes) {
   EXPECT_GT(half.scratch_bytes, 0U);
   EXPECT_GT(half.pinned_bytes, 0U);
   EXPECT_EQ(half.device_bytes(), half.page_bytes + half.cache_bytes + half.scratch_bytes);
+}
+
+TEST(CudaEstimate, InversesAreTheLargestThatFit) {
+  constexpr std::size_t kBytes = std::size_t{24} << 30;
+  const HeadPlan plan = half_streams();
+  const auto bytes = [&](const CacheOptions& options) {
+    return cuda::estimate_device<f16>(kShape, plan, options, h100()).device_bytes();
+  };
+  CacheOptions options{.max_sequences = 4, .max_context = 16384, .max_chunk = 2048};
+  options.max_context = cuda::longest_context<f16>(kShape, plan, options, h100(), kBytes);
+  EXPECT_GT(options.max_context, 80'000);
+  EXPECT_LE(bytes(options), kBytes);
+  ++options.max_context;
+  EXPECT_GT(bytes(options), kBytes);
+
+  options.max_context = 16384;
+  options.max_sequences =
+      static_cast<int>(cuda::most_sequences<f16>(kShape, plan, options, h100(), kBytes));
+  EXPECT_GT(options.max_sequences, 16);
+  EXPECT_LE(bytes(options), kBytes);
+  ++options.max_sequences;
+  EXPECT_GT(bytes(options), kBytes);
+
+  EXPECT_EQ(cuda::longest_context<f16>(kShape, plan, options, h100(), 1000), 0);
+  options.page_tokens = 32;
+  EXPECT_THROW((void)cuda::longest_context<f16>(kShape, plan, options, h100(), kBytes),
+               ConfigError);
 }
 
 TEST(CudaEstimate, TenMillionTokensOf64SequencesCostNoGigabytesOfTables) {

@@ -43,7 +43,7 @@ int main() {
   const HeadPlan plan = select(scores, {.sparsity = 0.5, .window = window});
   const bool ours = plan == random_heads::Policy{0.5, window, 1}.plan(shape) &&
                     uniform_budget::Policy{}.plan(shape) == HeadPlan(shape) &&
-                    pinned::Policy{}.plan(plan) == plan && shard(plan, 0, 1) == plan &&
+                    pinned::Policy{}.plan(plan) == plan && shard(plan, 1).plan(plan, 0) == plan &&
                     streaming_llm::Policy{}.plan(shape).sparsity() == 1.0 &&
                     simd::isa_name<simd::BestIsa>()[0] != '\0';
   return ours && theirs ? 0 : 1;

@@ -90,5 +90,13 @@ TEST(KeptShare, RefusesAContextOfNothing) {
   EXPECT_THROW((void)kept_share(plan, -7), ConfigError);
 }
 
+TEST(RowsKept, AreThoseOfEveryHeadInOrder) {
+  HeadPlan plan(std::vector<int>{2, 1}, KeepWindow{{4, 60}});
+  plan.set(0, 1, KeepEverything{});
+  EXPECT_EQ(rows_kept(plan, 1000), (std::vector<std::int64_t>{64, 1000, 64}));
+  EXPECT_EQ(rows_kept(plan, 0), (std::vector<std::int64_t>{0, 0, 0}));
+  EXPECT_THROW((void)rows_kept(plan, -1), ConfigError);
+}
+
 }  // namespace
 }  // namespace headwise

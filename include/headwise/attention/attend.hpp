@@ -13,7 +13,7 @@
 #include "headwise/cache/kv_cache.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/executor.hpp"
-#include "headwise/core/tensor_view.hpp"
+#include "headwise/core/io_view.hpp"
 #include "headwise/simd/simd.hpp"
 
 namespace headwise::inline v0 {
@@ -35,10 +35,8 @@ StepStatus plan_work(const KvCache<Rows>& cache, Step& step, std::size_t num_thr
 namespace detail {
 
 template <class Isa, class Rows, class E>
-StepStatus attend_layer(const KvCache<Rows>& cache, Step& step, int layer,
-                        TensorView<const float> q, TensorView<const float> k,
-                        TensorView<const float> v, TensorView<float> out, E& executor,
-                        OwnRows own_rows) {
+StepStatus attend_layer(const KvCache<Rows>& cache, Step& step, int layer, InputView q, InputView k,
+                        InputView v, OutputView out, E& executor, OwnRows own_rows) {
   if (!cache.is_open(step)) return StepStatus::kStale;
   HEADWISE_ASSERT(layer >= 0 && layer < std::ssize(cache.geometry().layers()), "no such layer");
   const bool stores = own_rows == OwnRows::kStored;
@@ -65,16 +63,16 @@ StepStatus attend_layer(const KvCache<Rows>& cache, Step& step, int layer,
 /// @param q    [rows, num_qo_heads, k_dim]; query head h reads KV head h / group_size
 /// @param k,v  [rows, num_kv_heads, k_dim], [rows, num_kv_heads, v_dim]; keys after RoPE at the
 ///             tokens' absolute positions
-/// @param out  [rows, num_qo_heads, v_dim]; must not overlap q, k or v
+/// @param out  [rows, num_qo_heads, v_dim]; must not overlap q, k or v. Each of the four is a
+///             TensorView of f32, f16 or bf16, whatever the cache's rows are made of
 /// @param executor  the engine's threads (core/executor.hpp); the default is the calling one.
 /// @return kStale unless the step is the cache's open one; kAttended where the layer was attended
 ///   already (see attend_shared). Either way nothing is written.
 /// Traffic: each stored row that is seen is read once for all query heads of its group.
 /// Allocates only when the step's scratch is too small: reserve_scratch() beforehand.
 template <class Isa = simd::BestIsa, class Rows, Executor E = SerialExecutor>
-StepStatus attend(const KvCache<Rows>& cache, Step& step, int layer, TensorView<const float> q,
-                  TensorView<const float> k, TensorView<const float> v, TensorView<float> out,
-                  E&& executor = E{}) {
+StepStatus attend(const KvCache<Rows>& cache, Step& step, int layer, InputView q, InputView k,
+                  InputView v, OutputView out, E&& executor = E{}) {
   return detail::attend_layer<Isa>(cache, step, layer, q, k, v, out, executor, OwnRows::kStored);
 }
 
@@ -84,9 +82,8 @@ StepStatus attend(const KvCache<Rows>& cache, Step& step, int layer, TensorView<
 /// @param q,k,v,out,executor  as attend()
 /// @return kStale unless the step is the cache's open one; then nothing is written.
 template <class Isa = simd::BestIsa, class Rows, Executor E = SerialExecutor>
-StepStatus attend_shared(const KvCache<Rows>& cache, Step& step, int layer,
-                         TensorView<const float> q, TensorView<const float> k,
-                         TensorView<const float> v, TensorView<float> out, E&& executor = E{}) {
+StepStatus attend_shared(const KvCache<Rows>& cache, Step& step, int layer, InputView q,
+                         InputView k, InputView v, OutputView out, E&& executor = E{}) {
   return detail::attend_layer<Isa>(cache, step, layer, q, k, v, out, executor, OwnRows::kShared);
 }
 
@@ -99,9 +96,8 @@ StepStatus attend_shared(const KvCache<Rows>& cache, Step& step, int layer,
 ///   empty. kNotPlanned also answers a share that was attended already while others of its layer
 ///   were not, and one of a layer that attend() began and left: plan_work() lets it begin anew.
 template <class Isa = simd::BestIsa, class Rows>
-StepStatus attend_share(const KvCache<Rows>& cache, const Step& step, int layer,
-                        TensorView<const float> q, TensorView<const float> k,
-                        TensorView<const float> v, TensorView<float> out, std::size_t ith,
+StepStatus attend_share(const KvCache<Rows>& cache, const Step& step, int layer, InputView q,
+                        InputView k, InputView v, OutputView out, std::size_t ith,
                         std::size_t nth) {
   if (!cache.is_open(step)) return StepStatus::kStale;
   if (step.planned_threads() == 0) return StepStatus::kNotPlanned;

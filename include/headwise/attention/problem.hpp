@@ -7,10 +7,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "headwise/core/io_view.hpp"
 #include "headwise/core/kv_view.hpp"
 #include "headwise/core/position.hpp"
 #include "headwise/core/shape.hpp"
-#include "headwise/core/tensor_view.hpp"
 #include "headwise/core/window.hpp"
 
 namespace headwise::inline v0 {
@@ -60,10 +60,10 @@ struct HeadProblem {
   HeadSoftmax softmax = {};      ///< what the softmax has besides; no slopes with a compensation
                                  ///< row, which has no position
 
-  TensorView<const float> q;      ///< [num_queries, group_size, k_dim]
-  TensorView<const float> own_k;  ///< [num_queries, 1, k_dim]
-  TensorView<const float> own_v;  ///< [num_queries, 1, v_dim]
-  TensorView<float> out;          ///< [num_queries, group_size, v_dim]
+  InputView q;      ///< [num_queries, group_size, k_dim]
+  InputView own_k;  ///< [num_queries, 1, k_dim]
+  InputView own_v;  ///< [num_queries, 1, v_dim]
+  OutputView out;   ///< [num_queries, group_size, v_dim]
 };
 
 }  // namespace headwise::inline v0

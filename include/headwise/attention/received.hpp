@@ -50,7 +50,7 @@ class KeyBlock {
   /// `logits[t] = scale * query . key t` for all kKeys; those beyond count() mean nothing.
   void logits(const float* query, float scale, float* logits) const {
     constexpr int kVectors = kKeys / O::kWidth;
-    typename O::V sums[kVectors];
+    typename O::V sums[std::size_t{kVectors}];
     for (int i = 0; i < kVectors; ++i) sums[i] = O::zero();
     const float* tile = tile_.data();
     for (int d = 0; d < dim_; ++d, tile += kKeys) {
@@ -114,8 +114,8 @@ void received_attention(const RowView& queries, std::span<const std::int64_t> vi
   std::vector<float> maxima(rows, kLowest);
   std::vector<float> sums(rows, 0.0F);
   detail::KeyBlock<Isa> block(keys.dim);
-  alignas(64) float logits[kKeys];
-  alignas(64) float weights[kKeys];
+  alignas(64) float logits[std::size_t{kKeys}];
+  alignas(64) float weights[std::size_t{kKeys}];
   const auto for_each_block = [&](auto&& fn) {
     for (std::int64_t first = 0; first < most; first += kKeys) {
       block.load(keys, first);

@@ -108,6 +108,16 @@ struct ReferenceKey {
   std::optional<Pos> pos;  ///< a compensation row has none: every query sees it
 };
 
+/// A row of q, k or v as floats.
+inline std::vector<float> float_row(const InputView& view, std::int64_t token, std::int64_t head,
+                                    int dim) {
+  std::vector<float> row;
+  view.visit([&](auto tensor) {
+    for (int d = 0; d < dim; ++d) row.push_back(to_float(tensor.row(token, head)[d]));
+  });
+  return row;
+}
+
 /// Every row of the problem, each read once.
 template <RowFormat Format>
 std::vector<ReferenceKey> reference_keys(const HeadProblem<Format>& problem) {
@@ -134,7 +144,9 @@ std::vector<ReferenceKey> reference_keys(const HeadProblem<Format>& problem) {
     keys.push_back({doubles(k), doubles(v), row.count, {}});
   }
   for (std::int64_t j = 0; j < problem.num_queries; ++j) {
-    Format::round_row(shape, problem.own_k.row(j, 0), problem.own_v.row(j, 0), k.data(), v.data());
+    const std::vector<float> own_k = float_row(problem.own_k, j, 0, shape.k_dim);
+    const std::vector<float> own_v = float_row(problem.own_v, j, 0, shape.v_dim);
+    Format::round_row(shape, own_k.data(), own_v.data(), k.data(), v.data());
     keys.push_back({doubles(k), doubles(v), 1, problem.first_query + j});
   }
   return keys;
@@ -150,9 +162,10 @@ std::vector<double> reference_attention(const HeadProblem<Format>& problem) {
   std::vector<double> out;
   for (std::int64_t i = 0; i < problem.num_queries; ++i) {
     for (int g = 0; g < problem.group_size; ++g) {
+      const std::vector<float> q = detail::float_row(problem.q, i, g, problem.past.shape.k_dim);
       const Pos at = problem.first_query + i;
       const HeadSoftmax& softmax = problem.softmax;
-      ReferenceRow query(problem.q.row(i, g), static_cast<double>(problem.scale),
+      ReferenceRow query(q.data(), static_cast<double>(problem.scale),
                          static_cast<double>(softmax.soft_cap));
       if (softmax.sinks != nullptr) query.add_sink(static_cast<double>(softmax.sinks[g]));
       for (const auto& [k, v, stands_for, pos] : keys) {

@@ -35,8 +35,8 @@ class SingleSequence {
 
   /// attend() of attention/attend.hpp for this sequence's rows.
   template <class Isa = simd::BestIsa, Executor E = SerialExecutor>
-  StepStatus attend(int layer, TensorView<const float> q, TensorView<const float> k,
-                    TensorView<const float> v, TensorView<float> out, E&& executor = E{}) {
+  StepStatus attend(int layer, InputView q, InputView k, InputView v, OutputView out,
+                    E&& executor = E{}) {
     return headwise::attend<Isa>(cache_, step_, layer, q, k, v, out, std::forward<E>(executor));
   }
 

@@ -8,6 +8,7 @@
 
 #include "headwise/core/bits.hpp"
 #include "headwise/core/config.hpp"
+#include "headwise/core/dtype.hpp"
 #include "headwise/simd/isa.hpp"
 
 namespace headwise::inline v0 {
@@ -62,9 +63,9 @@ void merge(SoftmaxState& into, const SoftmaxState& from, int v_dim) noexcept {
 }
 
 /// Writes the attention output of `state`: its out, or zeros where nothing was seen.
-/// @param to  [v_dim], v_dim a multiple of 16; may be state.out itself.
-template <class Isa>
-void write_output(const SoftmaxState& state, float* to, int v_dim) noexcept {
+/// @param to  [v_dim] floats, f16 or bf16, v_dim a multiple of 16; may be state.out itself.
+template <class Isa, RowElement Out>
+void write_output(const SoftmaxState& state, Out* to, int v_dim) noexcept {
   using O = simd::Ops<Isa>;
   const bool empty = state.empty();
   for (int d = 0; d < v_dim; d += O::kWidth) {

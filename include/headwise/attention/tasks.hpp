@@ -10,11 +10,12 @@
 #include <utility>
 
 #include "headwise/attention/cpu/decode.hpp"
+#include "headwise/attention/cpu/own_rows.hpp"
 #include "headwise/attention/cpu/prefill.hpp"
 #include "headwise/attention/problem.hpp"
 #include "headwise/attention/work.hpp"
 #include "headwise/cache/kv_cache.hpp"
-#include "headwise/core/tensor_view.hpp"
+#include "headwise/core/io_view.hpp"
 #include "headwise/simd/simd.hpp"
 
 namespace headwise::inline v0 {
@@ -39,13 +40,14 @@ class AttendTasks {
   /// O(1): every thread may make its own.
   /// @param q    [rows, num_qo_heads, k_dim], rows in the order of the step's chunks
   /// @param k,v  [rows, num_kv_heads, k_dim], [rows, num_kv_heads, v_dim]; keys after RoPE
-  /// @param out  [rows, num_qo_heads, v_dim], written; must not overlap the others
+  /// @param out  [rows, num_qo_heads, v_dim], written; must not overlap the others; each of the
+  /// four
+  ///   of floats, f16 or bf16
   /// @param attempt  the same for all tasks of one pass over the layer, and unlike that of a pass
   ///   that was cut short (Step::start_layer); 0 where none can have been since plan_work()
   /// @pre the step is open and its work is planned.
-  AttendTasks(const KvCache<Rows>& cache, const Step& step, int layer, TensorView<const float> q,
-              TensorView<const float> k, TensorView<const float> v, TensorView<float> out,
-              OwnRows own_rows, std::uint32_t attempt)
+  AttendTasks(const KvCache<Rows>& cache, const Step& step, int layer, InputView q, InputView k,
+              InputView v, OutputView out, OwnRows own_rows, std::uint32_t attempt)
       : cache_(cache),
         step_(step),
         layer_(layer),
@@ -94,8 +96,8 @@ class AttendTasks {
   const LayerGeometry& geometry_;
   const StepWork& work_;
   const LayerWork& tasks_;
-  TensorView<const float> q_, k_, v_;
-  TensorView<float> out_;
+  InputView q_, k_, v_;
+  OutputView out_;
   OwnRows own_rows_;
   std::uint32_t attempt_;
 };
@@ -129,7 +131,11 @@ void AttendTasks<Isa, Rows>::run_as(const WorkItem& item, const StepChunk& chunk
 
   if (item.cut.num_splits > 1) merge_tiles(problem, item.cut, partials);
   if (own_rows_ == OwnRows::kShared) return;
-  cache_.template append<Isa>(step_, chunk, layer_, kv_head, problem.own_k, problem.own_v);
+  const auto [k_dim, v_dim] = std::pair(problem.past.shape.k_dim, problem.past.shape.v_dim);
+  float* const room = work_.thread_scratch(thread);  // the part is done with it
+  cache_.template append<Isa>(step_, chunk, layer_, kv_head,
+                              detail::FloatRows<Isa>{problem.own_k, k_dim, room},
+                              detail::FloatRows<Isa>{problem.own_v, v_dim, room + k_dim});
   step_.note_head_done(layer_);
 }
 
@@ -170,8 +176,7 @@ void AttendTasks<Isa, Rows>::merge_tiles(const HeadProblem<Format>& problem, con
   for (std::int64_t tile = 0; tile < cut.num_tiles; ++tile) {
     HeadProblem<Format> part = problem;  // its queries and outputs alone
     part.num_queries = cut.queries_of(tile, problem.num_queries);
-    part.out = {problem.out.row(tile * cut.tile_queries, 0), problem.out.stride_n,
-                problem.out.stride_h};
+    part.out = problem.out.from(tile * cut.tile_queries, 0);
     merge_splits<Isa>(part, partials + cut.partial_floats(tile, problem.group_size, v_dim),
                       decode_partial_floats(part.num_queries * problem.group_size, v_dim),
                       cut.num_splits);
@@ -192,10 +197,10 @@ HeadProblem<Format> AttendTasks<Isa, Rows>::problem_of(const StepChunk& chunk, i
           shape.group_size,
           shape.scale(),
           HeadSoftmax::of(shape, kv_head),
-          {q_.row(row, qo_head), q_.stride_n, q_.stride_h},
-          {k_.row(row, kv_head), k_.stride_n, k_.stride_h},
-          {v_.row(row, kv_head), v_.stride_n, v_.stride_h},
-          {out_.row(row, qo_head), out_.stride_n, out_.stride_h}};
+          q_.from(row, qo_head),
+          k_.from(row, kv_head),
+          v_.from(row, kv_head),
+          out_.from(row, qo_head)};
 }
 
 }  // namespace headwise::inline v0

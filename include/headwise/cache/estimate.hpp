@@ -8,6 +8,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "headwise/cache/books.hpp"
@@ -82,6 +83,28 @@ std::size_t sequence_bytes(const ModelShape& shape, const HeadPlan& plan,
   return geometry.bytes_held(length, length);
 }
 
+/// sequence_bytes() of each KV head, layer by layer: what shard() (heads/shard.hpp) evens out.
+/// Heads of a layer that reads another's K and V hold nothing.
+/// @throws ConfigError as sequence_bytes().
+template <class Rows = f16>
+std::vector<std::int64_t> head_bytes(const ModelShape& shape, const HeadPlan& plan,
+                                     const CacheOptions& options, std::int64_t length) {
+  const CacheGeometry geometry(shape, plan, options, FormatList<Rows>::kPageBytes);
+  detail::checked_range(length, 0, geometry.options().max_context, "length");
+  std::vector<std::int64_t> bytes;
+  for (int l = 0; l < shape.num_layers(); ++l) {
+    for (int h = 0; h < shape.layer(l).num_kv_heads; ++h) {
+      const auto class_idx = static_cast<std::size_t>(geometry.head(l, h).class_idx);
+      const std::size_t held =
+          geometry.head_bytes_held(geometry.classes()[class_idx], length, length);
+      bytes.push_back(shape.layer(l).owns_kv()
+                          ? detail::checked_cast<std::int64_t>(held, "bytes of a head")
+                          : 0);
+    }
+  }
+  return bytes;
+}
+
 /// What a KvCache<Rows> of these arguments asks its allocator for. CacheOptions::max_chunk bounds
 /// the steps; with max_bytes 0 the pool holds resident and transient bytes (in whole slabs, where
 /// layers differ in width).
@@ -91,6 +114,40 @@ Estimate estimate(const ModelShape& shape, const HeadPlan& plan, const CacheOpti
   const CacheGeometry geometry(shape, plan, options, FormatList<Rows>::kPageBytes);
   const CacheGeometry dense(shape, HeadPlan(shape), options, FormatList<Rows>::kPageBytes);
   return detail::estimate_of(geometry, dense, /*keeps_log=*/false);
+}
+
+/// One row of bytes_by_context(): what one sequence holds.
+struct ContextBytes {
+  std::int64_t context = 0;         ///< its length in tokens
+  std::size_t resident_bytes = 0;   ///< pages between steps
+  std::size_t transient_bytes = 0;  ///< more of them while the step to this length is open
+  std::size_t dense_bytes = 0;      ///< resident_bytes if every head kept everything
+  /// False where streaming costs as much as it frees, as Estimate::gains().
+  bool gains() const { return resident_bytes + transient_bytes < dense_bytes; }
+};
+
+/// Bytes against context: a row for each length, of one sequence in a cache of these arguments
+/// that gets there in steps of max_chunk tokens.
+/// @param contexts  lengths in [0, max_context], in any order
+/// @throws ConfigError as KvCache's constructor, and for a length out of range.
+template <class Rows = f16>
+std::vector<ContextBytes> bytes_by_context(const ModelShape& shape, const HeadPlan& plan,
+                                           const CacheOptions& options,
+                                           std::span<const std::int64_t> contexts) {
+  const CacheGeometry geometry(shape, plan, options, FormatList<Rows>::kPageBytes);
+  const CacheGeometry dense(shape, HeadPlan(shape), options, FormatList<Rows>::kPageBytes);
+  std::vector<ContextBytes> rows;
+  for (const std::int64_t n : contexts) {
+    detail::checked_range(n, 0, geometry.options().max_context, "a context");
+    const std::int64_t before = std::max<std::int64_t>(0, n - geometry.options().max_chunk);
+    ContextBytes row;
+    row.context = n;
+    row.resident_bytes = geometry.bytes_held(n, n);
+    row.transient_bytes = geometry.bytes_in_step({before, before, n}) - row.resident_bytes;
+    row.dense_bytes = dense.bytes_held(n, n);
+    rows.push_back(row);
+  }
+  return rows;
 }
 
 /// What must fit beside a cache of these options: a callable that says the bytes. They must not
@@ -128,9 +185,10 @@ inline constexpr std::int64_t kLongestContext = std::int64_t{1} << 30;
 inline constexpr std::int64_t kMostSequences = std::int64_t{1} << 20;
 
 /// Whether a pool for any step, and the rest, fit.
-template <class Rows, BytesBeside Beside>
+/// @param total  `total(geometry)`: all bytes; asked where the pool alone fits
+template <class Rows, class Total>
 bool fits_in(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
-             std::size_t bytes, const Beside& beside) {
+             std::size_t bytes, const Total& total) {
   const CacheGeometry geometry(shape, plan, options, FormatList<Rows>::kPageBytes);
   // In double: a pool far beyond all bytes may have more pages than can be named, and more bytes
   // than 64 bits count.
@@ -140,14 +198,43 @@ bool fits_in(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& 
     slabs += std::ceil(static_cast<double>(pages[size]) * options.max_sequences /
                        static_cast<double>(geometry.pool().pages_per_slab(size)));
   }
-  if (slabs * static_cast<double>(geometry.pool().slab_bytes()) > static_cast<double>(bytes) ||
-      slabs > static_cast<double>(PagePool::max_slabs(geometry.pool()))) {
-    return false;
-  }
-  const std::size_t pool = geometry.pool_bytes();
-  const std::size_t metadata = BooksLayout(geometry, /*keeps_log=*/false).sections.total_bytes();
-  if (pool > bytes || metadata > bytes - pool) return false;
-  return beside(options) <= bytes - pool - metadata;
+  return slabs * static_cast<double>(geometry.pool().slab_bytes()) <= static_cast<double>(bytes) &&
+         slabs <= static_cast<double>(PagePool::max_slabs(geometry.pool())) &&
+         total(geometry) <= bytes;
+}
+
+/// What a cache on the host takes, and what is to lie beside it.
+template <BytesBeside Beside>
+auto host_total(const Beside& beside) {
+  return [&beside](const CacheGeometry& geometry) {
+    const std::size_t metadata = BooksLayout(geometry, /*keeps_log=*/false).sections.total_bytes();
+    return checked_add(checked_add(geometry.pool_bytes(), metadata, "bytes of a cache"),
+                       static_cast<std::size_t>(beside(geometry.options())), "bytes of a cache");
+  };
+}
+
+/// longest_context() of any place.
+template <class Rows, class Total>
+std::int64_t longest_context_of(const ModelShape& shape, const HeadPlan& plan, CacheOptions options,
+                                std::size_t bytes, const Total& total) {
+  options.max_bytes = 0;
+  options.page_memory = {};
+  return largest_fitting(kLongestContext, [&](std::int64_t context) {
+    options.max_context = context;
+    return fits_in<Rows>(shape, plan, options, bytes, total);
+  });
+}
+
+/// most_sequences() of any place.
+template <class Rows, class Total>
+std::int64_t most_sequences_of(const ModelShape& shape, const HeadPlan& plan, CacheOptions options,
+                               std::size_t bytes, const Total& total) {
+  options.max_bytes = 0;
+  options.page_memory = {};
+  return largest_fitting(kMostSequences, [&](std::int64_t sequences) {
+    options.max_sequences = static_cast<int>(sequences);
+    return fits_in<Rows>(shape, plan, options, bytes, total);
+  });
 }
 
 }  // namespace detail
@@ -158,26 +245,18 @@ bool fits_in(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& 
 /// @param beside  `[&](const CacheOptions& o) { return scratch_bytes(shape, plan, o, n); }` with
 ///   attention's scratch
 template <class Rows = f16, BytesBeside Beside = NothingBeside>
-std::int64_t longest_context(const ModelShape& shape, const HeadPlan& plan, CacheOptions options,
-                             std::size_t bytes, const Beside& beside = {}) {
-  options.max_bytes = 0;
-  options.page_memory = {};
-  return detail::largest_fitting(detail::kLongestContext, [&](std::int64_t context) {
-    options.max_context = context;
-    return detail::fits_in<Rows>(shape, plan, options, bytes, beside);
-  });
+std::int64_t longest_context(const ModelShape& shape, const HeadPlan& plan,
+                             const CacheOptions& options, std::size_t bytes,
+                             const Beside& beside = {}) {
+  return detail::longest_context_of<Rows>(shape, plan, options, bytes, detail::host_total(beside));
 }
 
 /// The most sequences of max_context tokens that fit into `bytes`; see longest_context.
 template <class Rows = f16, BytesBeside Beside = NothingBeside>
-std::int64_t most_sequences(const ModelShape& shape, const HeadPlan& plan, CacheOptions options,
-                            std::size_t bytes, const Beside& beside = {}) {
-  options.max_bytes = 0;
-  options.page_memory = {};
-  return detail::largest_fitting(detail::kMostSequences, [&](std::int64_t sequences) {
-    options.max_sequences = static_cast<int>(sequences);
-    return detail::fits_in<Rows>(shape, plan, options, bytes, beside);
-  });
+std::int64_t most_sequences(const ModelShape& shape, const HeadPlan& plan,
+                            const CacheOptions& options, std::size_t bytes,
+                            const Beside& beside = {}) {
+  return detail::most_sequences_of<Rows>(shape, plan, options, bytes, detail::host_total(beside));
 }
 
 }  // namespace headwise::inline v0

@@ -186,15 +186,45 @@ class CacheGeometry {
     });
   }
 
-  /// Most pages of each size that one sequence holds while a step of at most `max_chunk` tokens is
-  /// open, at any length up to the longest.
-  std::vector<std::int64_t> peak_pages(std::int64_t max_chunk) const {
+  /// Bytes of one head of a class.
+  /// @throws ConfigError as bytes_held().
+  std::size_t head_bytes_held(const HeadClass& heads, std::int64_t length,
+                              std::int64_t high_water) const {
+    return detail::checked_mul(static_cast<std::size_t>(entries_held(heads, length, high_water)),
+                               pool_.page_bytes(heads.page_size), "bytes of a sequence");
+  }
+
+  /// Bytes of pages that one sequence holds while a step between these lengths is open.
+  /// @throws ConfigError as bytes_held().
+  std::size_t bytes_in_step(const StepLengths& lengths) const {
+    std::size_t bytes = bytes_held(lengths.length, lengths.high_water);
+    for (const HeadClass& heads : classes_) {
+      const std::int64_t taken = std::visit(
+          [&]<class Rule>(const Rule& rule) {
+            return rule.changes(typename Rule::State{}, lengths).take.count();
+          },
+          heads.rule);
+      const std::size_t of_head = detail::checked_mul(
+          static_cast<std::size_t>(taken), pool_.page_bytes(heads.page_size), "bytes of a step");
+      bytes = detail::checked_add(bytes,
+                                  detail::checked_mul(static_cast<std::size_t>(heads.num_heads),
+                                                      of_head, "bytes of a step"),
+                                  "bytes of a step");
+    }
+    return bytes;
+  }
+
+  /// Most pages of each size that sequences hold while a step of at most `max_chunk` tokens of each
+  /// is open, at any length up to the longest.
+  std::vector<std::int64_t> peak_pages(std::int64_t max_chunk,
+                                       std::int64_t num_sequences = 1) const {
     std::vector<std::int64_t> pages(pool_.num_sizes(), 0);
     for (const HeadClass& heads : classes_) {
       const std::int64_t peak =
           std::visit([&](const auto& rule) { return rule.peak_entries(max_chunk); }, heads.rule);
+      const std::int64_t num_heads = detail::checked_mul(heads.num_heads, num_sequences, "pages");
       std::int64_t& sum = pages[heads.page_size];
-      sum = detail::checked_add(sum, detail::checked_mul(heads.num_heads, peak, "pages"), "pages");
+      sum = detail::checked_add(sum, detail::checked_mul(num_heads, peak, "pages"), "pages");
     }
     return pages;
   }
@@ -202,11 +232,7 @@ class CacheGeometry {
   /// Slabs of a pool in which `max_sequences` sequences may be in a step of `max_chunk` tokens
   /// each.
   std::int64_t slabs_for_steps_of(std::int64_t max_chunk) const {
-    std::vector<std::int64_t> pages = peak_pages(max_chunk);
-    for (std::int64_t& of_size : pages) {
-      of_size = detail::checked_mul(of_size, std::int64_t{options_.max_sequences}, "pages");
-    }
-    return pool_.slabs_for(pages);
+    return pool_.slabs_for(peak_pages(max_chunk, options_.max_sequences));
   }
 
   /// Slabs of the pool: what the options ask for, or enough for any step over all sequences.

@@ -215,6 +215,9 @@ class KvCache {
   /// What follows from shape, plan and options.
   const CacheGeometry& geometry() const& { return books_.geometry(); }
   const CacheGeometry& geometry() const&& = delete;
+  /// Sequences, and the tables of their pages.
+  const Books& books() const& { return books_; }
+  const Books& books() const&& = delete;
   /// Where the pages live.
   const Place& place() const& { return place_; }
   const Place& place() const&& = delete;
@@ -264,10 +267,12 @@ class KvCache {
   /// One call per head and step; heads may run at once on different threads. Elements that become
   /// infinite are counted in the step. A layer that shares another's K and V has no pages: nothing
   /// is stored there.
-  /// @param k,v  [num_tokens, 1, k_dim] and [num_tokens, 1, v_dim].
-  template <class Isa>
-  void append(const Step& step, const StepChunk& chunk, int layer, int kv_head,
-              TensorView<const float> k, TensorView<const float> v) const requires(Place::kOnHost) {
+  /// @param k,v  [num_tokens, 1, k_dim] and [num_tokens, 1, v_dim]: TensorView<const float>, or
+  /// what
+  ///   has a row(token, 0) of floats, too, which is asked for one row at a time.
+  template <class Isa, class OwnRows>
+  void append(const Step& step, const StepChunk& chunk, int layer, int kv_head, const OwnRows& k,
+              const OwnRows& v) const requires(Place::kOnHost) {
     HEADWISE_ASSERT(is_open(step), "rows of a step that is not open");
     if (!geometry().layer(layer).shape.owns_kv()) return;
     const PageShape& page = geometry().layer(layer).page;
@@ -315,10 +320,9 @@ class KvCache {
   }
 
   /// append() of a head whose rows are F's.
-  template <class Isa, class F>
+  template <class Isa, class F, class OwnRows>
   void append_as(const Step& step, const StepChunk& chunk, const HeadGeometry& head,
-                 const PageShape& page, TensorView<const float> k,
-                 TensorView<const float> v) const {
+                 const PageShape& page, const OwnRows& k, const OwnRows& v) const {
     visit_head(chunk, head, [&](const auto& rule, const auto& state) {
       const SlotMap to = rule.append_slots(state, chunk.lengths);
       carry_over(rule.slots(state), to,

@@ -52,6 +52,8 @@ enum class [[nodiscard]] StepStatus : std::uint8_t{
     kNotPlanned,      ///< a share of a layer before plan_work(), or a second time after it
     kTooManyThreads,  ///< a share of more threads than plan_work() was told
     kBadSelection,    ///< compact: kept positions that the sequence cannot keep; the fault says why
+    kTooSmall,        ///< memory of the caller's is smaller than its size query says
+    kRolledBack,      ///< export of whole pages: a ring holds rows of tokens rolled back
     kDeviceError,     ///< a device refused a copy or a launch; its cache is of no more use
 };
 
@@ -88,6 +90,10 @@ constexpr const char* to_string(StepStatus status) {
       return "more threads than planned for";
     case StepStatus::kBadSelection:
       return "kept positions that cannot be kept";
+    case StepStatus::kTooSmall:
+      return "the caller's memory is too small";
+    case StepStatus::kRolledBack:
+      return "whole pages hold rows of tokens rolled back";
     case StepStatus::kDeviceError:
       return "device error";
   }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <variant>
+#include <vector>
 
 #include "headwise/heads/budget.hpp"
 #include "headwise/heads/plan.hpp"
@@ -44,6 +45,16 @@ constexpr std::int64_t num_kept(const HeadBudget& budget, std::int64_t n) {
   check_budget(budget);
   detail::checked_range(n, 0, kMaxTokens, "a context");
   return std::visit(detail::NumKept{n}, budget);
+}
+
+/// num_kept() of every head of a plan, layer by layer: what heads cost beside each other, as
+/// shard() takes it.
+/// @throws ConfigError for `n` outside [0, kMaxTokens].
+inline std::vector<std::int64_t> rows_kept(const HeadPlan& plan, std::int64_t n) {
+  std::vector<std::int64_t> rows;
+  rows.reserve(plan.num_heads());
+  for (const HeadBudget& budget : plan.budgets()) rows.push_back(num_kept(budget, n));
+  return rows;
 }
 
 /// Rows kept by all heads over the rows of a full cache, at a context of `n` >= 1 tokens.

@@ -31,11 +31,14 @@ inline void add_head(const RowView& keys, std::span<const std::int32_t> stored,
   for (std::size_t j = 0; j < out.size(); ++j) {
     const float* key = keys.row(static_cast<std::int64_t>(j));
     double sum = 0.0;
-    for (int d = 0; d < keys.dim; ++d) sum += static_cast<double>(key[d]) * key[d];
+    for (int d = 0; d < keys.dim; ++d)
+      sum += static_cast<double>(key[d]) * static_cast<double>(key[d]);
     if (!is_finite(sum)) out[j] = opaque_float(0x7FC00000U);  // counts as -infinity
     norms[j] = is_finite(sum) ? std::sqrt(sum) : 0.0;
     if (!(norms[j] > 0.0)) continue;
-    for (int d = 0; d < keys.dim; ++d) anchor[static_cast<std::size_t>(d)] += key[d] / norms[j];
+    for (int d = 0; d < keys.dim; ++d) {
+      anchor[static_cast<std::size_t>(d)] += static_cast<double>(key[d]) / norms[j];
+    }
   }
   double length = 0.0;
   for (const double x : anchor) length += x * x;
@@ -44,7 +47,8 @@ inline void add_head(const RowView& keys, std::span<const std::int32_t> stored,
     if (!(norms[j] > 0.0) || !(length > 0.0)) continue;
     const float* key = keys.row(static_cast<std::int64_t>(j));
     double dot = 0.0;
-    for (int d = 0; d < keys.dim; ++d) dot += anchor[static_cast<std::size_t>(d)] * key[d];
+    for (int d = 0; d < keys.dim; ++d)
+      dot += anchor[static_cast<std::size_t>(d)] * static_cast<double>(key[d]);
     out[j] = static_cast<float>(-dot / (norms[j] * length));
   }
 }

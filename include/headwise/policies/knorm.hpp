@@ -24,7 +24,8 @@ inline void add_head(const RowView& keys, std::span<const std::int32_t> stored,
   for (std::size_t j = 0; j < out.size(); ++j) {
     const float* key = keys.row(static_cast<std::int64_t>(j));
     double sum = 0.0;
-    for (int d = 0; d < keys.dim; ++d) sum += static_cast<double>(key[d]) * key[d];
+    for (int d = 0; d < keys.dim; ++d)
+      sum += static_cast<double>(key[d]) * static_cast<double>(key[d]);
     out[j] = static_cast<float>(-std::sqrt(sum));
   }
 }

@@ -143,14 +143,16 @@ void merge_splits(const HeadProblem<Format>& problem, float* partials, std::size
     return SoftmaxState{partial[row], partial[line + row], out};
   };
 
-  std::size_t row = 0;
-  for (std::int64_t i = 0; i < problem.num_queries; ++i) {
-    for (int g = 0; g < problem.group_size; ++g, ++row) {
-      SoftmaxState whole = state(0, row);
-      for (std::int64_t s = 1; s < num_splits; ++s) merge<Isa>(whole, state(s, row), v_dim);
-      write_output<Isa>(whole, problem.out.row(i, g), v_dim);
+  problem.out.visit([&](auto out) {
+    std::size_t row = 0;
+    for (std::int64_t i = 0; i < problem.num_queries; ++i) {
+      for (int g = 0; g < problem.group_size; ++g, ++row) {
+        SoftmaxState whole = state(0, row);
+        for (std::int64_t s = 1; s < num_splits; ++s) merge<Isa>(whole, state(s, row), v_dim);
+        write_output<Isa>(whole, out.row(i, g), v_dim);
+      }
     }
-  }
+  });
 }
 
 }  // namespace headwise::inline v0

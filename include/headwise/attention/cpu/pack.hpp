@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "headwise/attention/cpu/own_rows.hpp"
 #include "headwise/attention/cpu/tile_product.hpp"
 #include "headwise/attention/problem.hpp"
 #include "headwise/cache/rows/format.hpp"
@@ -47,9 +48,10 @@ class AsStored {
   float turned_[RotatesK<Format> ? kMaxRotatedDim : 1];
 };
 
-/// Floats that a packed block takes.
+/// Floats that a packed block takes, and behind it a tile of own rows that are no floats yet.
 constexpr std::size_t packed_block_floats(int k_dim, int v_dim) {
-  return static_cast<std::size_t>(kBlockRows) * static_cast<std::size_t>(k_dim + v_dim);
+  return static_cast<std::size_t>(kBlockRows) * static_cast<std::size_t>(k_dim + v_dim) +
+         static_cast<std::size_t>(kTile) * static_cast<std::size_t>(std::max(k_dim, v_dim));
 }
 
 /// Consecutive stored rows within one block of one page.
@@ -156,10 +158,19 @@ template <class Isa, class Format>
 TileBlock<float> pack_own_block(const HeadProblem<Format>& problem, std::int64_t begin, int count,
                                 float* packed) noexcept {
   const int k_dim = problem.past.shape.k_dim;
-  Format::template pack_own_k<Isa>(problem.own_k.row(begin, 0), problem.own_k.stride_n, count,
-                                   k_dim, packed);
-  Format::template pack_own_v<Isa>(problem.own_v.row(begin, 0), problem.own_v.stride_n, count,
-                                   problem.past.shape.v_dim, packed + kBlockRows * k_dim);
+  const int v_dim = problem.past.shape.v_dim;
+  float* strips = packed + kBlockRows * k_dim;
+  float* room = strips + kBlockRows * v_dim;
+  for_each_float_rows<Isa, kTile>(
+      problem.own_k, begin, count, k_dim, room,
+      [&](const float* rows, std::ptrdiff_t stride, int first, int num_rows) {
+        Format::template pack_own_k<Isa>(rows, stride, num_rows, k_dim, packed + first * k_dim);
+      });
+  for_each_float_rows<Isa, kTile>(
+      problem.own_v, begin, count, v_dim, room,
+      [&](const float* rows, std::ptrdiff_t stride, int first, int num_rows) {
+        Format::template pack_own_v<Isa>(rows, stride, num_rows, v_dim, strips + first * kTile);
+      });
   return packed_block(packed, k_dim, 0, count, problem.first_query + begin);
 }
 

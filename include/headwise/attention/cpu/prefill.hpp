@@ -76,10 +76,20 @@ void prefill_tile(const HeadProblem<Format>& problem, std::int64_t query_begin,
       [&](const detail::StoredRows& rows) {
         detail::attend_block<Isa, false>(queries, detail::pack_block<Isa>(past, rows, packed));
       },
-      [&](std::ptrdiff_t row) {
+      [&, in_place = problem.out.type() == IoType::kF32](std::ptrdiff_t row) {
+        if (!in_place) return queries.out + row * queries.v_dim;
         return problem.out.row(query_begin + row / problem.group_size,
                                static_cast<int>(row % problem.group_size));
       });
+  if (problem.out.type() == IoType::kF32) return;
+  problem.out.visit([&](auto out) {  // rounded once a row is final, while it is near
+    using O = simd::Ops<Isa>;
+    for (std::ptrdiff_t row = 0; row < queries.num_rows(); ++row) {
+      const float* from = queries.out + row * queries.v_dim;
+      auto* to = out.row(query_begin + row / problem.group_size, row % problem.group_size);
+      for (int d = 0; d < queries.v_dim; d += O::kWidth) O::store(to + d, O::load(from + d));
+    }
+  });
 }
 
 }  // namespace headwise::inline v0

@@ -107,14 +107,24 @@ QueryRows load_queries(const HeadProblem<Format>& problem, std::int64_t begin, s
   const auto scale = O::broadcast(problem.scale);
   AsStored<Format> as_stored;
   float* to = rows.q;
-  for (std::int64_t i = begin; i < end; ++i) {
-    for (int g = 0; g < rows.group_size; ++g, to += kPanel) {
-      const float* q = as_stored(problem.q.row(i, g), rows.k_dim);
-      for (int d = 0; d < rows.k_dim; d += O::kWidth) {
-        O::store(to + d / kPanel * rows.q_stride() + d % kPanel, O::mul(scale, O::load(q + d)));
+  problem.q.visit([&](auto queries) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      for (int g = 0; g < rows.group_size; ++g, to += kPanel) {
+        const auto load_from = [&](const auto* q) {
+          for (int d = 0; d < rows.k_dim; d += O::kWidth) {
+            O::store(to + d / kPanel * rows.q_stride() + d % kPanel, O::mul(scale, O::load(q + d)));
+          }
+        };
+        if constexpr (RotatesK<Format>) {
+          alignas(64) float room[kMaxRotatedDim];
+          const FloatRows<Isa> floats{problem.q, rows.k_dim, room};
+          load_from(as_stored(floats.row(i, g), rows.k_dim));
+        } else {
+          load_from(queries.row(i, g));
+        }
       }
     }
-  }
+  });
   return rows;
 }
 
