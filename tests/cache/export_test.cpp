@@ -33,6 +33,7 @@ HeadPlan mixed_rings(PrefillMode prefill) {
     for (int h = 0; h < plan.num_kv_heads(l); ++h) {
       const HeadBudget budget = plan.budget(l, h);
       if (const auto* from = std::get_if<KeepWindowFrom>(&budget)) plan.set(l, h, from->keep);
+      if (std::holds_alternative<KeepSelected>(budget)) plan.set(l, h, KeepEverything{});
     }
   }
   return plan;
@@ -336,16 +337,16 @@ TYPED_TEST(ExportTest, AfterARollbackRowsAndSpansAreExactAndWholePagesWaitOrSayS
 
 TEST(Export, SplitsHeadsIntoTwoGroupsWhoseListsAreThoseOfAll) {
   Exported<f16> exported;
-  std::vector<int> heads(4);
-  ASSERT_EQ(split_heads(exported.model.cache.geometry(), 0, heads), 1);
-  EXPECT_EQ(heads, (std::vector<int>{0, 1, 2, 3}));
+  std::vector<int> heads(5);
+  ASSERT_EQ(split_heads(exported.model.cache.geometry(), 0, heads), 2);
+  EXPECT_EQ(heads, (std::vector<int>{0, 4, 1, 2, 3}));
   HeadPlan plan(mixed_shape());
   plan.set(0, 0, KeepWindow{{4, 12}});
   plan.set(0, 2, KeepWindow{{4, 12}});
   const KvCache<PlainRows<f16>> other(mixed_shape(), plan,
                                       mixed_options(PrefillMode::kWindowed, 0));
-  ASSERT_EQ(split_heads(other.geometry(), 0, heads), 2);
-  EXPECT_EQ(heads, (std::vector<int>{1, 3, 0, 2}));
+  ASSERT_EQ(split_heads(other.geometry(), 0, heads), 3);
+  EXPECT_EQ(heads, (std::vector<int>{1, 3, 4, 0, 2}));
   ASSERT_EQ(split_heads(other.geometry(), 2, heads), 1);
 }
 
@@ -372,8 +373,8 @@ TEST(Export, RefusesWhatNoTableCanSay) {
             "rows of K and V are named by one index and must be of one width, got 16 and 48");
   EXPECT_EQ(refused(3, ExportUnit::kPages, {}), "layer must be in [0, 2], got 3");
   EXPECT_EQ(refused(-1, ExportUnit::kPages, {}), "layer must be in [0, 2], got -1");
-  EXPECT_EQ(refused(1, ExportUnit::kPages, {4}), "KV head must be in [0, 3], got 4");
-  EXPECT_EQ(refused(1, ExportUnit::kPages, {0, -1}), "KV head must be in [0, 3], got -1");
+  EXPECT_EQ(refused(1, ExportUnit::kPages, {5}), "KV head must be in [0, 4], got 5");
+  EXPECT_EQ(refused(1, ExportUnit::kPages, {0, -1}), "KV head must be in [0, 4], got -1");
 }
 
 TEST(Export, RefusesSelectedHeads) {

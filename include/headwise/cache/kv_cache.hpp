@@ -55,7 +55,7 @@ struct SeenRows {
 /// bf16; or Formats<...> of a few of either, for classes of heads (CacheOptions::format_of).
 /// @tparam Place  where the pages live (cache/place.hpp).
 template <class Row = f16, CachePlace Place = HostPlace>
-  requires(FormatList<Row>::kAreFormats)
+  requires(RowFormat<typename FormatList<Row>::Front>&& FormatList<Row>::kAreFormats)
 class KvCache {
  public:
   using Format = typename FormatList<Row>::Front;  ///< the only one, or the first of a few

@@ -229,8 +229,8 @@ struct ScaledRows {
     if (per_byte == 1) {
       byte = static_cast<std::uint8_t>(bits);
     } else {
-      byte = static_cast<std::uint8_t>(half == 0 ? (byte & 0xF0U) | (bits & 15U)
-                                                 : (byte & 0x0FU) | (bits & 15U) << 4);
+      // The lower half comes first, and leaves nothing of what was there.
+      byte = static_cast<std::uint8_t>(half == 0 ? bits & 15U : (byte & 0x0FU) | (bits & 15U) << 4);
     }
   }
   static int get(std::uint8_t byte, std::size_t half, int per_byte) {
