@@ -52,6 +52,7 @@ enum class [[nodiscard]] StepStatus : std::uint8_t{
     kNotPlanned,      ///< a share of a layer before plan_work(), or a second time after it
     kTooManyThreads,  ///< a share of more threads than plan_work() was told
     kDeviceError,     ///< a device refused a copy or a launch; its cache is of no more use
+    kTooSmall,        ///< fewer bytes than snapshot_bytes()
 };
 
 /// A few words for a log or a message.
@@ -87,6 +88,8 @@ constexpr const char* to_string(StepStatus status) {
       return "more threads than planned for";
     case StepStatus::kDeviceError:
       return "device error";
+    case StepStatus::kTooSmall:
+      return "too small for the snapshot";
   }
   return "unknown";
 }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/heads/budget.hpp"
@@ -79,6 +80,23 @@ struct WindowRule {
   }
   constexpr std::int64_t most_rows() const {
     return std::min(max_context, sink + most_recent() - 1);
+  }
+
+  /// Until a ring wraps nothing is overwritten.
+  constexpr std::int64_t lowest_kept(State, std::int64_t high_water) const {
+    return high_water <= rows ? 0 : high_water - max_rollback;
+  }
+  constexpr std::int64_t fork_entries() const { return pages_per_bank(); }
+  constexpr std::int64_t released_entries() const { return 0; }
+
+  constexpr std::int64_t slots_written(State, std::int64_t length) const {
+    return std::min(length, rows);
+  }
+  constexpr std::uint64_t to_word(State state) const { return state.bank; }
+  /// Nobody has come to the second bank without a full ring.
+  constexpr std::optional<State> from_word(std::uint64_t word, std::int64_t high_water) const {
+    if (word > (high_water > rows ? 1U : 0U)) return std::nullopt;
+    return State{static_cast<std::uint8_t>(word)};
   }
 
   constexpr StoredRuns runs(State state, std::int64_t length, Phase phase) const {
