@@ -4,9 +4,6 @@
 // sequences may do, every kind of budget, every row format, roomy and scarce pools.
 //
 // A program of its own, in which freed and unwritten rows are NaN and the caller is checked.
-#undef HEADWISE_HARDENED
-#define HEADWISE_HARDENED 1
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -23,6 +20,8 @@
 
 namespace headwise {
 namespace {
+
+static_assert(HEADWISE_HARDENED == 1, "freed rows are to be poisoned");
 
 using test::Chunks;
 using test::new_tokens;
