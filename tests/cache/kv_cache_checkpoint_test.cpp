@@ -52,19 +52,27 @@ std::vector<std::int64_t> grow(Model& model, SequenceId id, std::int64_t to, std
   return begins;
 }
 
-/// Pages of growing heads that checkpoints hold and the sequence has given back, from the published
-/// rules.
+/// Pages of heads without rings that checkpoints hold and the sequence has given back, from the
+/// published rules.
 std::int64_t retained_pages(const HeadPlan& plan, const CacheOptions& options,
                             const std::vector<std::int64_t>& checkpoints, std::int64_t length) {
   const std::int64_t size = options.page_tokens;
   std::int64_t pages = 0;
   for (const HeadBudget& budget : plan.budgets()) {
-    const auto* keep = std::get_if<KeepGrowingWindow>(&budget);
-    if (keep == nullptr) continue;
+    const auto* growing = std::get_if<KeepGrowingWindow>(&budget);
+    const auto* late = std::get_if<KeepWindowFrom>(&budget);
+    if (growing == nullptr && late == nullptr) continue;
+    const std::int64_t sink = growing != nullptr ? growing->sink : late->keep.window.sink;
+    // Whole pages behind the sinks that no length in reach of this one asks for.
     const auto released = [&](std::int64_t at, std::int64_t page) {
       const std::int64_t lowest = std::max<std::int64_t>(0, at - options.max_rollback);
-      const std::int64_t recent = std::max(keep->min_recent, lowest / keep->divisor);
-      return page >= (keep->sink + size - 1) / size && (page + 1) * size <= lowest - recent;
+      std::int64_t gone = 0;
+      if (growing != nullptr) {
+        gone = lowest - std::max(growing->min_recent, lowest / growing->divisor);
+      } else if (lowest >= late->from) {
+        gone = lowest - (std::max(late->keep.window.recent, late->keep.prompt_recent) - 1);
+      }
+      return page >= (sink + size - 1) / size && (page + 1) * size <= gone;
     };
     for (std::int64_t page = 0; page * size < length; ++page) {
       // Shared, not copied: below what rollback of the checkpoint may reach.
@@ -259,7 +267,10 @@ TEST(KvCacheCheckpoint, GoesWithARollbackBelowItWithAClearAndWithARelease) {
   ASSERT_EQ(model.rollback(id, 200), StepStatus::kOk);
   const std::int64_t with = model.cache.pages_in_use();
   ASSERT_EQ(model.rollback(id, 199), StepStatus::kOk);
-  EXPECT_EQ(with - model.cache.pages_in_use(), test::copied_pages(model.plan(), options, 200));
+  EXPECT_EQ(with - model.cache.pages_in_use(),
+            test::copied_pages(model.plan(), options, 200) +
+                retained_pages(model.plan(), options, {100, 200}, 220) -
+                retained_pages(model.plan(), options, {100}, 220));
   ASSERT_TRUE(model.matches());
   EXPECT_EQ(model.cache.reuse_limit(id, 150).length, 100);
   // What is made next is of the new past.

@@ -244,7 +244,8 @@ TEST(Snapshot, LiesAsItsPageSays) {
   at(132, std::uint32_t{16});
   at(136, std::uint32_t{16});
   at(140, std::int32_t{-1});
-  for (const std::size_t of_class : {144U, 208U}) {
+  at(144, std::int64_t{0});
+  for (const std::size_t of_class : {152U, 216U}) {
     at(of_class, std::uint64_t{0});
     EXPECT_STREQ(reinterpret_cast<const char*>(bytes.data() + of_class + 8), FormatOf<f16>::name());
   }
@@ -360,6 +361,12 @@ TEST(Snapshot, OfAnotherKindOfCacheIsRefusedWithBothValues) {
   expect_says(refused_by(ModelShape::uniform(2, 4, 2, 48), options), {"k_dim", "32", "48"});
   expect_says(refused_by(ModelShape({{2, 2, 32, 32}, {2, 2, 32, 64}}), options),
               {"layer 1", "v_dim", "32", "64"});
+  LayerShape windowed = shape.layer(0);
+  windowed.sliding_window = 99;
+  expect_says(refused_by(ModelShape({windowed, windowed}), options), {"sliding window", "0", "99"});
+  LayerShape shared = shape.layer(0);
+  shared.kv_layer = 0;
+  expect_says(refused_by(ModelShape({shape.layer(0), shared}), options), {"kv_layer", "-1", "0"});
   CacheOptions pages = options;
   pages.page_tokens = 32;
   expect_says(refused_by(shape, pages), {"page_tokens", "16", "32"});
@@ -467,7 +474,7 @@ TEST_F(HostileSnapshots, ForgedLengthsAndStatesAreRefused) {
     (void)forged({{96, length}, {104, length}});
   }
   EXPECT_EQ(forged({{96, 701}, {104, 701}}), StepStatus::kContextTooLong);
-  const std::size_t states = 128 + 16 * geometry.layers().size();
+  const std::size_t states = 128 + 24 * geometry.layers().size();
   for (std::size_t c = 0; c < geometry.classes().size(); ++c) {
     for (const std::int64_t word : {std::int64_t{2}, std::int64_t{-1}, std::int64_t{256}}) {
       (void)forged({{states + 64 * c, word}});

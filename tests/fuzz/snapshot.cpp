@@ -22,7 +22,7 @@ void require(bool holds) {
 }
 
 std::size_t head_bytes(const KvCache<f16>& cache) {
-  return SnapshotHead(cache.geometry(), "").num_bytes();
+  return SnapshotHead(cache.geometry(), {}).num_bytes();
 }
 
 void forge(const KvCache<f16>& cache, std::vector<std::byte>& bytes) {

@@ -10,7 +10,7 @@
 /// | 8 | 4 | version: 1 |
 /// | 12 | 4 | byte order: 0x01020304 |
 /// | 16 | 8 | bytes of the whole snapshot |
-/// | 24 | 8 | checksum (core/checksum.hpp) of the head: of bytes [32, H) and zeros up to a block |
+/// | 24 | 8 | checksum of the head: of bytes [32, H), with 32 zeros after byte 63 |
 /// | 32 | 8 | checksum of the body: of bytes [H, end) |
 /// | 40 | 16 | fingerprint of the plan, low word first |
 /// | 56 | 24 | 0 |
@@ -22,12 +22,16 @@
 /// | 112 | 4 | classes of heads C |
 /// | 116 | 4 | 0 |
 /// | 120 | 8 | bytes of compensation rows S |
-/// | 128 | 16 L | of each layer: KV heads, k_dim, v_dim, whose K and V (-1: its own; 4 bytes each)
-/// | | | 64 C | of each class: what its keep rule remembers (8 bytes, KeepRule::to_word()), then
-/// the | | | | name of its row format, zeros behind it | | | | zeros up to H, the next multiple of
-/// 64: here ends the head | | H | S | compensation rows, as CacheGeometry counts them | | | | zeros
-/// up to the next multiple of 64 | | | | pages, whole: class by class, range of KeepRule::held() by
-/// range, head by head |
+/// | 128 | 24 L | of each layer, see below |
+/// | | 64 C | of each class, see below |
+/// | | | zeros up to H, the next multiple of 64: here ends the head |
+/// | H | S | compensation rows, as CacheGeometry counts them |
+/// | | | zeros up to the next multiple of 64 |
+/// | | | pages, whole: class by class, range by range of KeepRule::held(), head by head |
+///
+/// A layer: KV heads, k_dim, v_dim, the layer whose K and V it reads or -1 (4 bytes each), the
+/// model's own sliding window (8). A class: what its keep rule remembers, KeepRule::to_word() (8),
+/// and the name of its row format, zeros behind it (56). Checksums are core/checksum.hpp's.
 ///
 /// Nothing in it depends on the cache's capacity. Rows of a page that the sequence has not written
 /// are encoded zeros: no other sequence's rows leave the cache.
@@ -115,7 +119,8 @@ class SnapshotHead {
       put<std::int32_t>(to, at + 4, layer.shape.k_dim);
       put<std::int32_t>(to, at + 8, layer.shape.v_dim);
       put<std::int32_t>(to, at + 12, layer.shape.kv_layer);
-      at += 16;
+      put<std::int64_t>(to, at + 16, layer.shape.sliding_window);
+      at += kLayer;
     }
     for (std::size_t c = 0; c < states.size(); ++c, at += kClass) {
       const std::string_view format = format_of(c);
@@ -164,13 +169,14 @@ class SnapshotHead {
   static constexpr std::uint32_t kVersion = 1;
   static constexpr std::uint32_t kByteOrder = 0x01020304U;
   static constexpr std::uint32_t kOtherByteOrder = 0x04030201U;
+  static constexpr std::size_t kLayer = 24;  // bytes of a layer
   static constexpr std::size_t kClass = 64;  // bytes of a class
   static constexpr std::size_t kLayers = 128;
 
   static std::size_t padded(std::size_t bytes) {
     return (bytes + Checksum::kBlock - 1) / Checksum::kBlock * Checksum::kBlock;
   }
-  std::size_t states_at() const { return kLayers + 16 * geometry_.layers().size(); }
+  std::size_t states_at() const { return kLayers + kLayer * geometry_.layers().size(); }
   std::string_view format_of(std::size_t c) const {
     const auto format = static_cast<std::size_t>(geometry_.classes()[c].format);
     return formats_[format].substr(0, kClass - 8);
@@ -222,7 +228,7 @@ class SnapshotHead {
 
   void check_cache(std::span<const std::byte> from) const {
     check_same("layers", std::size_t{get<std::uint32_t>(from, 84)}, geometry_.layers().size());
-    if (from.size() < kLayers + 16 * geometry_.layers().size()) {
+    if (from.size() < kLayers + kLayer * geometry_.layers().size()) {
       fail<FormatError>("snapshot: it ends within its layers, after ", from.size(), " bytes");
     }
     for (std::size_t l = 0; l < geometry_.layers().size(); ++l) {
@@ -230,12 +236,14 @@ class SnapshotHead {
       const std::array<int, 4> own{shape.num_kv_heads, shape.k_dim, shape.v_dim, shape.kv_layer};
       const std::array<const char*, 4> names{"KV heads", "k_dim", "v_dim", "kv_layer"};
       for (std::size_t i = 0; i < own.size(); ++i) {
-        const int value = get<std::int32_t>(from, kLayers + 16 * l + 4 * i);
+        const int value = get<std::int32_t>(from, kLayers + kLayer * l + 4 * i);
         if (value != own[i]) {
           fail<FormatError>("snapshot: layer ", l, ": ", value, " ", names[i], " in the snapshot, ",
                             own[i], " in the cache");
         }
       }
+      check_same("sliding window", get<std::int64_t>(from, kLayers + kLayer * l + 16),
+                 shape.sliding_window);
     }
     const Fingerprint plan{get<std::uint64_t>(from, 48), get<std::uint64_t>(from, 40)};
     if (plan != geometry_.fingerprint()) {
