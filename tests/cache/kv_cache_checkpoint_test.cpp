@@ -203,16 +203,16 @@ TEST(KvCacheCheckpoint, BeforeAnyWindowIsFullAnyLengthIsOne) {
   Model model(test::mixed_shape(), test::mixed_plan(PrefillMode::kChunkCausal),
               options_of(PrefillMode::kChunkCausal, 3, 0));
   const SequenceId id = model.add();
-  grow(model, id, 16, 16);  // {0, 1} has a ring of one page
-  for (std::int64_t length = 0; length <= 16; ++length) {
+  grow(model, id, 3, 3);  // {0, 1}, and 3 tokens that may be rolled back
+  for (std::int64_t length = 0; length <= 3; ++length) {
     const SequenceId child = model.fork(id, length, StepStatus::kOk).value();
     model.add_tokens(child, new_tokens(100), Phase::kPrompt);
     ASSERT_TRUE(model.matches()) << length;
     model.release(child);
   }
-  grow(model, id, 17, 17);
-  EXPECT_EQ(model.cache.reuse_limit(id, 13), (ReuseLimit{0, ReuseEnd::kRowsAreGone}));
-  EXPECT_EQ(model.cache.reuse_limit(id, 14), (ReuseLimit{14, ReuseEnd::kAsAsked}));
+  grow(model, id, 5, 5);
+  EXPECT_EQ(model.cache.reuse_limit(id, 1), (ReuseLimit{0, ReuseEnd::kRowsAreGone}));
+  EXPECT_EQ(model.cache.reuse_limit(id, 2), (ReuseLimit{2, ReuseEnd::kAsAsked}));
 }
 
 TEST(KvCacheCheckpoint, IsTheStepsOwnAllOrNothing) {

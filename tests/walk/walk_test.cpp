@@ -231,7 +231,7 @@ TYPED_TEST_SUITE(RandomWalk, test::AllFormats, test::FormatNames);
 
 TYPED_TEST(RandomWalk, IsTheOracleAtEveryStep) { RandomWalk<TypeParam>::walk(500); }
 
-/// The `nightly` test preset runs these: 105'000 operations.
+/// The `nightly` test preset runs these: 150'000 operations.
 TYPED_TEST(RandomWalk, DISABLED_IsTheOracleAllNight) { RandomWalk<TypeParam>::walk(15'000); }
 
 }  // namespace

@@ -82,9 +82,11 @@ struct WindowRule {
     return std::min(max_context, sink + most_recent() - 1);
   }
 
-  /// Until a ring wraps nothing is overwritten.
+  /// Until the window of the lowest length in reach is full nothing is overwritten, also by a step
+  /// that was dropped.
   constexpr std::int64_t lowest_kept(State, std::int64_t high_water) const {
-    return high_water <= rows ? 0 : high_water - max_rollback;
+    const std::int64_t lowest = high_water - max_rollback;
+    return lowest - (most_recent() - 1) <= sink ? 0 : lowest;
   }
   constexpr std::int64_t fork_entries() const { return pages_per_bank(); }
   constexpr std::int64_t released_entries() const { return 0; }
