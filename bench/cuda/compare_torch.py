@@ -6,7 +6,8 @@
 Decode: scaled_dot_product_attention through cuDNN (enable_gqa), all heads dense, f16, graph replays
 over rotating buffers of 512 MiB or more, as in decode_bench. Prefill: FlexAttention with a block mask
 for the streaming half of the heads (64+256), bf16, in a graph and as separate calls, and cuDNN for the
-dense half. Names of tables after out.json (decode, prefill) run only those.
+dense half. Chunks: cuDNN after many stored tokens, without a mask. Names of tables after out.json
+(decode, prefill, chunk) run only those.
 """
 import json
 import statistics
@@ -90,6 +91,13 @@ def prefill_cudnn(n):
             lambda i: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 5000)
 
 
+def chunk_cudnn(past, n, num_qo_heads, num_kv_heads):
+    q = torch.randn(1, num_qo_heads, n, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, num_kv_heads, past + n, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return microseconds(lambda i: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), 5000)
+
+
 def main():
     rows = []
 
@@ -97,7 +105,7 @@ def main():
         rows.append({"name": name, "us": round(us, 2)})
         print(f"{name:50s} {us:9.2f} us", flush=True)
 
-    tables = sys.argv[2:] or ["decode", "prefill"]
+    tables = sys.argv[2:] or ["decode", "prefill", "chunk"]
     for kv_heads, shapes in {
         8: [(1, 4096), (1, 16384), (1, 65536), (1, 131072), (1, 524288), (16, 4096), (16, 16384),
             (64, 4096), (64, 16384)],
@@ -111,6 +119,10 @@ def main():
         row(f"flex/{name}/streaming_half_64+256", prefill_flex(n, microseconds))
         row(f"flex/{name}/streaming_half_64+256/no_graph", prefill_flex(n, microseconds_of_calls))
         row(f"cudnn/{name}/dense_half", prefill_cudnn(n))
+    for n in (512, 8192) if "chunk" in tables else []:
+        name = f"prefill/32_8/bf16/n={n}/past=131072"
+        row(f"cudnn/{name}/dense", chunk_cudnn(131072, n, 32, 8))
+        row(f"cudnn/{name}/dense_half", chunk_cudnn(131072, n, 16, 4))
     with open(sys.argv[1], "w") as file:
         json.dump({"torch": torch.__version__, "rows": rows}, file, indent=1)
 

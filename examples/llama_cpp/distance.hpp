@@ -19,8 +19,8 @@ class Distance {
     const double log_p = log_sum(p);
     const double log_q = log_sum(q);
     for (std::size_t i = 0; i < p.size(); ++i) {
-      const double a = p[i];
-      const double b = q[i];
+      const auto a = static_cast<double>(p[i]);
+      const auto b = static_cast<double>(q[i]);
       difference_ += (a - b) * (a - b);
       norm_ += a * a;
       kl_ += std::exp(a - log_p) * ((a - log_p) - (b - log_q));
@@ -39,9 +39,9 @@ class Distance {
 
  private:
   static double log_sum(std::span<const float> logits) {
-    const double max = *std::ranges::max_element(logits);
+    const auto max = static_cast<double>(*std::ranges::max_element(logits));
     double sum = 0.0;
-    for (const float x : logits) sum += std::exp(double{x} - max);
+    for (const float x : logits) sum += std::exp(static_cast<double>(x) - max);
     return max + std::log(sum);
   }
 

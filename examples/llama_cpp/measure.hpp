@@ -45,10 +45,11 @@ inline bool read_text(const Setup& setup) {
         std::vector<NewTokens>{{.sequence = id, .tokens = chunk, .wants_all_logits = true}}));
     for (std::size_t i = 0; i < chunk.size() && first + i + 1 < tokens.size(); ++i) {
       const std::span<const float> logits = engine.logits(i);
-      const double max = *std::ranges::max_element(logits);
+      const auto max = static_cast<double>(*std::ranges::max_element(logits));
       double sum = 0.0;
-      for (const float x : logits) sum += std::exp(double{x} - max);
-      nats += max + std::log(sum) - double{logits[static_cast<std::size_t>(tokens[first + i + 1])]};
+      for (const float x : logits) sum += std::exp(static_cast<double>(x) - max);
+      nats += max + std::log(sum) -
+              static_cast<double>(logits[static_cast<std::size_t>(tokens[first + i + 1])]);
     }
     const std::size_t end = first + chunk.size();
     if (end % 1024 != 0 && end != tokens.size()) return;

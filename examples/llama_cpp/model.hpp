@@ -115,6 +115,13 @@ class Model {
       layer.k_dim = static_cast<int>(node.src[1]->ne[0]);
       layer.v_dim = static_cast<int>(node.src[2]->ne[0]);
       layer.sm_scale = parameter(node, 0);
+      layer.softmax.alibi_slopes =
+          headwise::alibi_slopes_of(parameter(node, 1), layer.num_qo_heads());
+      layer.softmax.soft_cap = parameter(node, 2);
+      if (const ggml_tensor* sinks = node.src[4]; sinks != nullptr) {
+        const auto* values = static_cast<const float*>(sinks->data);
+        layer.softmax.sinks.assign(values, values + layer.num_qo_heads());
+      }
       layers[layer_of(node.src[1], "cache_k_l")] = layer;
       return true;
     };
@@ -144,11 +151,6 @@ class Model {
     if (node.src[1]->type != GGML_TYPE_F16 || node.src[2]->type != GGML_TYPE_F16) {
       return "a stock cache that is not of f16" + in_layer;
     }
-    if (parameter(node, 1) != 0.0F) return "ALiBi slopes" + in_layer + ", which are not supported";
-    if (parameter(node, 2) != 0.0F)
-      return "a logit soft-cap" + in_layer + ", which is not supported";
-    if (node.src[4] != nullptr)
-      return "learned sink logits" + in_layer + ", which are not supported";
     return "";
   }
 

@@ -65,6 +65,8 @@ class Naive {
 
   void attend_row(const headwise::LayerShape& layer, int idx, int head, std::int64_t pos,
                   const float* q, float* out) {
+    const headwise::SoftmaxOptions& softmax = layer.softmax;
+    const auto of_head = static_cast<std::size_t>(head);
     const int kv_head = head / layer.group_size;
     const auto* keep = std::get_if<headwise::KeepWindow>(&plan_.budget(idx, kv_head));
     const headwise::Window window = keep != nullptr ? keep->window : headwise::Window::everything();
@@ -77,19 +79,29 @@ class Naive {
       if (!window.sees(headwise::Pos{pos}, headwise::Pos{j})) continue;
       const float* k = row(keys_, j, layer.k_dim);
       double sum = 0.0;
-      for (int d = 0; d < layer.k_dim; ++d) sum += double{q[d]} * double{k[d]};
-      logits_.push_back(sum * static_cast<double>(layer.scale()));
-      max = std::max(max, logits_.back());
+      for (int d = 0; d < layer.k_dim; ++d)
+        sum += static_cast<double>(q[d]) * static_cast<double>(k[d]);
+      double logit = sum * static_cast<double>(layer.scale());
+      if (softmax.soft_cap != 0.0F) {
+        logit = static_cast<double>(softmax.soft_cap) *
+                std::tanh(logit / static_cast<double>(softmax.soft_cap));
+      }
+      if (!softmax.alibi_slopes.empty()) {
+        logit += static_cast<double>(softmax.alibi_slopes[of_head]) * static_cast<double>(j - pos);
+      }
+      logits_.push_back(logit);
+      max = std::max(max, logit);
     }
     sums_.assign(static_cast<std::size_t>(layer.v_dim), 0.0);
-    double total = 0.0;
+    double total =
+        softmax.sinks.empty() ? 0.0 : std::exp(static_cast<double>(softmax.sinks[of_head]) - max);
     auto logit = logits_.begin();
     for (std::int64_t j = 0; j <= pos; ++j) {
       if (!window.sees(headwise::Pos{pos}, headwise::Pos{j})) continue;
       const float* v = row(values_, j, layer.v_dim);
       const double weight = std::exp(*logit++ - max);
       total += weight;
-      for (std::size_t d = 0; d < sums_.size(); ++d) sums_[d] += weight * double{v[d]};
+      for (std::size_t d = 0; d < sums_.size(); ++d) sums_[d] += weight * static_cast<double>(v[d]);
     }
     for (std::size_t d = 0; d < sums_.size(); ++d) out[d] = static_cast<float>(sums_[d] / total);
   }

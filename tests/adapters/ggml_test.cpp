@@ -12,8 +12,10 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <random>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "headwise/core/dtype.hpp"
@@ -303,6 +305,79 @@ TEST(GgmlAttention, AnyNumberOfThreadsUpToThatReservedGivesTheSameBits) {
   for (std::size_t i = 2; i < by_threads.size(); ++i) EXPECT_EQ(by_threads[i], by_threads[i % 2]);
 }
 
+// Every softmax that ggml has ---------------------------------------------------------------------
+
+/// How far the adapter's node is from ggml_flash_attn_ext() of the same q, k, v and softmax.
+double distance_to_ggml(const LayerShape& layer, float max_bias) {
+  constexpr std::int64_t kTokens = 60;
+  const ModelShape shape({layer});
+  const SoftmaxOptions& softmax = layer.softmax;
+  GgmlAttention<f16> attention(shape, HeadPlan(shape), {.max_context = 64}, kThreads);
+  const SequenceId a = *attention.cache().add_sequence();
+  const Context context = new_context();
+  ggml_context* c = context.get();
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal(0.0F, 1.5F);
+  const auto filled = [&](std::int64_t heads) {
+    ggml_tensor* tensor = ggml_new_tensor_3d(c, GGML_TYPE_F32, layer.k_dim, heads, kTokens);
+    std::vector<float> values(static_cast<std::size_t>(ggml_nelements(tensor)));
+    for (float& x : values) x = to_float(from_float<f16>(normal(random)));
+    write(tensor, values);
+    return tensor;
+  };
+  ggml_tensor* q = filled(layer.num_qo_heads());
+  ggml_tensor* k = filled(layer.num_kv_heads);
+  ggml_tensor* v = filled(layer.num_kv_heads);
+  ggml_tensor* sinks = nullptr;
+  if (!softmax.sinks.empty()) {
+    sinks = ggml_new_tensor_1d(c, GGML_TYPE_F32, layer.num_qo_heads());
+    write(sinks, softmax.sinks);
+  }
+  // ggml multiplies the mask by a head's slope.
+  ggml_tensor* mask = ggml_new_tensor_2d(c, GGML_TYPE_F16, kTokens, kTokens);
+  std::vector<float> distances;
+  for (std::int64_t i = 0; i < kTokens; ++i) {
+    for (std::int64_t j = 0; j < kTokens; ++j) {
+      const auto bias = max_bias != 0.0F ? static_cast<float>(j - i) : 0.0F;
+      distances.push_back(j <= i ? bias : -std::numeric_limits<float>::infinity());
+    }
+  }
+  write(mask, distances);
+  const auto heads_outer = [&](ggml_tensor* x) { return ggml_permute(c, x, 0, 2, 1, 3); };
+  ggml_tensor* theirs =
+      ggml_flash_attn_ext(c, heads_outer(q), heads_outer(ggml_cast(c, k, GGML_TYPE_F16)),
+                          heads_outer(v), mask, layer.scale(), max_bias, softmax.soft_cap);
+  if (sinks != nullptr) ggml_flash_attn_ext_add_sinks(theirs, sinks);
+  ggml_tensor* ours = attention.attend(c, 0, q, k, v,
+                                       {.scale = layer.scale(),
+                                        .max_bias = max_bias,
+                                        .logit_softcap = softmax.soft_cap,
+                                        .sinks = sinks});
+  ggml_cgraph* graph = ggml_new_graph(c);
+  ggml_build_forward_expand(graph, ours);
+  ggml_build_forward_expand(graph, theirs);
+  EXPECT_EQ(attention.begin({{a, kTokens}}), StepStatus::kOk);
+  EXPECT_EQ(ggml_graph_compute_with_ctx(c, graph, kThreads), GGML_STATUS_SUCCESS);
+  EXPECT_EQ(attention.commit(), StepStatus::kOk);
+  return largest_difference({read(ours)}, std::vector<Outputs>{read(theirs)});
+}
+
+TEST(GgmlAttention, HasEverySoftmaxThatGgmlHas) {
+  constexpr double kNear = 1e-4;  // V goes to ggml as f32: it sums f16 ones in f16
+  const auto distance = [](int num_kv_heads, int group, SoftmaxOptions softmax, float max_bias) {
+    LayerShape layer{num_kv_heads, group, 32, 32};
+    softmax.alibi_slopes = alibi_slopes_of(max_bias, num_kv_heads * group);
+    layer.softmax = std::move(softmax);
+    return distance_to_ggml(layer, max_bias);
+  };
+  EXPECT_LE(distance(2, 3, {}, 0.0F), kNear);
+  EXPECT_LE(distance(2, 3, {.soft_cap = 1.5F}, 0.0F), kNear);
+  EXPECT_LE(distance(2, 3, {.sinks = {2.0F, -1.0F, 0.0F, 4.0F, 1.0F, 3.0F}}, 0.0F), kNear);
+  EXPECT_LE(distance(4, 2, {}, 8.0F), kNear);
+  EXPECT_LE(distance(2, 3, {}, 8.0F), kNear);  // 6 heads are no power of two
+  EXPECT_LE(distance(2, 3, {.soft_cap = 2.0F, .sinks = std::vector<float>(6, 1.0F)}, 4.0F), kNear);
+}
+
 // What a node refuses, commit says ----------------------------------------------------------------
 
 /// Poisons the outputs, computes, and tells whether any of them was written.
@@ -484,11 +559,37 @@ TEST_F(GgmlRefusals, NameTheSoftmaxThatTheShapeHasNot) {
             "layer 0: the model scales q.k by 0.125, the shape by 0.176776692 "
             "(LayerShape::sm_scale)");
   EXPECT_EQ(refusal(none, {.max_bias = 8.0F}),
-            "layer 0: ALiBi slopes are not supported, got max_bias 8");
+            "layer 0: the model has ALiBi's max_bias 8 (0: none), the shape no slopes "
+            "(SoftmaxOptions::alibi_slopes)");
   EXPECT_EQ(refusal(none, {.logit_softcap = 50.0F}),
-            "layer 0: a logit soft-cap is not supported, got 50");
+            "layer 0: the model caps logits at 50, the shape at 0 (SoftmaxOptions::soft_cap; 0: "
+            "not)");
   EXPECT_EQ(refusal(none, {.sinks = tensor(GGML_TYPE_F32, 6, 1, 1)}),
-            "layer 0: learned sink logits are not supported, got 6 of them");
+            "layer 0: the model has 6 learned sink logits, the shape 0 (SoftmaxOptions::sinks)");
+}
+
+TEST_F(GgmlRefusals, NameTheSoftmaxThatTheModelHasNot) {
+  LayerShape layer = shape.layer(0);
+  layer.softmax = {.soft_cap = 30.0F,
+                   .sinks = std::vector<float>(6, 0.5F),
+                   .alibi_slopes = alibi_slopes_of(8.0F, 6)};
+  const ModelShape all({layer});
+  GgmlAttention<f16> of_all(all, HeadPlan(all), {.max_context = 64}, 1);
+  const Graph::Layer of = graph.inputs(layer, 5, Layout::kDense);
+  const auto attend = [&](GgmlSoftmax wanted) {
+    of_all.attend(graph.ctx.get(), 0, of.q, of.k, of.v, wanted);
+  };
+  const GgmlSoftmax right{
+      .max_bias = 8.0F, .logit_softcap = 30.0F, .sinks = tensor(GGML_TYPE_F32, 6, 1, 1)};
+  EXPECT_NO_THROW(attend(right));
+  for (int wrong = 0; wrong < 4; ++wrong) {
+    GgmlSoftmax wanted = right;
+    if (wrong == 0) wanted.max_bias = 0.0F;
+    if (wrong == 1) wanted.max_bias = 4.0F;
+    if (wrong == 2) wanted.logit_softcap = 0.0F;
+    if (wrong == 3) wanted.sinks = nullptr;
+    EXPECT_THROW(attend(wanted), ConfigError) << wrong;
+  }
 }
 
 TEST_F(GgmlRefusals, NameTheTensorThatDoesNotFit) {

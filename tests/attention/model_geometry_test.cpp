@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -157,6 +158,24 @@ TEST(ModelGeometryOf, ALayerThatSharesIsAttendedOnceLikeAnyOther) {
   EXPECT_EQ(model.attend_into(model.step, 3, inputs), StepStatus::kAttended);
   (void)model.attend_layer(4, chunks);
   EXPECT_EQ(model.commit(), StepStatus::kOk);
+}
+
+TEST(ModelGeometryOf, ALayerThatSharesStoresNothing) {
+  Model model(shape_of_all(), plan_of_all(), options_of(PrefillMode::kWindowed));
+  const SequenceId id = model.add();
+  const Chunks chunks{{id, new_tokens(30)}};
+  ASSERT_EQ(model.begin(chunks, Phase::kPrompt), StepStatus::kOk);
+  for (int layer = 0; layer < 5; ++layer) {
+    auto inputs = model.inputs_of(layer, chunks);
+    if (layer >= 3) {  // other rows than the layer's that it reads, and too large for f16
+      std::ranges::fill(inputs.k, 1e6F);
+      std::ranges::fill(inputs.v, 1e6F);
+    }
+    ASSERT_EQ(model.attend_into(model.step, layer, inputs), StepStatus::kOk);
+  }
+  EXPECT_EQ(model.step.num_overflows(), 0);
+  ASSERT_EQ(model.commit(), StepStatus::kOk);
+  EXPECT_TRUE(model.matches());
 }
 
 TEST(ModelGeometryOf, SharedKAndVAreHeldAndEstimatedOnce) {

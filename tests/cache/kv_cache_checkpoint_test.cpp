@@ -330,6 +330,72 @@ TEST(KvCacheCheckpoint, APoolOfTheEstimateHoldsAllOfThem) {
   }
 }
 
+// Selections -------------------------------------------------------------------------------------
+
+TEST(KvCacheCheckpoint, OfBeforeASelectionKeepsEveryRowAndNoneIsMadeAfterwards) {
+  for (const std::int64_t rollback : {0, 19}) {
+    const CacheOptions options = options_of(PrefillMode::kWindowed, rollback, 64);
+    Model model(test::mixed_shape(), test::mixed_plan(PrefillMode::kWindowed), options);
+    const SequenceId id = model.add();
+    (void)grow(model, id, 200, 32);  // checkpoints at 64, 128 and 192
+    const auto keeps = [](int head, std::int64_t pos) { return pos % (head == 4 ? 3 : 7) == 0; };
+    ASSERT_EQ(model.compact(id, model.selection(id, keeps)), StepStatus::kOk);
+    ASSERT_TRUE(model.matches());
+    EXPECT_EQ(model.cache.max_truncate(id), 0);
+    EXPECT_EQ(model.cache.reuse_limit(id, 199), (ReuseLimit{192, ReuseEnd::kRowsAreGone}));
+    EXPECT_EQ(model.cache.reuse_limit(id, 200), (ReuseLimit{200, ReuseEnd::kAsAsked}));
+
+    // Each of them goes on with all rows, and so does what is forked from the selected sequence.
+    for (const std::int64_t length : {64, 128, 192, 200}) {
+      const SequenceId child = model.fork(id, length, StepStatus::kOk).value();
+      ASSERT_TRUE(model.matches()) << length;
+      model.add_tokens(child, new_tokens(40), Phase::kPrompt);
+      ASSERT_TRUE(model.matches()) << length;
+      model.release(child);
+    }
+    ASSERT_FALSE(model.fork(id, 199, StepStatus::kTooFarBack).has_value());
+
+    // 400 tokens and a second selection later the checkpoints are the same.
+    (void)grow(model, id, 600, 32);
+    const auto keeps_more = [](int, std::int64_t pos) { return pos % 2 == 0; };
+    ASSERT_EQ(model.compact(id, model.selection(id, keeps_more)), StepStatus::kOk);
+    EXPECT_EQ(model.cache.reuse_limit(id, 599), (ReuseLimit{192, ReuseEnd::kRowsAreGone}));
+    const SequenceId child = model.fork(id, 128, StepStatus::kOk).value();
+    ASSERT_TRUE(model.matches());
+    // A child that was not selected from makes its own again.
+    (void)grow(model, child, 300, 64);
+    EXPECT_EQ(model.cache.reuse_limit(child, 270).length, 256);
+    ASSERT_TRUE(model.matches());
+    model.release(child);
+    model.release(id);
+    EXPECT_EQ(model.cache.pages_in_use(), 0);
+  }
+}
+
+TEST(KvCacheCheckpoint, APoolOfTheEstimateHoldsThemWhateverIsSelected) {
+  for (const std::int64_t rollback : {0, 19}) {
+    CacheOptions options = options_of(PrefillMode::kWindowed, rollback, 40);
+    options.max_chunk = 50;
+    Model model(test::mixed_shape(), test::mixed_plan(PrefillMode::kWindowed), options);
+    std::vector<SequenceId> ids;
+    for (int i = 0; i < options.max_sequences; ++i) ids.push_back(model.add());
+    for (std::int64_t length = 10; length <= 700; length += 10) {
+      std::vector<std::pair<SequenceId, std::vector<test::Token>>> chunks;
+      for (const SequenceId id : ids) chunks.push_back({id, new_tokens(10)});
+      ASSERT_EQ(model.begin(chunks, Phase::kPrompt), StepStatus::kOk) << length;
+      model.append();
+      ASSERT_EQ(model.commit(), StepStatus::kOk);
+      // Every 100 tokens, from another length on in each sequence: all rows but one move.
+      for (std::size_t i = 0; length % 100 == 0 && i < ids.size(); ++i) {
+        if (length < 200 + 100 * static_cast<std::int64_t>(i)) continue;
+        const auto keeps = [&](int, std::int64_t pos) { return pos != length - 1; };
+        ASSERT_EQ(model.compact(ids[i], model.selection(ids[i], keeps)), StepStatus::kOk) << length;
+      }
+    }
+    ASSERT_TRUE(model.matches());
+  }
+}
+
 TEST(KvCacheCheckpoint, CostsOfAWindowDoNotGrowWithTheContext) {
   const ModelShape shape = ModelShape::uniform(1, 2, 2, 16);
   HeadPlan plan(shape);

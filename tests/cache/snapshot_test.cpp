@@ -275,6 +275,39 @@ TEST(Snapshot, IsRefusedByStatusWhereItCannotBe) {
   EXPECT_EQ(model.cache.snapshot(id, bytes), StepStatus::kOk);
 }
 
+/// Keeps every third row of each selected head.
+KeptPositions every_third(const Model& model, SequenceId id) {
+  return model.selection(id, [](int, std::int64_t pos) { return pos % 3 == 0; });
+}
+
+TEST(Snapshot, IsRefusedOfASequenceThatWasSelectedFrom) {
+  const CacheOptions options = options_of(PrefillMode::kWindowed, 3);
+  Model model(test::mixed_shape(), test::mixed_plan(PrefillMode::kWindowed), options);
+  const SequenceId id = model.add();
+  model.add_tokens(id, new_tokens(50), Phase::kPrompt);
+  const SequenceId whole = model.fork(id).value();
+  Bytes bytes(model.cache.snapshot_bytes(id));
+  ASSERT_EQ(model.compact(id, every_third(model, id)), StepStatus::kOk);
+  const SequenceId child = model.fork(id).value();
+  for (const SequenceId selected : {id, child}) {
+    EXPECT_EQ(model.cache.snapshot_bytes(selected), 0U);
+    EXPECT_EQ(model.cache.snapshot(selected, bytes), StepStatus::kSelectedFrom);
+    EXPECT_EQ(model.cache.snapshot(selected, {}), StepStatus::kSelectedFrom);
+  }
+  EXPECT_TRUE(std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{}; }))
+      << "a refusal writes nothing";
+  EXPECT_TRUE(model.matches());
+  // A fork from before has one, and so has the sequence when it begins anew.
+  model.release(child);
+  ASSERT_TRUE(model.restore(model.snapshot(whole), model.sequences.at(whole)).has_value());
+  EXPECT_TRUE(model.matches());
+  ASSERT_EQ(model.clear(id), StepStatus::kOk);
+  model.add_tokens(id, new_tokens(20), Phase::kPrompt);
+  model.release(whole);
+  ASSERT_TRUE(model.restore(model.snapshot(id), model.sequences.at(id)).has_value());
+  EXPECT_TRUE(model.matches());
+}
+
 TEST(Snapshot, OfAnotherSequenceMayComeAndGoWhileAStepIsOpen) {
   Model model(test::mixed_shape(), test::mixed_plan(PrefillMode::kWindowed),
               options_of(PrefillMode::kWindowed, 3));
@@ -480,6 +513,19 @@ TEST_F(HostileSnapshots, ForgedLengthsAndStatesAreRefused) {
       (void)forged({{states + 64 * c, word}});
     }
   }
+  // States of a selection, of whose rows nothing is said: those that a rule would count with, too.
+  int num_selected = 0;
+  for (std::size_t c = 0; c < geometry.classes().size(); ++c) {
+    if (!geometry.classes()[c].selects()) continue;
+    ++num_selected;
+    for (const std::uint64_t word : {std::uint64_t{50}, std::uint64_t{32} << 32 | 50}) {
+      Bytes other = bytes;
+      put(other, states + 64 * c, word);
+      forge(other, geometry);
+      expect_says(refusal(model.cache, other), {"selected at length 50", "version 1"});
+    }
+  }
+  EXPECT_GT(num_selected, 0);
   // The second bank of a ring that was never full: it lies beyond the table.
   Model small(test::mixed_shape(), test::mixed_plan(kPrefill), options_of(kPrefill, 7));
   const SequenceId one = small.add();

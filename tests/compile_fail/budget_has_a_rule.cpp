@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // expect: (RuleFor<.*KeepNewest.*variant<>)
-// A fourth kind of budget that no rule keeps does not pass for one of the other three.
+// A kind of budget that no rule keeps does not pass for one of the others.
 #include "headwise/cache/keep/keep.hpp"
 
 struct KeepNewest {

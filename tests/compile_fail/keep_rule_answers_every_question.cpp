@@ -8,6 +8,7 @@ using namespace headwise;
 /// Everything but what a fork may share.
 struct ForgetsForks {
   using Budget = KeepEverything;
+  static constexpr bool kSelects = false;
   using State = EverythingRule::State;
   static ForgetsForks make(const Budget&, const KeepLimits&) { return {}; }
   std::int64_t table_entries(std::int64_t pages) const { return pages; }

@@ -10,6 +10,7 @@ TEST(HeadBudget, OnlyKeepingEverythingIsRetrieval) {
   EXPECT_TRUE(is_retrieval(HeadBudget{}));
   EXPECT_FALSE(is_retrieval(KeepWindow{{64, 256}}));
   EXPECT_FALSE(is_retrieval(KeepGrowingWindow{}));
+  EXPECT_FALSE(is_retrieval(KeepSelected{}));
 }
 
 TEST(KeepGrowingWindow, HasTheBufferOfThePaper) {

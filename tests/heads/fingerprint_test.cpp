@@ -69,12 +69,12 @@ TEST(Fingerprint, ChangesWithEverythingThatIsStored) {
   }
   const HeadPlan base(std::vector<int>{2, 2}, KeepWindow{{4, 60}});
   plans.push_back(base);
-  for (const HeadBudget& budget :
-       std::vector<HeadBudget>{KeepEverything{}, KeepWindow{{5, 60}}, KeepWindow{{4, 61}},
-                               KeepGrowingWindow{}, KeepGrowingWindow{.sink = 5},
-                               KeepGrowingWindow{.min_recent = 64}, KeepGrowingWindow{.divisor = 4},
-                               KeepWindowFrom{{{4, 60}}, 1}, KeepWindowFrom{{{4, 60}}, 2},
-                               KeepWindowFrom{{{4, 61}}, 1}, KeepWindowFrom{{{4, 60}, 70}, 1}}) {
+  for (const HeadBudget& budget : std::vector<HeadBudget>{
+           KeepEverything{}, KeepWindow{{5, 60}}, KeepWindow{{4, 61}}, KeepGrowingWindow{},
+           KeepGrowingWindow{.sink = 5}, KeepGrowingWindow{.min_recent = 64},
+           KeepGrowingWindow{.divisor = 4}, KeepWindowFrom{{{4, 60}}, 1},
+           KeepWindowFrom{{{4, 60}}, 2}, KeepWindowFrom{{{4, 61}}, 1},
+           KeepWindowFrom{{{4, 60}, 70}, 1}, KeepSelected{}, KeepSelected{64}}) {
     for (int head = 0; head < 4; ++head) {
       plans.push_back(base);
       plans.back().set(head / 2, head % 2, budget);

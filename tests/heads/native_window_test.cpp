@@ -14,6 +14,7 @@ using ::testing::ThrowsMessage;
 TEST(WithinWindow, KeepsTheSmallerOfTheTwo) {
   const HeadBudget native = KeepWindow{{0, 512}};
   EXPECT_EQ(within_window(KeepEverything{}, 512), native);
+  EXPECT_EQ(within_window(KeepSelected{64}, 512), native);
   EXPECT_EQ(within_window(KeepWindow{{4, 1024}}, 512), native);
   EXPECT_EQ(within_window(KeepWindow{{4, 512}}, 512), native);
   EXPECT_EQ(within_window(KeepWindow{Window::everything()}, 512), native);

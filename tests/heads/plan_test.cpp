@@ -77,7 +77,7 @@ TEST(HeadPlan, RefusesWindowsThatOverflow) {
            KeepGrowingWindow{.sink = INT64_MAX}, KeepGrowingWindow{.min_recent = INT64_MAX},
            KeepGrowingWindow{.divisor = INT64_MIN}, KeepWindowFrom{{{4, 8}}, 0},
            KeepWindowFrom{{{4, 8}}, INT64_MAX}, KeepWindowFrom{{{4, 0}}, 9},
-           KeepWindowFrom{{{4, 8}, -1}, 9}}) {
+           KeepWindowFrom{{{4, 8}, -1}, 9}, KeepSelected{-1}, KeepSelected{INT64_MAX}}) {
     EXPECT_THROW(plan.set(0, 0, budget), ConfigError);
     EXPECT_THROW(HeadPlan(std::vector<int>{1}, budget), ConfigError);
   }

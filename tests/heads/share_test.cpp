@@ -72,12 +72,16 @@ TEST(NumKept, RefusesWhatWouldKeepLessThanNothing) {
   EXPECT_THROW((void)num_kept(KeepWindow{{4, INT64_MIN}}, 3), ConfigError);
   EXPECT_THROW((void)num_kept(KeepGrowingWindow{.sink = INT64_MIN}, 3), ConfigError);
   EXPECT_THROW((void)num_kept(KeepGrowingWindow{.divisor = 0}, 3), ConfigError);
+  EXPECT_THROW((void)num_kept(KeepSelected{-1}, 3), ConfigError);
   EXPECT_EQ(message_of<ConfigError>([] { (void)num_kept(KeepEverything{}, -1); }),
             "a context must be in [0, 1099511627776], got -1");
   EXPECT_THROW((void)num_kept(KeepWindow{{4, 60}}, INT64_MIN), ConfigError);
   EXPECT_THROW((void)num_kept(KeepGrowingWindow{}, INT64_MAX), ConfigError);
   EXPECT_EQ(num_kept(KeepWindow{{kMaxTokens, kMaxTokens}}, kMaxTokens), kMaxTokens);
   EXPECT_EQ(num_kept(KeepGrowingWindow{}, kMaxTokens), 4 + kMaxTokens / 5 + 1);
+  EXPECT_EQ(num_kept(KeepSelected{}, 1000), 1000);  // nothing is forecast
+  EXPECT_EQ(num_kept(KeepSelected{300}, 1000), 300);
+  EXPECT_EQ(num_kept(KeepSelected{300}, 299), 299);
 }
 
 TEST(KeptShare, RefusesAContextOfNothing) {

@@ -102,15 +102,20 @@ class AttendedCache : public ModelledCache<Rows> {
   /// What run() must return, by the published rules over all tokens, in double.
   std::vector<std::vector<double>> oracle(const Chunks& chunks, Phase phase) const {
     std::vector<std::vector<double>> out(static_cast<std::size_t>(shape_.num_layers()));
-    for (int l = 0; l < shape_.num_layers(); ++l) {
+    int first_head = 0;
+    for (int l = 0; l < shape_.num_layers(); first_head += shape_.layer(l++).num_kv_heads) {
       const LayerShape& shape = shape_.layer(l);
       for (const auto& [id, tokens] : chunks) {
-        std::vector<Token> all = this->sequences.at(id).tokens;
+        const auto& sequence = this->sequences.at(id);
+        std::vector<Token> all = sequence.tokens;
         const auto start = static_cast<std::int64_t>(all.size());
         all.insert(all.end(), tokens.begin(), tokens.end());
         std::vector<std::vector<double>> by_head;
         for (int h = 0; h < shape.num_kv_heads; ++h) {
-          by_head.push_back(oracle_of(all, start, phase, l, h));
+          const auto is_dropped = [&](std::int64_t pos) {
+            return Base::is_dropped(sequence, first_head + h, pos);
+          };
+          by_head.push_back(oracle_of(all, start, phase, l, h, is_dropped));
         }
         const auto group = static_cast<std::size_t>(shape.group_size * shape.v_dim);
         for (std::size_t i = 0; i < tokens.size(); ++i) {
@@ -161,8 +166,9 @@ class AttendedCache : public ModelledCache<Rows> {
   }
 
   /// [tokens from start on, group_size, v_dim] of one KV head.
+  template <class IsDropped>
   std::vector<double> oracle_of(const std::vector<Token>& all, std::int64_t start, Phase phase,
-                                int layer, int head) const {
+                                int layer, int head, IsDropped&& is_dropped) const {
     const LayerShape& shape = shape_.layer(layer);
     std::vector<std::vector<double>> keys;
     std::vector<std::vector<double>> values;
@@ -183,6 +189,7 @@ class AttendedCache : public ModelledCache<Rows> {
         const Sight how = sight(shape, this->plan().budget(layer, head), this->options().prefill,
                                 this->options().page_tokens, phase, start, i, j);
         const auto key = static_cast<std::size_t>(j);
+        if (is_dropped(j)) continue;
         if (how == Sight::kAsRow) seen.push_back(key);
         if (how != Sight::kFolded) continue;
         folded += 1.0;

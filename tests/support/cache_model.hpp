@@ -149,6 +149,17 @@ class ModelledCache {
   struct Sequence {
     std::vector<Token> tokens;
     std::int64_t high_water = 0;
+    std::int64_t settled = 0;                       ///< length at the last selection
+    std::map<int, std::set<std::int64_t>> dropped;  ///< by selections, of each head of the model
+
+    /// To its first `length` tokens; behind a selection they are those of a checkpoint, of which
+    /// none was selected from.
+    void cut(std::int64_t length) {
+      tokens.resize(static_cast<std::size_t>(length));
+      if (length >= settled) return;
+      settled = 0;
+      dropped.clear();
+    }
   };
 
   ModelledCache(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
@@ -157,6 +168,12 @@ class ModelledCache {
   KvCache<Rows> cache;
   Step step;
   std::map<SequenceId, Sequence> sequences;
+
+  /// Whether a selection dropped a position of a head, counted layer by layer.
+  static bool is_dropped(const Sequence& sequence, int head, std::int64_t pos) {
+    const auto found = sequence.dropped.find(head);
+    return found != sequence.dropped.end() && found->second.contains(pos);
+  }
 
   const CacheOptions& options() const { return options_; }
   const HeadPlan& plan() const { return plan_; }
@@ -193,7 +210,7 @@ class ModelledCache {
     // From a checkpoint the child may be rolled back as far as the parent could there.
     EXPECT_GE(cache.high_water(child), length);
     EXPECT_LE(cache.high_water(child), std::min(past.high_water, length + options_.max_rollback));
-    past.tokens.resize(static_cast<std::size_t>(length));
+    past.cut(length);
     past.high_water = cache.high_water(child);
     sequences[child] = std::move(past);
     return child;
@@ -225,6 +242,43 @@ class ModelledCache {
   StepStatus clear(SequenceId id) {
     const StepStatus status = cache.clear(id);
     if (status == StepStatus::kOk) sequences[id] = {};
+    return status;
+  }
+
+  /// What a selection that keeps `keeps(head, position)` of every stored row of a selected head
+  /// gives the cache; heads are counted layer by layer.
+  template <class Keeps>
+  KeptPositions selection(SequenceId id, Keeps&& keeps) const {
+    const Sequence& sequence = sequences.at(id);
+    KeptPositions kept;
+    for_each_head([&](int head, int layer, int kv_head) {
+      std::vector<std::int32_t> positions;
+      if (selects(layer, kv_head)) {
+        for (std::int64_t pos = 0; pos < std::ssize(sequence.tokens); ++pos) {
+          if (!is_dropped(sequence, head, pos) && keeps(head, pos)) {
+            positions.push_back(static_cast<std::int32_t>(pos));
+          }
+        }
+      }
+      kept.add_head(positions);
+    });
+    return kept;
+  }
+  /// Keeps that alone.
+  StepStatus compact(SequenceId id, const KeptPositions& kept, SelectionFault* fault = nullptr) {
+    const StepStatus status = cache.compact(id, kept, fault);
+    if (status != StepStatus::kOk) return status;
+    Sequence& sequence = sequences.at(id);
+    bool drops = false;
+    for_each_head([&](int head, int layer, int kv_head) {
+      if (!selects(layer, kv_head)) return;
+      const auto positions = kept.of_head(head);
+      const std::set<std::int64_t> stays(positions.begin(), positions.end());
+      for (std::int64_t pos = 0; pos < std::ssize(sequence.tokens); ++pos) {
+        if (!stays.contains(pos)) drops |= sequence.dropped[head].insert(pos).second;
+      }
+    });
+    if (drops) sequence.settled = std::ssize(sequence.tokens);
     return status;
   }
 
@@ -292,7 +346,7 @@ class ModelledCache {
     const StepStatus status = cache.rollback(id, length);
     if (status == StepStatus::kOk) {
       sequences[id].tokens.resize(static_cast<std::size_t>(length));
-      if (length == 0) sequences[id].high_water = 0;  // a clear
+      if (length == 0) sequences[id] = {};  // a clear
     }
     return status;
   }
@@ -313,7 +367,9 @@ class ModelledCache {
     std::size_t next = 0;
     for (int l = 0; l < shape_.num_layers(); ++l) {
       for (int h = 0; h < shape_.layer(l).num_kv_heads; ++h) {
-        std::string fault = fault_in(copies[next++], sequence, l, h, phase, num_tokens);
+        std::string fault = fault_in(copies[next], sequence, l, h, static_cast<int>(next), phase,
+                                     num_tokens, cache.stored_positions(id, l, h));
+        ++next;
         if (!fault.empty()) {
           return ::testing::AssertionFailure() << "layer " << l << ", head " << h << ", step of "
                                                << num_tokens << " at " << start << ": " << fault;
@@ -347,8 +403,20 @@ class ModelledCache {
   }
 
  private:
-  std::string fault_in(const SeenCopy& seen, const Sequence& sequence, int layer, int head,
-                       Phase phase, std::int64_t num_tokens) const {
+  bool selects(int layer, int kv_head) const {
+    return std::holds_alternative<KeepSelected>(plan_.budget(layer, kv_head));
+  }
+  template <class Fn>
+  void for_each_head(Fn&& fn) const {
+    int head = 0;
+    for (int l = 0; l < shape_.num_layers(); ++l) {
+      for (int h = 0; h < shape_.layer(l).num_kv_heads; ++h) fn(head++, l, h);
+    }
+  }
+
+  std::string fault_in(SeenCopy seen, const Sequence& sequence, int layer, int head,
+                       int head_of_model, Phase phase, std::int64_t num_tokens,
+                       const std::vector<std::int32_t>& stored) const {
     const auto start = static_cast<std::int64_t>(sequence.tokens.size());
     const auto how = [&](std::int64_t query, std::int64_t key) {
       return sight(shape_.layer(layer), plan_.budget(layer, head), options_.prefill,
@@ -357,8 +425,16 @@ class ModelledCache {
     std::vector<std::int64_t> as_rows;
     std::vector<std::int64_t> folded;
     for (std::int64_t key = 0; key < start; ++key) {
+      if (is_dropped(sequence, head_of_model, key)) continue;
       if (how(start, key) == Sight::kAsRow) as_rows.push_back(key);
       if (how(start, key) == Sight::kFolded) folded.push_back(key);
+    }
+    if (selects(layer, head)) {  // kernels take slots for positions: all older than any query
+      if (seen.positions.size() != stored.size()) return "sees other rows than it stores";
+      for (std::size_t i = 0; i < stored.size(); ++i) {
+        if (seen.positions[i] < stored[i] || seen.positions[i] >= start) return "wrong slots";
+      }
+      seen.positions.assign(stored.begin(), stored.end());
     }
     if (seen.positions != as_rows) {
       return "sees positions " + text(seen.positions) + ", not " + text(as_rows);
@@ -456,7 +532,7 @@ class ModelledCache {
 
 /// Three layers of unlike widths; the second will have no retrieval head, the third no other.
 inline const ModelShape& mixed_shape() {
-  static const ModelShape shape({{4, 1, 32, 16}, {4, 1, 16, 16}, {1, 1, 16, 48}});
+  static const ModelShape shape({{5, 1, 32, 16}, {5, 1, 16, 16}, {1, 1, 16, 48}});
   return shape;
 }
 
@@ -470,6 +546,8 @@ inline HeadPlan mixed_plan(PrefillMode prefill) {
   plan.set(1, 1, KeepWindow{{4, 12}, 29});
   plan.set(1, 2, KeepWindow{{16, 16}});
   plan.set(1, 3, KeepWindowFrom{{{4, 12}, 20}, 70});
+  plan.set(0, 4, KeepSelected{20});
+  plan.set(1, 4, KeepSelected{});
   if (prefill == PrefillMode::kChunkCausal) {
     plan.set(0, 3, KeepGrowingWindow{4, 40, 3});
     plan.set(1, 2, KeepGrowingWindow{20, 36, 2});

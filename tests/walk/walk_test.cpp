@@ -29,6 +29,14 @@ using test::new_tokens;
 constexpr int kSequences = 5;
 constexpr std::int64_t kContext = 150;
 
+/// Heads of every kind, of which a selection leaves some and other rows in each.
+HeadPlan plan_of(const ModelShape& shape, PrefillMode prefill) {
+  HeadPlan plan = test::every_kind(shape, prefill);
+  plan.set(0, 3, KeepSelected{});
+  plan.set(1, 2, KeepSelected{30});
+  return plan;
+}
+
 CacheOptions walk_options(PrefillMode prefill, bool scarce, const ModelShape& shape,
                           const HeadPlan& plan, CacheGeometry::PageBytes page_bytes) {
   CacheOptions options = test::mixed_options(prefill, 9);
@@ -51,11 +59,11 @@ class Walk {
 
  public:
   Walk(PrefillMode prefill, bool scarce, unsigned seed)
-      : Walk(test::two_layers(2, 16, 32), prefill, scarce, seed) {}
+      : Walk(ModelShape({{4, 2, 16, 32}, {3, 2, 16, 32}}), prefill, scarce, seed) {}
 
   void walk(int steps) {
     for (int i = 0; i < steps; ++i) {
-      const std::int64_t kind = model_.sequences.empty() ? 0 : below(24);
+      const std::int64_t kind = model_.sequences.empty() ? 0 : below(25);
       take(kind);
       ASSERT_TRUE(i % 8 != 0 || model_.matches()) << "operation " << i << ", kind " << kind;
       ASSERT_FALSE(::testing::Test::HasFailure()) << "operation " << i << ", kind " << kind;
@@ -67,13 +75,13 @@ class Walk {
   }
 
   // How often each thing came to pass.
-  int num_steps = 0, num_forks = 0, num_reuses = 0, num_restores = 0, num_refusals = 0;
+  int num_steps = 0, num_forks = 0, num_reuses = 0, num_restores = 0, num_refusals = 0,
+      num_selections = 0;
 
  private:
   Walk(const ModelShape& shape, PrefillMode prefill, bool scarce, unsigned seed)
-      : model_(shape, test::every_kind(shape, prefill),
-               walk_options(prefill, scarce, shape, test::every_kind(shape, prefill),
-                            &Format::page_bytes)),
+      : model_(shape, plan_of(shape, prefill),
+               walk_options(prefill, scarce, shape, plan_of(shape, prefill), &Format::page_bytes)),
         random_(seed),
         free_bytes_(model_.cache.free_bytes()) {}
 
@@ -86,6 +94,7 @@ class Walk {
     if (kind == 9) return model_.release(any());
     if (kind == 10) return clear();
     if (kind < 14) return roll_back();
+    if (kind == 14) return select();
     step();
   }
 
@@ -129,11 +138,32 @@ class Walk {
       ASSERT_EQ(model_.cache.fork(id, wanted, child), StepStatus::kTooFarBack);
     }
     Sequence past = model_.sequences.at(id);
-    past.tokens.resize(static_cast<std::size_t>(limit.length));
+    past.cut(limit.length);
     born(model_.cache.fork(id, limit.length, child), child, std::move(past), num_reuses);
+  }
+  void select() {
+    const SequenceId id = any();
+    const std::int64_t of_eight = below(9);
+    const StepStatus status = model_.compact(
+        id, model_.selection(id, [&](int, std::int64_t) { return below(8) < of_eight; }));
+    if (status != StepStatus::kOk) {  // pages that others share
+      ASSERT_EQ(status, StepStatus::kOutOfPages);
+      ++num_refusals;
+      return;
+    }
+    ++num_selections;
+  }
+  /// A sequence that was selected from has no snapshot, and says so.
+  bool has_snapshot(SequenceId id) {
+    if (model_.sequences.at(id).settled == 0) return true;
+    std::vector<std::byte> nothing(1, std::byte{0xA5});
+    EXPECT_EQ(model_.cache.snapshot(id, nothing), StepStatus::kSelectedFrom);
+    EXPECT_EQ(nothing[0], std::byte{0xA5});
+    return false;
   }
   void restore_beside() {
     const SequenceId id = any();
+    if (!has_snapshot(id)) return;
     const std::vector<std::byte> bytes = model_.snapshot(id);
     SequenceId twin;
     const StepStatus status = model_.cache.restore(bytes, twin);
@@ -141,6 +171,7 @@ class Walk {
   }
   void sleep_and_wake() {
     const SequenceId id = any();
+    if (!has_snapshot(id)) return;
     std::vector<std::byte> bytes = model_.snapshot(id);
     Sequence past = model_.sequences.at(id);
     const std::int64_t high_water = past.high_water;
@@ -207,7 +238,7 @@ struct RandomWalk : ::testing::Test {
   /// @param operations  of this format, over both prefill modes, roomy pools and scarce ones.
   static void walk(int operations) {
     constexpr int kEach = 125;  // and a new cache: a failure is found again from its seed
-    int steps = 0, forks = 0, reuses = 0, restores = 0, refusals = 0;
+    int steps = 0, forks = 0, reuses = 0, restores = 0, refusals = 0, selections = 0;
     for (int i = 0; i * kEach < operations; ++i) {
       const PrefillMode prefill = i % 2 == 0 ? PrefillMode::kChunkCausal : PrefillMode::kWindowed;
       const auto seed = static_cast<unsigned>(i + 1);
@@ -218,6 +249,7 @@ struct RandomWalk : ::testing::Test {
       reuses += walk.num_reuses;
       restores += walk.num_restores;
       refusals += walk.num_refusals;
+      selections += walk.num_selections;
     }
     // It was a walk through everything.
     EXPECT_GT(steps, operations / 5);
@@ -225,6 +257,7 @@ struct RandomWalk : ::testing::Test {
     EXPECT_GT(reuses, operations / 100);
     EXPECT_GT(restores, operations / 100);
     EXPECT_GT(refusals, operations / 100);
+    EXPECT_GT(selections, operations / 100);
   }
 };
 TYPED_TEST_SUITE(RandomWalk, test::AllFormats, test::FormatNames);

@@ -10,11 +10,14 @@
 
 #include <ggml.h>
 
+#include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <iterator>
 #include <span>
 #include <vector>
 
@@ -32,11 +35,27 @@ namespace headwise::inline v0 {
 /// What a model asks of ggml_flash_attn_ext() beside q, k, v and a mask, under ggml's names.
 /// GgmlAttention compares it with its shape: a model that wants another softmax is told so.
 struct GgmlSoftmax {
-  float scale = 0.0F;                  ///< factor on q.k; 0: whatever the shape says
-  float max_bias = 0.0F;               ///< ALiBi's largest slope exponent; 0: none
-  float logit_softcap = 0.0F;          ///< tanh cap of the logits; 0: none
-  const ggml_tensor* sinks = nullptr;  ///< learned sink logits; null: none
+  float scale = 0.0F;          ///< factor on q.k; 0: whatever the shape says
+  float max_bias = 0.0F;       ///< ALiBi: alibi_slopes_of() are the shape's; 0: none
+  float logit_softcap = 0.0F;  ///< SoftmaxOptions::soft_cap; 0: none
+  /// Learned sink logits, as ggml_flash_attn_ext_add_sinks() takes them; null: none. Their number
+  /// is compared, their values are SoftmaxOptions::sinks': a graph may have none yet.
+  const ggml_tensor* sinks = nullptr;
 };
+
+/// SoftmaxOptions::alibi_slopes of what ggml calls max_bias: powers of 2^(-max_bias / n), n the
+/// largest power of two that is not above num_qo_heads; the heads beyond n take odd powers of its
+/// square root (Press et al., arXiv:2108.12409, and their code).
+inline std::vector<float> alibi_slopes_of(float max_bias, int num_qo_heads) {
+  std::vector<float> slopes;
+  if (max_bias == 0.0F) return slopes;
+  const auto n = static_cast<int>(std::bit_floor(static_cast<unsigned>(num_qo_heads)));
+  for (int head = 0; head < num_qo_heads; ++head) {
+    const double power = head < n ? head + 1 : head - n + 0.5;
+    slopes.push_back(static_cast<float>(std::exp2(-static_cast<double>(max_bias) * power / n)));
+  }
+  return slopes;
+}
 
 /// A ggml tensor [dim, heads, tokens] of floats with contiguous rows as attention reads it.
 /// @pre type GGML_TYPE_F32, nb[0] 4, ne[3] 1, and data: inside an op, or after the graph has run.
@@ -149,24 +168,31 @@ class GgmlAttention {
     int idx;
   };
 
+  /// Two ways to one factor may differ in a bit.
+  static bool alike(float a, float b) { return std::fabs(a - b) <= 1e-6F * std::fabs(b); }
+
   static void check_softmax(int layer, const LayerShape& expected, const GgmlSoftmax& wanted) {
-    // Two ways to 1 / sqrt(dim) may differ in a bit.
-    if (wanted.scale != 0.0F &&
-        std::fabs(wanted.scale - expected.scale()) > 1e-6F * std::fabs(expected.scale())) {
+    const SoftmaxOptions& softmax = expected.softmax;
+    if (wanted.scale != 0.0F && !alike(wanted.scale, expected.scale())) {
       fail<ConfigError>("layer ", layer, ": the model scales q.k by ", wanted.scale,
                         ", the shape by ", expected.scale(), " (LayerShape::sm_scale)");
     }
-    if (wanted.max_bias != 0.0F) {
-      fail<ConfigError>("layer ", layer, ": ALiBi slopes are not supported, got max_bias ",
-                        wanted.max_bias);
+    if (!alike(wanted.logit_softcap, softmax.soft_cap)) {
+      fail<ConfigError>("layer ", layer, ": the model caps logits at ", wanted.logit_softcap,
+                        ", the shape at ", softmax.soft_cap, " (SoftmaxOptions::soft_cap; 0: not)");
     }
-    if (wanted.logit_softcap != 0.0F) {
-      fail<ConfigError>("layer ", layer, ": a logit soft-cap is not supported, got ",
-                        wanted.logit_softcap);
+    const std::vector<float> slopes = alibi_slopes_of(wanted.max_bias, expected.num_qo_heads());
+    if (!std::equal(slopes.begin(), slopes.end(), softmax.alibi_slopes.begin(),
+                    softmax.alibi_slopes.end(), &alike)) {
+      fail<ConfigError>("layer ", layer, ": the model has ALiBi's max_bias ", wanted.max_bias,
+                        " (0: none), the shape ", softmax.alibi_slopes.empty() ? "no" : "other",
+                        " slopes (SoftmaxOptions::alibi_slopes)");
     }
-    if (wanted.sinks != nullptr) {
-      fail<ConfigError>("layer ", layer, ": learned sink logits are not supported, got ",
-                        wanted.sinks->ne[0], " of them");
+    const std::int64_t num_sinks = wanted.sinks == nullptr ? 0 : ggml_nelements(wanted.sinks);
+    if (num_sinks != std::ssize(softmax.sinks)) {
+      fail<ConfigError>("layer ", layer, ": the model has ", num_sinks,
+                        " learned sink logits, the shape ", softmax.sinks.size(),
+                        " (SoftmaxOptions::sinks)");
     }
   }
 

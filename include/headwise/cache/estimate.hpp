@@ -24,8 +24,12 @@ namespace headwise::inline v0 {
 /// Bytes, for all sequences and layers together; K and V that layers share count once. What
 /// attention needs beside the cache: scratch_bytes() (attention/scratch.hpp).
 struct Estimate {
-  std::size_t resident_bytes = 0;   ///< pages held by max_sequences sequences of max_context tokens
-  std::size_t transient_bytes = 0;  ///< more pages while a step of max_chunk tokens each is open
+  /// Pages held by max_sequences sequences of max_context tokens, of which selections have left
+  /// what KeepSelected::tokens forecasts.
+  std::size_t resident_bytes = 0;
+  /// More pages while a step of max_chunk tokens each is open, or before anything is selected. A
+  /// selection itself takes none but for what checkpoints share, which counts as theirs.
+  std::size_t transient_bytes = 0;
   std::size_t checkpoint_bytes = 0;  ///< more pages of all checkpoints, at most
 
   std::size_t pool_bytes = 0;      ///< what the cache asks its allocator for as page memory
@@ -61,7 +65,7 @@ inline Estimate estimate_of(const CacheGeometry& geometry, const CacheGeometry& 
   };
   const std::size_t peak = bytes_of(geometry.peak_pages(options.max_chunk));
   Estimate result;
-  result.resident_bytes = for_all(geometry.bytes_held(longest, longest));
+  result.resident_bytes = for_all(geometry.bytes_selected(longest, longest));
   result.transient_bytes = std::max(for_all(peak), result.resident_bytes) - result.resident_bytes;
   result.checkpoint_bytes = for_all(bytes_of(geometry.checkpoint_pages()));
   result.pool_bytes = options.page_memory.empty() ? geometry.pool_bytes() : 0;
@@ -73,7 +77,7 @@ inline Estimate estimate_of(const CacheGeometry& geometry, const CacheGeometry& 
 }  // namespace detail
 
 /// Page bytes that one sequence of `length` tokens holds between steps: KvCache::held_bytes()
-/// beforehand.
+/// beforehand, with nothing selected from it yet.
 /// @throws ConfigError as KvCache's constructor, and for a length outside [0, max_context].
 template <class Rows = f16>
 std::size_t sequence_bytes(const ModelShape& shape, const HeadPlan& plan,

@@ -34,6 +34,15 @@ struct HeadClass {
   int format = 0;              ///< of their rows, in the cache's list
   std::size_t page_size = 0;   ///< of their pages, in the pool's sizes
   std::int64_t num_heads = 0;  ///< in all layers with K and V of their own
+  /// Among all heads that are selected from, the class's first; -1: its rule selects none.
+  std::int64_t first_selected = -1;
+  /// [num_heads] rows that selections are to leave of each head; empty: its rule selects none.
+  std::vector<std::int64_t> forecast;
+
+  /// Whether its heads are selected from.
+  bool selects() const {
+    return std::visit([]<class Rule>(const Rule&) { return Rule::kSelects; }, rule);
+  }
 };
 
 /// One KV head: its class and where its data lie among those of its class or sequence. Heads of a
@@ -88,6 +97,11 @@ class CacheGeometry {
       add_layer(shape.layer(l), plan, l, page_bytes, known, sizes);
     }
     pool_ = PoolShape(std::move(sizes));
+    for (HeadClass& heads : classes_) {
+      if (!heads.selects()) continue;
+      heads.first_selected = num_selected_heads_;
+      num_selected_heads_ += heads.num_heads;
+    }
     add_table_levels();
   }
 
@@ -128,6 +142,8 @@ class CacheGeometry {
   const PoolShape& pool() const&& = delete;
   /// Bytes of compensation rows of one sequence, all heads together.
   std::size_t compensation_bytes() const { return compensation_bytes_; }
+  /// Heads that are selected from, in all layers.
+  std::int64_t num_selected_heads() const { return num_selected_heads_; }
   /// KV heads of the layer that has most.
   int max_heads_per_layer() const { return max_heads_per_layer_; }
 
@@ -138,7 +154,7 @@ class CacheGeometry {
   }
 
   /// Pages of each size that one sequence of `length` tokens holds (`high_water`: the longest it
-  /// ever was).
+  /// ever was) which nothing was selected from.
   std::vector<std::int64_t> pages_held(std::int64_t length, std::int64_t high_water) const {
     std::vector<std::int64_t> pages(pool_.num_sizes(), 0);
     for (const HeadClass& heads : classes_) {
@@ -149,16 +165,29 @@ class CacheGeometry {
   /// Their bytes.
   /// @throws ConfigError where they pass 64 bits, which no pool holds.
   std::size_t bytes_held(std::int64_t length, std::int64_t high_water) const {
-    std::size_t bytes = 0;
-    for (const HeadClass& heads : classes_) {
-      const std::int64_t pages = heads.num_heads * entries_held(heads, length, high_water);
-      bytes = detail::checked_add(
-          bytes,
-          detail::checked_mul(static_cast<std::size_t>(pages), pool_.page_bytes(heads.page_size),
-                              "bytes of a sequence"),
-          "bytes of a sequence");
-    }
-    return bytes;
+    return bytes_of([&](const HeadClass& heads) {
+      return heads.num_heads * entries_held(heads, length, high_water);
+    });
+  }
+  /// The same once a selection at `length` has left what the budgets forecast.
+  std::size_t bytes_selected(std::int64_t length, std::int64_t high_water) const {
+    return bytes_of([&](const HeadClass& heads) {
+      return std::visit(
+          [&]<class Rule>(const Rule& rule) {
+            if constexpr (!Rule::kSelects) {
+              return heads.num_heads * entries_held(heads, length, high_water);
+            } else {
+              std::int64_t pages = 0;
+              for (const std::int64_t tokens : heads.forecast) {
+                const std::int64_t count = tokens == 0 ? length : std::min(tokens, length);
+                const auto state = rule.after_selection(length, rule.first_after(length, count));
+                pages += rule.held(state, length, high_water)[0].count();
+              }
+              return pages;
+            }
+          },
+          heads.rule);
+    });
   }
 
   /// Most pages of each size that one sequence holds while a step of at most `max_chunk` tokens is
@@ -260,6 +289,20 @@ class CacheGeometry {
   /// follow use: for forks, which share pages but not tables, and for gaps between blocks.
   static constexpr double kArenaSlack = 8.0;
 
+  /// Bytes of so many pages of each class.
+  template <class PagesOf>
+  std::size_t bytes_of(PagesOf&& pages_of) const {
+    std::size_t bytes = 0;
+    for (const HeadClass& heads : classes_) {
+      bytes = detail::checked_add(
+          bytes,
+          detail::checked_mul(static_cast<std::size_t>(pages_of(heads)),
+                              pool_.page_bytes(heads.page_size), "bytes of a sequence"),
+          "bytes of a sequence");
+    }
+    return bytes;
+  }
+
   /// Entries of an arena for as many sequences as the pool can hold. A sequence that needs a block
   /// of some level has outgrown the level before, and so holds a known number of bytes at least.
   std::int64_t entries_by_use() const {
@@ -270,9 +313,11 @@ class CacheGeometry {
     for (std::size_t l = 1; l < levels_.size(); ++l) {
       const std::int64_t longest = levels_[l - 1].capacity_pages * page_tokens + 1;
       const std::int64_t rolled_back = std::max<std::int64_t>(1, longest - options_.max_rollback);
-      // A head that streams from a length on has more before it than ever after.
-      const std::size_t held = std::min(bytes_held(rolled_back, longest),
-                                        bytes_held(options_.max_context, options_.max_context));
+      // A head that streams from a length on has more before it than ever after, and so has one
+      // that is selected from.
+      const std::size_t held = std::max<std::size_t>(
+          1, std::min(bytes_selected(rolled_back, longest),
+                      bytes_held(options_.max_context, options_.max_context)));
       if (held > bytes) break;  // no pool of this size has such a sequence
       largest = levels_[l].num_entries + levels_[l - 1].num_entries;
       entries_per_byte = std::max(entries_per_byte, static_cast<double>(levels_[l].num_entries) /
@@ -380,13 +425,23 @@ class CacheGeometry {
     return {within_window(budget, layer.sliding_window), format, page_size, PrefillMode::kWindowed};
   }
 
+  /// What a budget's class is known by: heads that are selected from are one class, whatever is
+  /// forecast of each.
+  struct ClassBudget {
+    template <class Budget>
+    HeadBudget operator()(const Budget& budget) const {
+      return budget;
+    }
+    HeadBudget operator()(KeepSelected) const { return KeepSelected{}; }
+  };
+
   int class_of(const ClassKey& key, std::map<ClassKey, int>& known) {
     const auto [found, is_new] = known.try_emplace(key, static_cast<int>(classes_.size()));
     if (is_new) {
       const auto& [budget, format, page_size, prefill] = key;
       const KeepLimits limits{options_.page_tokens, options_.max_context, options_.max_rollback,
                               options_.max_chunk, prefill};
-      classes_.push_back({make_rule(budget, limits), format, page_size, 0});
+      classes_.push_back({make_rule(budget, limits), format, page_size, 0, -1, {}});
     }
     return found->second;
   }
@@ -427,22 +482,32 @@ class CacheGeometry {
     max_heads_per_layer_ = std::max(max_heads_per_layer_, shape.num_kv_heads);
 
     for (int h = 0; h < shape.num_kv_heads; ++h) {
+      const HeadBudget& budget = plan.budget(l, h);
       if (shape.owns_kv()) {
-        const int format = format_of(plan.budget(l, h), static_cast<int>(page_bytes.size()));
+        const int format = format_of(budget, static_cast<int>(page_bytes.size()));
         const std::size_t bytes = page_bytes[static_cast<std::size_t>(format)](layer.page);
         const auto found = std::find(sizes.begin(), sizes.end(), bytes);
         const auto page_size = static_cast<std::size_t>(found - sizes.begin());
         if (found == sizes.end()) sizes.push_back(bytes);
-        add_head(class_of(class_key(shape, plan.budget(l, h), format, page_size), known),
-                 layer.page);
+        add_head(
+            class_of(class_key(shape, std::visit(ClassBudget{}, budget), format, page_size), known),
+            layer.page);
       } else {
         heads_.push_back(HeadGeometry(head(shape.kv_layer, h)));
       }
-      const HeadClass& heads = classes_[static_cast<std::size_t>(heads_.back().class_idx)];
+      HeadClass& heads = classes_[static_cast<std::size_t>(heads_.back().class_idx)];
+      if (heads.selects() && shape.owns_kv()) {
+        heads.forecast.push_back(std::get<KeepSelected>(budget).tokens);
+      }
       if (compensation_rows(heads) > 0 && !shape.softmax.alibi_slopes.empty()) {
         fail<ConfigError>("layer ", l, ", KV head ", h,
                           ": a compensation row has no position, and so no place in a layer with "
                           "alibi_slopes");
+      }
+      if (heads.selects() && !shape.softmax.alibi_slopes.empty()) {
+        fail<ConfigError>("layer ", l, ", KV head ", h,
+                          ": kernels take slots of selected rows for positions, which a layer with "
+                          "alibi_slopes does not allow");
       }
       layer.task_order.push_back(h);
     }
@@ -503,6 +568,7 @@ class CacheGeometry {
   Fingerprint fingerprint_;
   std::size_t compensation_bytes_ = 0;
   int max_heads_per_layer_ = 0;
+  std::int64_t num_selected_heads_ = 0;
   std::vector<HeadClass> classes_;
   std::vector<HeadGeometry> heads_;
   std::vector<LayerGeometry> layers_;

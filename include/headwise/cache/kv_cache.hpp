@@ -27,6 +27,7 @@
 #include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/cache/rows/rotated_rows.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
+#include "headwise/cache/selection_fault.hpp"
 #include "headwise/cache/snapshot.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/check.hpp"
@@ -35,6 +36,7 @@
 #include "headwise/core/kv_view.hpp"
 #include "headwise/core/tensor_view.hpp"
 #include "headwise/core/window.hpp"
+#include "headwise/heads/kept_positions.hpp"
 
 namespace headwise::inline v0 {
 
@@ -82,7 +84,8 @@ class KvCache {
   /// @return kInStep where it takes part in the open step.
   StepStatus clear(SequenceId id) { return books_.clear(id); }
   /// Back to `new_length` tokens in all layers and heads, exactly, down to high_water -
-  /// max_rollback, or to 0, which is clear(); more is refused (kTooFarBack) and changes nothing.
+  /// max_rollback, but not behind a selection, or to 0, which is clear(); more is refused
+  /// (kTooFarBack) and changes nothing.
   StepStatus rollback(SequenceId id, std::int64_t new_length) {
     return books_.rollback(id, new_length);
   }
@@ -128,19 +131,22 @@ class KvCache {
 
   // Snapshots: of a cache whose pages the host can read -------------------------------------------
 
-  /// Bytes of the sequence's snapshot; 0 where the id names nobody.
+  /// Bytes of the sequence's snapshot; 0 where the id names nobody, or a sequence that has none:
+  /// see snapshot().
   std::size_t snapshot_bytes(SequenceId id) const requires(Place::kOnHost) {
-    if (!is_live(id)) return 0;
+    if (!is_live(id) || books_.is_selected_from(id.index)) return 0;
     return snapshot_head().snapshot_bytes(length(id), high_water(id), books_.keep_states(id.index));
   }
   /// Writes the sequence, without its checkpoints, as cache/snapshot.hpp says: versioned,
   /// checksummed, little-endian. The sequence stays as it is.
   /// @param to  snapshot_bytes() of them are written; any alignment.
-  /// @return kInvalidChunk, kInStep (it takes part in the open step) or kTooSmall wrote nothing.
+  /// @return kInvalidChunk, kInStep (it takes part in the open step), kSelectedFrom (compact()
+  ///   dropped rows of it, of which a snapshot says nothing yet) or kTooSmall wrote nothing.
   StepStatus snapshot(SequenceId id, std::span<std::byte> to) requires(Place::kOnHost) {
     static_assert(std::endian::native == std::endian::little, "rows are written as they lie");
     if (!is_live(id)) return StepStatus::kInvalidChunk;
     if (books_.is_in_step(id)) return StepStatus::kInStep;
+    if (books_.is_selected_from(id.index)) return StepStatus::kSelectedFrom;
     const std::size_t bytes = snapshot_bytes(id);
     if (to.size() < bytes) return StepStatus::kTooSmall;
     to = to.first(bytes);
@@ -230,13 +236,63 @@ class KvCache {
     return step.is_attended(layer, geometry().layer(layer).shape.num_kv_heads);
   }
 
+  // Selections ------------------------------------------------------------------------------------
+
+  /// Drops every stored row of the heads that are selected from (KeepSelected) but those of `kept`,
+  /// in all layers and heads or in none, and frees the pages; the rows that stay are moved bit for
+  /// bit. Between commit and the next begin, any number of times in a sequence's life. Nothing can
+  /// be rolled back behind it afterwards. Where every head keeps all that it has, nothing changes.
+  ///
+  /// Rows move within the pages that the sequence holds; only of pages that a fork or a checkpoint
+  /// shares new ones are taken. The sequence's checkpoints keep the rows as they were, and no more
+  /// are made. Cost: O(stored rows) to check, and the kept rows' bytes to move.
+  /// @param kept  positions of stored tokens, ascending, of every KV head of every layer; none for
+  ///   heads that are not selected from.
+  /// @param fault  where kBadSelection is returned, what is wrong, with value and limit.
+  /// @return kInvalidChunk, kInStep, kOutOfPages and kBadSelection change nothing.
+  StepStatus compact(SequenceId id, const KeptPositions& kept,
+                     SelectionFault* fault = nullptr) requires(Place::kOnHost) {
+    SelectionFault found;
+    const StepStatus status = books_.compact(
+        id, kept, found,
+        [&](const PageCopy& copy) {
+          (void)place_.copy_pages({&copy, 1}, Stream{});
+        },
+        [&](int layer, int class_idx, std::int32_t from, std::span<const std::int32_t> rows,
+            std::int32_t to, std::int64_t to_row) {
+          const int format = geometry().classes()[static_cast<std::size_t>(class_idx)].format;
+          FormatList<Row>::visit(format, [&]<class F>(std::type_identity<F>) {
+            F::copy_rows(books_.pool().address(from), rows, books_.pool().address(to),
+                         static_cast<std::size_t>(to_row), geometry().layer(layer).page);
+          });
+        });
+    if (fault != nullptr) *fault = found;
+    return status;
+  }
+  /// Positions of the rows that a head stores between steps, ascending; empty for a head that is
+  /// not selected from, or an id that names nobody.
+  std::vector<std::int32_t> stored_positions(SequenceId id, int layer, int kv_head) const {
+    std::vector<std::int32_t> positions;
+    if (!is_live(id)) return positions;
+    const HeadGeometry& head = geometry().head(layer, kv_head);
+    books_.for_each_position(id.index, static_cast<std::size_t>(head.class_idx), head.idx_in_class,
+                             [&](std::int32_t position) { positions.push_back(position); });
+    return positions;
+  }
+  /// The rows that a head stores between steps, for scorers: what a decode step would see.
+  /// @pre is_live(id)
+  /// @tparam F  the format of the head's rows: see visit_format()
+  template <class F = Format>
+  KvView<F> stored(SequenceId id, int layer, int kv_head) const requires(Place::kOnHost) {
+    const std::int64_t now = length(id);
+    return seen<F>({id, {now, high_water(id), now}, 0, Phase::kDecode}, layer, kv_head).view;
+  }
+
   // Memory ----------------------------------------------------------------------------------------
 
   /// Bytes of page memory that the sequence holds, those of an open step not counted, shared pages
   /// in full.
-  std::size_t held_bytes(SequenceId id) const {
-    return geometry().bytes_held(length(id), high_water(id));
-  }
+  std::size_t held_bytes(SequenceId id) const { return books_.held_bytes(id); }
   /// Bytes of pages that nobody holds.
   std::size_t free_bytes() const { return books_.pool().free_bytes(); }
   /// Pages that somebody holds, a shared one counted once.
@@ -264,7 +320,7 @@ class KvCache {
 
   // For attention ---------------------------------------------------------------------------------
 
-  /// Stored rows that some query of the entry may see of a head of this class.
+  /// Stored rows that some query of the entry may see of the head of this class that has most.
   std::int64_t rows_seen(int class_idx, const StepChunk& chunk) const {
     const auto c = static_cast<std::size_t>(class_idx);
     return visit_rule(geometry().classes()[c].rule, books_.keep_state(chunk.sequence.index, c),
@@ -362,8 +418,8 @@ class KvCache {
   /// `fn(rule, state)` of the head's class for the chunk's sequence.
   template <class Fn>
   decltype(auto) visit_head(const StepChunk& chunk, const HeadGeometry& head, Fn&& fn) const {
-    const auto c = static_cast<std::size_t>(head.class_idx);
-    return visit_rule(geometry().classes()[c].rule, books_.keep_state(chunk.sequence.index, c), fn);
+    return books_.visit_head(chunk.sequence.index, static_cast<std::size_t>(head.class_idx),
+                             head.idx_in_class, fn);
   }
   const std::int32_t* table(const StepChunk& chunk, const HeadGeometry& head) const {
     return books_.tables().head(chunk.sequence.index, static_cast<std::size_t>(head.class_idx),

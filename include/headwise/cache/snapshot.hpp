@@ -33,6 +33,9 @@
 /// model's own sliding window (8). A class: what its keep rule remembers, KeepRule::to_word() (8),
 /// and the name of its row format, zeros behind it (56). Checksums are core/checksum.hpp's.
 ///
+/// There is none of a sequence from which a selection has dropped rows: what each of its heads has
+/// left is not among the above.
+///
 /// Nothing in it depends on the cache's capacity. Rows of a page that the sequence has not written
 /// are encoded zeros: no other sequence's rows leave the cache.
 #pragma once
@@ -292,6 +295,13 @@ class SnapshotHead {
           if (!state) {
             fail<FormatError>("snapshot: no class of heads has state ", word, " at high water ",
                               sequence.high_water);
+          }
+          if constexpr (Rule::kSelects) {
+            if (*state != typename Rule::State{}) {
+              fail<FormatError>("snapshot: rows of its sequence were selected at length ",
+                                state->selected, ", of which version ", kVersion,
+                                " says too little to restore it");
+            }
           }
           return *state;
         },

@@ -51,8 +51,10 @@ enum class [[nodiscard]] StepStatus : std::uint8_t{
     kAttended,        ///< the layer was attended already
     kNotPlanned,      ///< a share of a layer before plan_work(), or a second time after it
     kTooManyThreads,  ///< a share of more threads than plan_work() was told
+    kBadSelection,    ///< compact: kept positions that the sequence cannot keep; the fault says why
     kDeviceError,     ///< a device refused a copy or a launch; its cache is of no more use
     kTooSmall,        ///< fewer bytes than snapshot_bytes()
+    kSelectedFrom,    ///< snapshot of a sequence from which a selection has dropped rows
 };
 
 /// A few words for a log or a message.
@@ -86,10 +88,14 @@ constexpr const char* to_string(StepStatus status) {
       return "the step's work was not planned";
     case StepStatus::kTooManyThreads:
       return "more threads than planned for";
+    case StepStatus::kBadSelection:
+      return "kept positions that cannot be kept";
     case StepStatus::kDeviceError:
       return "device error";
     case StepStatus::kTooSmall:
       return "too small for the snapshot";
+    case StepStatus::kSelectedFrom:
+      return "no snapshot of a sequence that was selected from";
   }
   return "unknown";
 }

@@ -72,8 +72,21 @@ struct KeepWindowFrom {
                                    const KeepWindowFrom&) = default;  // nvcc 13 does not derive it
 };
 
+/// A head whose rows are chosen by what was read (SnapKV and its family): every token, until a
+/// selection between two steps says which of them stay; every token after that, until the next one.
+struct KeepSelected {
+  /// Rows that selections are to leave of a long context; 0: not known, all of them. A forecast for
+  /// estimates: how many really stay is the selection's choice, for each head and time anew.
+  std::int64_t tokens = 0;
+
+  friend constexpr auto operator<=>(KeepSelected, KeepSelected) = default;
+  friend constexpr bool operator==(KeepSelected,
+                                   KeepSelected) = default;  // nvcc 13 does not derive it
+};
+
 /// What one KV head may keep; default: everything.
-using HeadBudget = std::variant<KeepEverything, KeepWindow, KeepGrowingWindow, KeepWindowFrom>;
+using HeadBudget =
+    std::variant<KeepEverything, KeepWindow, KeepGrowingWindow, KeepWindowFrom, KeepSelected>;
 
 /// Whether the head keeps everything.
 constexpr bool is_retrieval(const HeadBudget& budget) {
@@ -105,6 +118,9 @@ struct CheckBudget {
   constexpr void operator()(const KeepWindowFrom& keep) const {
     (*this)(keep.keep);
     checked_range(keep.from, 1, kMaxTokens, "from");
+  }
+  constexpr void operator()(KeepSelected keep) const {
+    checked_range(keep.tokens, 0, kMaxTokens, "tokens of a selection");
   }
 };
 

@@ -87,6 +87,10 @@ struct AddBudget {
     hash.add(keep.from);
     (*this)(keep.keep);
   }
+  constexpr void operator()(KeepSelected keep) const {
+    hash.add(4);
+    hash.add(keep.tokens);
+  }
 };
 
 }  // namespace headwise::inline v0::detail

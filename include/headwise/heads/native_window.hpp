@@ -31,6 +31,7 @@ struct WithinWindow {
     return KeepWindow{{0, window}};
   }
   HeadBudget operator()(const KeepWindowFrom& keep) const { return (*this)(keep.keep); }
+  HeadBudget operator()(KeepSelected) const { return (*this)(KeepEverything{}); }
 };
 
 }  // namespace headwise::inline v0::detail
@@ -40,7 +41,8 @@ namespace headwise::inline v0 {
 /// What a head of this budget keeps in a layer whose queries see `sliding_window` newest tokens
 /// (LayerShape::sliding_window): a window without sinks, as large as the smaller of the two, so
 /// that no query sees what either hides. Sinks of the budget are given up, for they leave the
-/// layer's own window sooner or later; so is a length to stream from.
+/// layer's own window sooner or later; so is a length to stream from. Nothing is selected from such
+/// a head: it has the window.
 /// @param sliding_window  in [1, kMaxTokens]; 0: there is none, the budget as it is
 /// @throws ConfigError for a growing window that begins to fold within the layer's own.
 inline HeadBudget within_window(const HeadBudget& budget, std::int64_t sliding_window) {

@@ -28,6 +28,9 @@ struct NumKept {
   constexpr std::int64_t operator()(const KeepWindowFrom& keep) const {
     return n <= keep.from ? n : (*this)(keep.keep);  // the newest query is at n - 1
   }
+  constexpr std::int64_t operator()(KeepSelected keep) const {
+    return keep.tokens == 0 ? n : std::min(n, keep.tokens);
+  }
 };
 
 }  // namespace headwise::inline v0::detail

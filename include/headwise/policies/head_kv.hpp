@@ -23,8 +23,8 @@
 /// files: load_head_runs() in heads/json.hpp.
 ///
 /// Here the method ends in a table of capacities. Which tokens fill them is decided at run time, by
-/// the attention of the last prompt tokens (as SnapKV does); the cache has no budget for selected
-/// tokens yet.
+/// the attention of the last prompt tokens: snap_kv's scores and table_counts() over the reduced
+/// capacities, to each of which the window is added.
 ///
 ///     head_kv::Policy policy{.capacity = 128, .beta = 1.01};
 ///     auto per_kv_head = head_kv::reduce_mean(policy.capacities(runs.mean), group_size);

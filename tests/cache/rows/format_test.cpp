@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <initializer_list>
+#include <numeric>
 #include <random>
 #include <type_traits>
 #include <utility>
@@ -52,6 +54,49 @@ TYPED_TEST(RowFormats, ReadsBackWhatRoundRowSays) {
     Format::read_row(memory.page(0), shape, 13, read_k.data(), read_v.data());
     EXPECT_EQ(read_k, rounded_k);
     EXPECT_EQ(read_v, rounded_v);
+  }
+}
+
+TYPED_TEST(RowFormats, CopiesRowsBitForBitAndNoOthers) {
+  using Format = typename TypeParam::Format;
+  using Rows = std::vector<std::int32_t>;
+  for (const PageShape& shape : kShapes) {
+    const std::size_t bytes = Format::page_bytes(shape);
+    std::vector<std::byte> page(bytes);
+    std::vector<std::vector<float>> k, v;
+    const auto encode = [&](std::vector<std::byte>& to, std::size_t to_row, std::int32_t row) {
+      const auto r = static_cast<std::size_t>(row);
+      Format::template encode<typename TypeParam::Isa>(to.data(), shape, to_row, k[r].data(),
+                                                       v[r].data());
+    };
+    for (std::int32_t row = 0; row < shape.page_tokens; ++row) {
+      k.push_back(this->floats(shape.k_dim));
+      v.push_back(this->floats(shape.v_dim));
+      encode(page, static_cast<std::size_t>(row), row);
+    }
+    Rows all(static_cast<std::size_t>(shape.page_tokens));
+    std::iota(all.begin(), all.end(), 0);
+    const std::int32_t last = shape.page_tokens - 1;
+    for (const auto& [rows, to_row] :
+         {std::pair{Rows{3}, 14}, std::pair{Rows{15}, 0}, std::pair{Rows{0, 1, 5, 15}, 7},
+          std::pair{Rows{2, last}, 9}, std::pair{Rows{}, 3}, std::pair{all, 0}}) {
+      std::vector<std::byte> other(bytes, std::byte{0x5A});
+      std::vector<std::byte> expected = other;
+      Format::copy_rows(page.data(), rows, other.data(), static_cast<std::size_t>(to_row), shape);
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        encode(expected, static_cast<std::size_t>(to_row) + i, rows[i]);
+      }
+      EXPECT_EQ(other, expected);
+    }
+    // Up within a page, over others of them, and to themselves.
+    for (const Rows& rows : {Rows{0, 1, 2, 3}, Rows{0, 4, 9, 12, 13}, Rows{1, last}, all}) {
+      const std::size_t to_row = static_cast<std::size_t>(shape.page_tokens) - rows.size();
+      std::vector<std::byte> same = page;
+      std::vector<std::byte> expected = page;
+      Format::copy_rows(same.data(), rows, same.data(), to_row, shape);
+      for (std::size_t i = 0; i < rows.size(); ++i) encode(expected, to_row + i, rows[i]);
+      EXPECT_EQ(same, expected);
+    }
   }
 }
 

@@ -59,6 +59,29 @@ class TinyGguf {
     }
   }
 
+  /// The weights of a bloom, whose attention is ALiBi; as many KV heads as query heads.
+  void add_bloom() {
+    set("attention.head_count_kv", kHeads);
+    set_float("attention.layer_norm_epsilon", 1e-5F);
+    const auto add_with_bias = [this](const std::string& name, std::uint32_t in,
+                                      std::uint32_t out = 1) {
+      add(name, in, out);
+      add(name, out == 1 ? in : out, 1, ".bias");
+    };
+    add("token_embd", kHidden, kVocab);
+    add_with_bias("token_embd_norm", kHidden);
+    add_with_bias("output_norm", kHidden);
+    for (std::uint32_t l = 0; l < kLayers; ++l) {
+      const std::string layer = "blk." + std::to_string(l) + ".";
+      add_with_bias(layer + "attn_norm", kHidden);
+      add_with_bias(layer + "attn_qkv", kHidden, 3 * kHeads * kDim);
+      add_with_bias(layer + "attn_output", kHeads * kDim, kHidden);
+      add_with_bias(layer + "ffn_norm", kHidden);
+      add_with_bias(layer + "ffn_up", kHidden, kMlp);
+      add_with_bias(layer + "ffn_down", kMlp, kHidden);
+    }
+  }
+
   /// @return where it was written
   std::string write(const std::string& name) const {
     const std::string path = ::testing::TempDir() + "headwise_" + name + ".gguf";
@@ -72,11 +95,12 @@ class TinyGguf {
  private:
   gguf_context* file() { return file_.get(); }
 
-  /// A matrix, or with one column a norm's gain.
-  void add(const std::string& name, std::uint32_t in, std::uint32_t out = 1) {
+  /// A matrix, or with one column a norm's gain or a bias.
+  void add(const std::string& name, std::uint32_t in, std::uint32_t out = 1,
+           const char* what = ".weight") {
     ggml_tensor* tensor = out == 1 ? ggml_new_tensor_1d(context_.get(), GGML_TYPE_F32, in)
                                    : ggml_new_tensor_2d(context_.get(), GGML_TYPE_F32, in, out);
-    ggml_set_name(tensor, (name + ".weight").c_str());
+    ggml_set_name(tensor, (name + what).c_str());
     auto* data = static_cast<float*>(tensor->data);
     // Peaked enough that what a head sees matters.
     std::normal_distribution<float> normal(0.0F, 2.5F / std::sqrt(static_cast<float>(in)));

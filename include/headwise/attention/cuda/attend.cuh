@@ -60,10 +60,11 @@ DeviceEstimate estimate_device(const ModelShape& shape, const HeadPlan& plan,
   const CacheGeometry geometry(shape, plan, options, &PlainRows<Row>::page_bytes);
   const DevicePlace::Bytes bytes = DevicePlace::bytes(geometry);
   const std::vector<DeviceLayer> layers = device_layers(geometry);
-  return {
-      bytes.pages, bytes.device,
-      LaunchLayout::of<Dims>(layers, options.max_sequences, limits, max_converted_rows).total_bytes,
-      bytes.pinned};
+  return {bytes.pages, bytes.device,
+          LaunchLayout::of<Dims>(layers, options.max_sequences, limits, max_converted_rows,
+                                 options.max_context)
+              .total_bytes,
+          bytes.pinned};
 }
 
 /// Attention over one DeviceCache. Allocates everything at construction.
@@ -90,7 +91,7 @@ class DeviceAttention {
   explicit DeviceAttention(const DeviceCache<Row>& cache, std::int64_t max_converted_rows = 0)
       : cache_(cache),
         launches_(device_layers(cache.geometry()), cache.geometry().options().max_sequences,
-                  max_converted_rows) {
+                  max_converted_rows, cache.geometry().options().max_context) {
     chunks_.reserve(static_cast<std::size_t>(cache.geometry().options().max_sequences));
   }
 
@@ -99,11 +100,15 @@ class DeviceAttention {
   /// The launches themselves, for who drives them without a cache's steps: benchmarks.
   const LayerLaunches<Row, Dims, Io>& launches() const { return launches_; }
 
-  /// Cuts the open step's decode work into equal shares. One small launch; needed before attend
-  /// wherever a sequence of the step has one new token.
+  /// Cuts the open step's work into equal shares. A small launch, and another one for a step with
+  /// chunks; needed before attend wherever a sequence of the step has one new token, and for a step
+  /// of few long tiles to use the whole device (prefill/work.cuh).
   /// @return kDeviceError where CUDA refused, see error().
   StepStatus plan_work(cudaStream_t stream) {
-    const StepStatus status = checked(launches_.plan_work(cache_.place().step(), stream));
+    StepStatus status = checked(launches_.plan_work(cache_.place().step(), stream));
+    if (status == StepStatus::kOk && cache_.place().most_rows_stored() > 1) {
+      status = checked(launches_.plan_prefill(cache_.place().step(), stream));
+    }
     if (status != StepStatus::kOk) return status;
     planned_ = cache_.place().num_sent();
     return checked(capture_of(stream, planned_in_));
@@ -135,9 +140,8 @@ class DeviceAttention {
       tiles += launches_.num_tiles(layer, chunk.num_tokens());
       if (chunk.num_tokens() > 1) add_chunk({chunk.first_row, chunk.num_tokens()});
     }
-    if (decodes && (planned_ != cache_.place().num_sent() || planned_in_ != capture)) {
-      return StepStatus::kNotPlanned;
-    }
+    const bool is_planned = planned_ == cache_.place().num_sent() && planned_in_ == capture;
+    if (decodes && !is_planned) return StepStatus::kNotPlanned;
     if (tiles > 0 && !launches_.can_convert(step.num_rows())) {
       return checked(cudaErrorInvalidValue);
     }
@@ -145,8 +149,8 @@ class DeviceAttention {
     cudaError_t e = append(step, layer, k, v, stream);
     if (e == cudaSuccess && decodes) e = launches_.decode(on_device, layer, q, out, stream);
     if (e == cudaSuccess && tiles > 0) {
-      e = launches_.prefill(on_device, layer, tiles, step.num_rows(), chunks_, q, k, v, out,
-                            stream);
+      e = launches_.prefill(on_device, layer, tiles, step.num_rows(), chunks_, q, k, v, out, stream,
+                            is_planned);
     }
     const StepStatus status = checked(e);
     if (status == StepStatus::kOk && capture == 0) {

@@ -16,6 +16,7 @@
 #include "headwise/attention/cuda/decode/work.cuh"
 #include "headwise/attention/cuda/head_dims.cuh"
 #include "headwise/attention/cuda/prefill/prefill.cuh"
+#include "headwise/attention/cuda/prefill/work.cuh"
 #include "headwise/cache/cuda/append.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/elements.cuh"
@@ -52,26 +53,43 @@ struct LaunchLayout {
     std::int64_t max_rows = 0;  ///< tokens that there is room for
   };
 
-  std::vector<LayerKind> kinds;    ///< different ones
-  std::vector<int> kind_of_layer;  ///< [layers]
-  std::vector<Lists> lists;        ///< [kinds]
-  std::size_t block_partials = 0;  ///< offset
-  std::size_t arrived = 0;         ///< offset
-  std::size_t next_tile = 0;       ///< offset
-  std::size_t overflows = 0;       ///< offset
-  std::size_t device_kinds = 0;    ///< offset
-  std::size_t device_work = 0;     ///< offset
-  Converted converted;             ///< where q, k, v and out are of another type
-  std::size_t total_bytes = 0;     ///< of the allocation
-  int cut_items = 0;               ///< whose places fit the cut's shared memory; 0: none
-  std::size_t cut_bytes = 0;       ///< of shared memory that the cut takes
+  /// Cut prefill work: lists of one kind, and the partial results that launches share.
+  struct PrefillLists {
+    std::size_t num_shares = 0;   ///< offset, see PrefillWork
+    std::size_t first_piece = 0;  ///< offset
+    std::size_t pieces = 0;       ///< offset
+  };
+
+  std::vector<LayerKind> kinds;             ///< different ones
+  std::vector<int> kind_of_layer;           ///< [layers]
+  std::vector<Lists> lists;                 ///< [kinds]
+  std::size_t block_partials = 0;           ///< offset
+  std::size_t arrived = 0;                  ///< offset
+  std::size_t next_tile = 0;                ///< offset
+  std::size_t overflows = 0;                ///< offset
+  std::size_t device_kinds = 0;             ///< offset
+  std::size_t device_work = 0;              ///< offset
+  Converted converted;                      ///< where q, k, v and out are of another type
+  PrefillCut prefill_cut;                   ///< of no blocks where prefill work is never cut
+  std::vector<PrefillKind> prefill_kinds;   ///< different ones
+  std::vector<int> prefill_kind_of_layer;   ///< [layers]
+  std::vector<PrefillLists> prefill_lists;  ///< [prefill kinds]
+  std::size_t prefill_parts = 0;            ///< offset
+  std::size_t prefill_arrived = 0;          ///< offset
+  std::size_t device_prefill_kinds = 0;     ///< offset
+  std::size_t device_prefill_work = 0;      ///< offset
+  std::size_t total_bytes = 0;              ///< of the allocation
+  int cut_items = 0;                        ///< whose places fit the cut's shared memory; 0: none
+  std::size_t cut_bytes = 0;                ///< of shared memory that the cut takes
 
   /// @param max_converted_rows  tokens of a step with chunks, where they must be converted
+  /// @param max_context  of a sequence with chunks; short ones are never cut
   /// @throws ConfigError for a head width that is not one of Dims, a group of more than 64, or a
   ///   softmax that has more than a scale.
   template <class Dims>
   static LaunchLayout of(std::span<const DeviceLayer> layers, int max_sequences,
-                         const DeviceLimits& limits, std::int64_t max_converted_rows) {
+                         const DeviceLimits& limits, std::int64_t max_converted_rows,
+                         std::int64_t max_context) {
     LaunchLayout layout;
     int widest = 0;
     std::size_t q_elements = 0;
@@ -118,10 +136,16 @@ struct LaunchLayout {
     for (std::size_t* offset : {&layout.converted.k, &layout.converted.v}) {
       *offset = layout.section(rows * kv_elements * sizeof(std::uint16_t));
     }
+    if (limits.chains_launches && max_context >= kLeastCutContext) {
+      layout.add_prefill_cut(layers, limits);
+    }
     return layout;
   }
 
  private:
+  /// Longest context whose tiles are not worth cutting: partial results take 18 MiB of a device.
+  static constexpr std::int64_t kLeastCutContext = 4096;
+
   std::size_t section(std::size_t size) {
     const std::size_t begin = total_bytes;
     total_bytes += (size + 255) / 256 * 256;
@@ -134,6 +158,41 @@ struct LaunchLayout {
     }
     // What every block may have without asking; the rest is for the kernel's own.
     return cut_bytes <= 48 * 1024 - 1024;
+  }
+  /// For layers that warpgroups attend.
+  void add_prefill_cut(std::span<const DeviceLayer> layers, const DeviceLimits& limits) {
+    prefill_cut.num_blocks = limits.num_sms;
+    int widest = 0;
+    for (const DeviceLayer& layer : layers) {
+      PrefillKind kind;
+      if (detail::has_warpgroup_kernel(layer.shape.k_dim)) {
+        widest = std::max(widest, layer.shape.k_dim);
+        kind.num_heads = layer.heads.num_heads;
+        kind.tile_tokens = detail::kGroupRows / layer.shape.group_size;
+        std::copy_n(layer.heads.class_idx, kind.num_heads, kind.class_idx);
+      }
+      const auto same = [&](const PrefillKind& other) {
+        return std::memcmp(&kind, &other, sizeof kind) == 0;
+      };
+      const auto found = std::find_if(prefill_kinds.begin(), prefill_kinds.end(), same);
+      prefill_kind_of_layer.push_back(static_cast<int>(found - prefill_kinds.begin()));
+      if (found == prefill_kinds.end()) prefill_kinds.push_back(kind);
+    }
+    const auto parts = static_cast<std::size_t>(prefill_cut.most_parts());
+    prefill_parts =
+        section(parts * static_cast<std::size_t>(detail::part_float4s(widest)) * sizeof(float4));
+    prefill_arrived = section(parts * detail::kGroupWarps * sizeof(unsigned));
+    for (std::size_t k = 0; k < prefill_kinds.size(); ++k) {
+      PrefillLists lists;
+      lists.num_shares = section(sizeof(std::int32_t));
+      lists.first_piece =
+          section(static_cast<std::size_t>(prefill_cut.most_shares()) * sizeof(std::int32_t));
+      lists.pieces =
+          section(static_cast<std::size_t>(prefill_cut.most_pieces()) * sizeof(TilePiece));
+      prefill_lists.push_back(lists);
+    }
+    device_prefill_kinds = section(prefill_kinds.size() * sizeof(PrefillKind));
+    device_prefill_work = section(prefill_kinds.size() * sizeof(PrefillWork));
   }
   template <class Dims>
   void add_layer(const DeviceLayer& layer, int l, const DeviceLimits& limits) {
@@ -183,13 +242,15 @@ class LayerLaunches {
  public:
   /// @param max_sequences  of any step.
   /// @param max_converted_rows  see above; 0 where Io is Row, or chunks never come.
+  /// @param max_context  of a sequence that chunks come for; 0 where they never come.
   /// @throws ConfigError as LaunchLayout::of().
   /// @throws CudaError when memory cannot be allocated.
   LayerLaunches(std::span<const DeviceLayer> layers, int max_sequences,
-                std::int64_t max_converted_rows = 0)
+                std::int64_t max_converted_rows = 0, std::int64_t max_context = 0)
       : limits_(DeviceLimits::current()),
         layout_(LaunchLayout::of<Dims>(layers, max_sequences, limits_,
-                                       std::same_as<Row, Io> ? 0 : max_converted_rows)),
+                                       std::same_as<Row, Io> ? 0 : max_converted_rows,
+                                       max_context)),
         memory_(layout_.total_bytes) {
     std::byte* base = memory_.data();
     std::vector<DecodeWork> work;
@@ -200,12 +261,24 @@ class LayerLaunches {
                       reinterpret_cast<std::int32_t*>(base + l.places),
                       reinterpret_cast<WarpWork*>(base + l.warps)});
     }
+    std::vector<PrefillWork> prefill_work;
+    for (const LaunchLayout::PrefillLists& l : layout_.prefill_lists) {
+      prefill_work.push_back({reinterpret_cast<std::int32_t*>(base + l.num_shares),
+                              reinterpret_cast<std::int32_t*>(base + l.first_piece),
+                              reinterpret_cast<TilePiece*>(base + l.pieces),
+                              reinterpret_cast<float4*>(base + layout_.prefill_parts),
+                              reinterpret_cast<unsigned*>(base + layout_.prefill_arrived)});
+    }
     for (std::size_t l = 0; l < layers.size(); ++l) {
-      Layer layer{layers[l].shape, layers[l].heads, {}, {}, {}};
+      Layer layer{layers[l].shape, layers[l].heads, {}, {}, {}, {}};
       const int dim = layer.shape.k_dim;
       require(prepare_decode<Row, Dims, Io>(dim, limits_, layer.decode), "decode kernel");
       require(prepare_prefill<Row, Dims>(dim, layer.prefill), "prefill kernel");
       layer.work = work[static_cast<std::size_t>(layout_.kind_of_layer[l])];
+      if (cuts_prefill() && layer.prefill.cut_function != nullptr) {
+        layer.prefill_work =
+            prefill_work[static_cast<std::size_t>(layout_.prefill_kind_of_layer[l])];
+      }
       layers_.push_back(layer);
     }
     require(cudaMemset(base, 0, layout_.total_bytes), "cudaMemset");
@@ -215,6 +288,15 @@ class LayerLaunches {
     require(cudaMemcpy(base + layout_.device_work, work.data(), work.size() * sizeof(DecodeWork),
                        cudaMemcpyHostToDevice),
             "cudaMemcpy");
+    if (cuts_prefill()) {
+      require(
+          cudaMemcpy(base + layout_.device_prefill_kinds, layout_.prefill_kinds.data(),
+                     layout_.prefill_kinds.size() * sizeof(PrefillKind), cudaMemcpyHostToDevice),
+          "cudaMemcpy");
+      require(cudaMemcpy(base + layout_.device_prefill_work, prefill_work.data(),
+                         prefill_work.size() * sizeof(PrefillWork), cudaMemcpyHostToDevice),
+              "cudaMemcpy");
+    }
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
 
@@ -231,6 +313,17 @@ class LayerLaunches {
                           dim3(detail::kCutThreads), layout_.cut_bytes, stream,
                           limits_.chains_launches, step, at<const LayerKind>(layout_.device_kinds),
                           at<const DecodeWork>(layout_.device_work), layout_.cut_items);
+  }
+
+  /// Cuts the step's prefill work where few tiles are long. One small launch; without it prefill
+  /// attends tiles whole.
+  cudaError_t plan_prefill(const DeviceStep& step, cudaStream_t stream) const {
+    if (!cuts_prefill()) return cudaSuccess;
+    return launch_chained(
+        cut_prefill_kernel<>, dim3(static_cast<unsigned>(layout_.prefill_kinds.size())),
+        dim3(detail::kCutPrefillThreads), detail::cut_prefill_bytes(layout_.prefill_cut), stream,
+        limits_.chains_launches, step, at<const PrefillKind>(layout_.device_prefill_kinds),
+        at<const PrefillWork>(layout_.device_prefill_work), layout_.prefill_cut);
   }
 
   /// Stores the step's K and V of one layer in their pages.
@@ -283,11 +376,12 @@ class LayerLaunches {
   /// Attends chunks of more than one token, before or after append.
   /// @param num_rows  of the step, all sequences.
   /// @param chunks  the rows of chunks, which alone are written to `out`.
+  /// @param is_planned  whether plan_prefill() has cut this step's work.
   /// @return cudaErrorInvalidValue for more rows than can be converted.
   cudaError_t prefill(const DeviceStep& step, int layer, std::int64_t tiles, std::int64_t num_rows,
                       std::span<const RowRange> chunks, TensorView<const Io> q,
                       TensorView<const Io> k, TensorView<const Io> v, TensorView<Io> out,
-                      cudaStream_t stream) const {
+                      cudaStream_t stream, bool is_planned = false) const {
     const Layer& of_layer = at(layer);
     PrefillArgs args{step,
                      of_layer.heads,
@@ -297,7 +391,11 @@ class LayerLaunches {
                      {},
                      at<unsigned>(layout_.next_tile),
                      of_layer.shape.group_size,
-                     of_layer.shape.scale() * kLog2E};
+                     of_layer.shape.scale() * kLog2E,
+                     {}};
+    if (is_planned && tiles * of_layer.heads.num_heads <= layout_.prefill_cut.most_tiles()) {
+      args.work = of_layer.prefill_work;
+    }
     if constexpr (std::same_as<Row, Io>) {
       args.q = bits(q);
       args.k = bits(k);
@@ -357,7 +455,10 @@ class LayerLaunches {
     DecodeWork work;
     DecodeKernel decode;
     PrefillKernel prefill;
+    PrefillWork prefill_work;  // none where tiles are never cut
   };
+
+  bool cuts_prefill() const { return !layout_.prefill_lists.empty(); }
 
   static TensorView<const Bits<Io>> bits(TensorView<const Io> x) {
     return {reinterpret_cast<const Bits<Io>*>(x.data), x.stride_n, x.stride_h};

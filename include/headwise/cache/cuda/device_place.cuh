@@ -58,8 +58,8 @@ class DevicePlace {
 
   /// @throws ConfigError for pages that are not 64 tokens, a context of 2^31 tokens or more, more
   ///   than 128 KV heads in a layer, K and V of different widths, a layer that reads another's, a
-  ///   budget with compensation rows (RazorAttention's exist on the CPU only in this version) or a
-  ///   length to stream from, or page memory that is too small.
+  ///   budget with compensation rows (RazorAttention's exist on the CPU only in this version), a
+  ///   length to stream from or selected heads (likewise), or page memory that is too small.
   /// @throws CudaError when memory cannot be allocated.
   explicit DevicePlace(const CacheGeometry& geometry)
       : layout_(checked_layout(geometry)),
@@ -203,6 +203,9 @@ class DevicePlace {
       }
       if (std::visit([](const auto& rule) { return rule.compensation_rows(); }, heads.rule) > 0) {
         fail<ConfigError>("growing windows (RazorAttention) are not on the device yet");
+      }
+      if (heads.selects()) {
+        fail<ConfigError>("selected heads (KeepSelected) are not on the device yet");
       }
     }
   }

@@ -14,6 +14,7 @@ namespace headwise::inline v0 {
 /// How a cache keeps KeepEverything; KeepRule says what each member answers.
 struct EverythingRule {
   using Budget = KeepEverything;
+  static constexpr bool kSelects = false;
   /// Everything follows from the length.
   struct State {
     friend constexpr bool operator==(State, State) = default;

@@ -23,6 +23,7 @@ namespace headwise::inline v0 {
 /// subtracted. Rows lie in two banks of `versions()`, so that a dropped step leaves the old ones.
 struct GrowingWindowRule {
   using Budget = KeepGrowingWindow;
+  static constexpr bool kSelects = false;
   /// Which bank holds the committed compensation rows.
   struct State {
     std::uint8_t bank = 0;  ///< 0 or 1

@@ -11,6 +11,7 @@
 #include "headwise/cache/keep/everything.hpp"
 #include "headwise/cache/keep/growing_window.hpp"
 #include "headwise/cache/keep/keep_rule.hpp"
+#include "headwise/cache/keep/selected.hpp"
 #include "headwise/cache/keep/window.hpp"
 #include "headwise/cache/keep/window_from.hpp"
 #include "headwise/heads/budget.hpp"
@@ -18,7 +19,8 @@
 namespace headwise::inline v0 {
 
 /// The rule of a class of heads. A new kind is one more type here.
-using AnyKeepRule = std::variant<EverythingRule, WindowRule, GrowingWindowRule, WindowFromRule>;
+using AnyKeepRule =
+    std::variant<EverythingRule, WindowRule, GrowingWindowRule, WindowFromRule, SelectedRule>;
 
 namespace detail {
 

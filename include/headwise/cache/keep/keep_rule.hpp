@@ -112,6 +112,7 @@ struct FoldMove {
 ///   the two begin at different entries, the held pages are carried over first.
 /// - `compensation_rows()`, `for_each_fold(state, lengths, fn)`: compensation rows of one head, and
 ///   the FoldMoves of a step, in order.
+/// - `kSelects`: whether a selection may drop any rows of any of its heads; if so, see SelectsRows.
 template <class R>
 concept KeepRule = std::is_trivially_copyable_v<typename R::State> &&
     std::is_default_constructible_v<typename R::State> && std::equality_comparable<R> &&
@@ -139,6 +140,25 @@ concept KeepRule = std::is_trivially_copyable_v<typename R::State> &&
   { rule.append_slots(state, lengths) } -> std::same_as<SlotMap>;
   { rule.compensation_rows() } -> std::same_as<std::int64_t>;
   rule.for_each_fold(state, lengths, fold);
+  { R::kSelects } -> std::convertible_to<bool>;
+};
+
+/// A rule of which each head may have lost other rows than its neighbours. What a step changes is
+/// the same for all heads of a class; what one head holds and shows is asked of its own state.
+///
+/// - `of_head(state, first)`: the state of the head whose first row lies in slot `first`.
+/// - `after_selection(length, first)`: the class's state once a selection at this length has left
+///   rows from slot `first` on in the head that has most; each head's end at `length`.
+/// - `first_after(length, count)`: the slot of the first of `count` rows that a selection leaves.
+/// - `position_is_slot(state, slot)`: whether the row in this slot has it for its position; if not,
+///   the cache has noted the position.
+template <class R>
+concept SelectsRows = KeepRule<R> && R::kSelects &&
+    requires(const R rule, const typename R::State& state, std::int64_t tokens) {
+  { rule.of_head(state, tokens) } -> std::same_as<typename R::State>;
+  { rule.after_selection(tokens, tokens) } -> std::same_as<typename R::State>;
+  { rule.first_after(tokens, tokens) } -> std::same_as<std::int64_t>;
+  { rule.position_is_slot(state, tokens) } -> std::same_as<bool>;
 };
 
 }  // namespace headwise::inline v0

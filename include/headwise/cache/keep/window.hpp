@@ -21,6 +21,7 @@ namespace headwise::inline v0 {
 /// the head's table, and commit switches over.
 struct WindowRule {
   using Budget = KeepWindow;
+  static constexpr bool kSelects = false;
   /// Which bank holds the committed rows.
   struct State {
     std::uint8_t bank = 0;  ///< 0 or 1

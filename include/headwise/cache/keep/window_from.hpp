@@ -22,6 +22,7 @@ namespace headwise::inline v0 {
 /// table has an entry for each page of the context, which a ring does without.
 struct WindowFromRule {
   using Budget = KeepWindowFrom;
+  static constexpr bool kSelects = false;
   /// Everything follows from the lengths.
   struct State {
     friend constexpr bool operator==(State, State) = default;

@@ -6,6 +6,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <type_traits>
 
 #include "headwise/core/dtype.hpp"
@@ -46,6 +47,9 @@ struct PagedMemory {
 ///                       adds rows [first, last), as read, to sums in double
 ///     read_row(page, shape, row, k, v)
 ///                       one row as floats
+///     copy_rows(from, rows, to, to_row, shape)
+///                       rows `rows` of a page, ascending, to rows [to_row, to_row + rows.size())
+///                       of another, bit for bit; or of the same, where none moves down
 ///     round_row(shape, k, v, to_k, to_v)
 ///                       what storing a token and reading it would give, bit for bit
 ///     pack<Isa>(page, shape, row, count, k, v)
@@ -61,7 +65,7 @@ struct PagedMemory {
 template <class F>
 concept RowFormat = requires(std::byte* page, typename F::Page stored, const PageShape& shape,
                              std::size_t row, const float* from, float* to, double* sums,
-                             std::ptrdiff_t stride, int n) {
+                             std::ptrdiff_t stride, int n, std::span<const std::int32_t> rows) {
   typename F::Memory;
   { F::name() } -> std::convertible_to<const char*>;
   { F::page_bytes(shape) } -> std::same_as<std::size_t>;
@@ -69,6 +73,7 @@ concept RowFormat = requires(std::byte* page, typename F::Page stored, const Pag
   { F::template count_overflows<simd::Scalar>(shape, from, from) } -> std::same_as<std::int64_t>;
   F::template add_rows<simd::Scalar>(page, shape, row, row, sums, sums);
   F::read_row(stored, shape, row, to, to);
+  F::copy_rows(static_cast<const std::byte*>(page), rows, page, row, shape);
   F::round_row(shape, from, from, to, to);
   { F::template pack<simd::Scalar>(stored, shape, row, n, to, to) } -> std::same_as<int>;
   F::template pack_own_k<simd::Scalar>(from, stride, n, n, to);

@@ -7,6 +7,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 
 #include "headwise/cache/rows/format.hpp"
@@ -58,6 +59,12 @@ struct KvRows {
   static void read_row(Page page, const PageShape& shape, std::size_t row, float* k, float* v) {
     KFormat::read_row(page, k_of(shape), row, k, v);
     VFormat::read_row(page + v_offset(shape), v_of(shape), row, k, v);
+  }
+
+  static void copy_rows(const std::byte* from, std::span<const std::int32_t> rows, std::byte* to,
+                        std::size_t to_row, const PageShape& shape) {
+    KFormat::copy_rows(from, rows, to, to_row, k_of(shape));
+    VFormat::copy_rows(from + v_offset(shape), rows, to + v_offset(shape), to_row, v_of(shape));
   }
 
   static void round_row(const PageShape& shape, const float* k, const float* v, float* to_k,

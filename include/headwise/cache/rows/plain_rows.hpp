@@ -6,6 +6,8 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <span>
 
 #include "headwise/cache/rows/element_rows.hpp"
 #include "headwise/cache/rows/format.hpp"
@@ -115,6 +117,30 @@ struct PlainRows : detail::ElementRows<E> {
     const auto r = static_cast<std::ptrdiff_t>(row);
     for (int d = 0; d < shape.k_dim; ++d) k[d] = to_float(page.k[r * page.k_stride + d]);
     for (int d = 0; d < shape.v_dim; ++d) v[d] = to_float(page.v[r * page.v_stride + d]);
+  }
+
+  static void copy_rows(const std::byte* from, std::span<const std::int32_t> rows, std::byte* to,
+                        std::size_t to_row, const PageShape& shape) {
+    const E* old_rows = reinterpret_cast<const E*>(from);
+    E* new_rows = reinterpret_cast<E*>(to);
+    const auto k_bytes = static_cast<std::size_t>(shape.k_dim) * sizeof(E);
+    const auto v_bytes = static_cast<std::size_t>(shape.v_dim) * sizeof(E);
+    for (std::size_t i = rows.size(); i > 0; --i) {
+      const auto row = static_cast<std::size_t>(rows[i - 1]);
+      if (i > 2) {  // rows lie anywhere: hardware does not find the next ones
+        const auto ahead = static_cast<std::size_t>(rows[i - 3]);
+        for (std::size_t d = 0; d < k_bytes; d += 64) {
+          detail::prefetch(from + k_offset(shape, ahead, 0) * sizeof(E) + d);
+        }
+        for (std::size_t d = 0; d < v_bytes; d += 64) {
+          detail::prefetch(from + v_offset(shape, ahead, 0) * sizeof(E) + d);
+        }
+      }
+      std::memmove(new_rows + k_offset(shape, to_row + i - 1, 0),
+                   old_rows + k_offset(shape, row, 0), k_bytes);
+      std::memmove(new_rows + v_offset(shape, to_row + i - 1, 0),
+                   old_rows + v_offset(shape, row, 0), v_bytes);
+    }
   }
 
   template <class Isa>

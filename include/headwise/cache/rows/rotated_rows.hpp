@@ -10,6 +10,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 
 #include "headwise/cache/rows/format.hpp"
@@ -139,6 +140,11 @@ struct RotatedRows {
   static void read_row(Page page, const PageShape& shape, std::size_t row, float* k, float* v) {
     Turned::read_row(page, shape, row, k, v);
     detail::rotate_back(k, shape.k_dim);
+  }
+
+  static void copy_rows(const std::byte* from, std::span<const std::int32_t> rows, std::byte* to,
+                        std::size_t to_row, const PageShape& shape) {
+    Turned::copy_rows(from, rows, to, to_row, shape);
   }
 
   static void round_row(const PageShape& shape, const float* k, const float* v, float* to_k,

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "headwise/cache/rows/format.hpp"
 #include "headwise/cache/rows/tiles.hpp"
@@ -85,6 +86,23 @@ struct ScaledRows {
     for_each_element(
         page, shape, row, [&](std::size_t d, float x) { k[d] = x; },
         [&](std::size_t d, float x) { v[d] = x; });
+  }
+
+  static void copy_rows(const std::byte* from, std::span<const std::int32_t> rows, std::byte* to,
+                        std::size_t to_row, const PageShape& shape) {
+    const PageShape bytes{shape.page_tokens, shape.k_dim / kKPerByte,
+                          static_cast<int>(v_strips(shape)) * kTile};
+    copy_tiled_rows(reinterpret_cast<const std::uint8_t*>(from), rows,
+                    reinterpret_cast<std::uint8_t*>(to), to_row, bytes);
+    const bf16* old_scales = reinterpret_cast<const bf16*>(from + scales_offset(shape));
+    bf16* new_scales = reinterpret_cast<bf16*>(to + scales_offset(shape));
+    for (int group = 0; group < groups(shape.k_dim) + groups(shape.v_dim); ++group) {
+      for (std::size_t i = rows.size(); i > 0; --i) {
+        new_scales[to_row + i - 1] = old_scales[static_cast<std::size_t>(rows[i - 1])];
+      }
+      old_scales += tokens(shape);
+      new_scales += tokens(shape);
+    }
   }
 
   static void round_row(const PageShape& shape, const float* k, const float* v, float* to_k,
@@ -196,10 +214,14 @@ struct ScaledRows {
     return tokens(shape) * static_cast<std::size_t>(shape.k_dim / kKPerByte) +
            dim / (kRows * kVPerByte) * kRows * tokens(shape) + row * kRows + dim % kRows;
   }
-  static constexpr std::size_t scales_offset(const PageShape& shape) {
+  /// Strips of V in bytes, of which each holds an element of kVPerByte strips.
+  static constexpr std::size_t v_strips(const PageShape& shape) {
     constexpr std::size_t kStrip = kRows * kVPerByte;
-    const std::size_t strips = (static_cast<std::size_t>(shape.v_dim) + kStrip - 1) / kStrip;
-    return tokens(shape) * (static_cast<std::size_t>(shape.k_dim / kKPerByte) + strips * kRows);
+    return (static_cast<std::size_t>(shape.v_dim) + kStrip - 1) / kStrip;
+  }
+  static constexpr std::size_t scales_offset(const PageShape& shape) {
+    return tokens(shape) *
+           (static_cast<std::size_t>(shape.k_dim / kKPerByte) + v_strips(shape) * kRows);
   }
 
   static void put(std::uint8_t& byte, std::size_t half, int per_byte, int integer) {

@@ -7,6 +7,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "headwise/cache/rows/element_rows.hpp"
 #include "headwise/cache/rows/format.hpp"
@@ -88,6 +89,11 @@ struct TiledRows : detail::ElementRows<E> {
     for (std::size_t d = 0; d < static_cast<std::size_t>(shape.v_dim); ++d) {
       v[d] = to_float(elements[v_offset(shape, row, d)]);
     }
+  }
+
+  static void copy_rows(const std::byte* from, std::span<const std::int32_t> rows, std::byte* to,
+                        std::size_t to_row, const PageShape& shape) {
+    detail::copy_tiled_rows(elements_of(from), rows, reinterpret_cast<E*>(to), to_row, shape);
   }
 
   /// The 64 rows around `row` (as many as the page has), where they lie.

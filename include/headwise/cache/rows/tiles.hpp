@@ -5,9 +5,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <span>
 
 #include "headwise/core/config.hpp"
 #include "headwise/core/dtype.hpp"
+#include "headwise/core/page_shape.hpp"
 #include "headwise/simd/simd.hpp"
 
 namespace headwise::inline v0::detail {
@@ -129,6 +132,52 @@ HEADWISE_ALWAYS_INLINE void pack_v(int count, int dim, float* strips, Load&& loa
     for (int d = 0; d < dim; d += O::kWidth) {
       float* strip = strips + d / kTile * kTile * kBlockRows + token * kTile + d % kTile;
       O::store(strip, load(token, d));
+    }
+  }
+}
+
+/// Says that a line will be read soon, where the compiler has a word for it.
+HEADWISE_ALWAYS_INLINE void prefetch([[maybe_unused]] const void* line) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(line);
+#endif
+}
+
+/// RowFormat's copy_rows for K [page_tokens / 16][k_dim][16 tokens] and V [v_dim / 16][page_tokens]
+/// [16 dims], as TiledRows has them. Rows of one tile are moved together, one dimension after the
+/// other, so that each of its lines is read once; the newest first, so that rows may move up within
+/// a page.
+template <class T>
+void copy_tiled_rows(const T* from, std::span<const std::int32_t> rows, T* to, std::size_t to_row,
+                     const PageShape& shape) {
+  constexpr auto kRows = static_cast<std::size_t>(kTile);
+  const auto k_dim = static_cast<std::size_t>(shape.k_dim);
+  const auto page_tokens = static_cast<std::size_t>(shape.page_tokens);
+  const auto k_offset = [&](std::size_t row) { return row / kRows * kRows * k_dim + row % kRows; };
+  for (std::size_t end = rows.size(); end > 0;) {
+    const std::size_t tile = static_cast<std::size_t>(rows[end - 1]) / kRows;
+    std::size_t old_at[kRows];
+    std::size_t new_at[kRows];
+    std::size_t count = 0;  // newest first
+    for (; end > 0 && static_cast<std::size_t>(rows[end - 1]) / kRows == tile; --end, ++count) {
+      old_at[count] = k_offset(static_cast<std::size_t>(rows[end - 1]));
+      new_at[count] = k_offset(to_row + end - 1);
+    }
+    // The tile below comes next, and its begin is no place where hardware would look ahead.
+    const T* below = from + (tile == 0 ? 0 : tile - 1) * kRows * k_dim;
+    for (std::size_t d = 0; d < k_dim * kRows; d += kRows) {
+      prefetch(below + d);
+      for (std::size_t i = 0; i < count; ++i) to[new_at[i] + d] = from[old_at[i] + d];
+    }
+  }
+  const T* old_v = from + page_tokens * k_dim;
+  T* new_v = to + page_tokens * k_dim;
+  for (std::size_t d = 0; d < static_cast<std::size_t>(shape.v_dim); d += kRows) {
+    for (std::size_t i = rows.size(); i > 0; --i) {
+      T strip[kRows];
+      std::memcpy(strip, old_v + d * page_tokens + static_cast<std::size_t>(rows[i - 1]) * kRows,
+                  sizeof strip);
+      std::memcpy(new_v + d * page_tokens + (to_row + i - 1) * kRows, strip, sizeof strip);
     }
   }
 }

@@ -159,7 +159,13 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kDim <= 128 ? 2 : 1)
     const ChunkTile chunk =
         find_chunk(args.step, static_cast<int>(gridDim.x - 1 - blockIdx.x), tile_tokens);
     if (threadIdx.x == 0) {
-      describe(args, chunk, static_cast<int>(blockIdx.y), tile_tokens, tile);
+      tile.num_tokens = 0;
+      tile.piece.chunk = -1;  // nothing has been described yet
+      TilePiece piece;
+      piece.chunk = chunk.chunk;
+      piece.tile = chunk.index;
+      piece.head = static_cast<int>(blockIdx.y);
+      if (chunk.chunk >= 0) describe(args, piece, tile_tokens, tile, tile);
     }
   }
   __syncthreads();

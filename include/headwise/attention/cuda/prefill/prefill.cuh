@@ -25,6 +25,8 @@ namespace headwise::inline v0::cuda {
 struct PrefillKernel {
   /// The kernel.
   void (*function)(PrefillArgs, unsigned num_tiles) = nullptr;
+  /// The same for work that has been cut, see work.cuh; none where tiles are never cut.
+  void (*cut_function)(PrefillArgs, unsigned num_tiles) = nullptr;
   int tile_rows = 0;           ///< query rows (token, query head of a group) of a tile
   int num_threads = 0;         ///< of a block
   std::size_t smem_bytes = 0;  ///< of a block
@@ -43,13 +45,26 @@ template <DeviceRow Row, class Dims = AllHeadDims>
 cudaError_t prepare_prefill(int dim, PrefillKernel& kernel) {
   return with_head_dim(Dims{}, dim, [&](auto d) {
     constexpr int kDim = decltype(d)::value;
-    kernel = {detail::prefill_mma_kernel<Row, kDim>, detail::mma_rows(kDim), detail::kMmaWarps * 32,
-              detail::mma_bytes(kDim), false};
+    kernel = {detail::prefill_mma_kernel<Row, kDim>,
+              nullptr,
+              detail::mma_rows(kDim),
+              detail::kMmaWarps * 32,
+              detail::mma_bytes(kDim),
+              false};
     if constexpr (detail::has_warpgroup_kernel(kDim)) {
-      const PrefillKernel drawing = {detail::prefill_warpgroup_kernel<Row, kDim>,
-                                     detail::kGroupRows, detail::kGroupThreads,
-                                     detail::group_bytes(kDim), true};
+      const PrefillKernel drawing = {detail::prefill_warpgroup_kernel<Row, kDim, false>,
+                                     detail::prefill_warpgroup_kernel<Row, kDim, true>,
+                                     detail::kGroupRows,
+                                     detail::kGroupThreads,
+                                     detail::group_bytes(kDim),
+                                     true};
       if (detail::has_warpgroup_code(drawing.function)) kernel = drawing;
+    }
+    if (kernel.cut_function != nullptr) {
+      const cudaError_t e =
+          cudaFuncSetAttribute(kernel.cut_function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(kernel.smem_bytes));
+      if (e != cudaSuccess) return e;
     }
     return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 static_cast<int>(kernel.smem_bytes));
@@ -67,11 +82,14 @@ inline cudaError_t prefill(const PrefillArgs& args, const PrefillKernel& kernel,
   if (num_tiles == 0 || args.heads.num_heads == 0) return cudaSuccess;
   const auto tiles = static_cast<unsigned>(num_tiles);
   const auto heads = static_cast<unsigned>(args.heads.num_heads);
-  const dim3 grid = kernel.draws_tiles
-                        ? dim3(std::min(static_cast<unsigned>(num_sms), tiles * heads))
-                        : dim3(tiles, heads);
-  return launch_chained(kernel.function, grid, dim3(static_cast<unsigned>(kernel.num_threads)),
-                        kernel.smem_bytes, stream, false, args, tiles);
+  const bool is_cut = args.work.num_shares != nullptr;  // into how much, the device knows
+  const auto blocks = static_cast<unsigned>(num_sms);
+  const dim3 grid = !kernel.draws_tiles ? dim3(tiles, heads)
+                    : is_cut            ? dim3(blocks)
+                                        : dim3(std::min(blocks, tiles * heads));
+  return launch_chained(is_cut ? kernel.cut_function : kernel.function, grid,
+                        dim3(static_cast<unsigned>(kernel.num_threads)), kernel.smem_bytes, stream,
+                        false, args, tiles);
 }
 
 }  // namespace headwise::inline v0::cuda

@@ -98,6 +98,34 @@ class RowSoftmax {
     return rises;
   }
 
+  /// The lane's state, for others: see add_part().
+  __device__ __forceinline__ float4 part() const {
+    return make_float4(max_[0], max_[1], sum_[0], sum_[1]);
+  }
+  /// Starts to put parts together: first raise() with each of them, then add_part() likewise.
+  __device__ __forceinline__ void begin_parts() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      max_[r] = kLowest;
+      sum_[r] = 0.0F;
+    }
+  }
+  /// Takes note of a part's greatest scores.
+  __device__ __forceinline__ void raise(const float4& part) {
+    max_[0] = fmaxf(max_[0], part.x);
+    max_[1] = fmaxf(max_[1], part.y);
+  }
+  /// Adds a part's sums of weights.
+  /// @param factor  what its results must be multiplied by. 0 for a part in which a row sees
+  /// nothing.
+  __device__ __forceinline__ void add_part(const float4& part, float scale_log2,
+                                           float (&factor)[2]) {
+    factor[0] = exp2_fast((part.x - max_[0]) * scale_log2);
+    factor[1] = exp2_fast((part.y - max_[1]) * scale_log2);
+    sum_[0] = fmaf(part.z, factor[0], sum_[0]);
+    sum_[1] = fmaf(part.w, factor[1], sum_[1]);
+  }
+
   /// What a row's results must be multiplied by in the end; NaN where they are not to be used: the
   /// key with the greatest score has a weight of at least 2^-kHeadroom, so a smaller sum has lost
   /// it.
@@ -109,7 +137,7 @@ class RowSoftmax {
     constexpr float kLeast =
         1.0F / static_cast<float>(std::uint64_t{2} << static_cast<int>(kHeadroom));
     constexpr float kMost = 1e18F;
-    return sum >= kLeast && sum <= kMost ? 1.0F / sum : kNoNumber;
+    return sum >= kLeast && sum <= kMost ? inverse_fast(sum) : kNoNumber;
   }
 
   /// Divides by the sums of weights and writes the 16 rows to padded shared memory.

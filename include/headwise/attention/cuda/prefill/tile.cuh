@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
@@ -14,6 +15,32 @@
 #include "headwise/core/tensor_view.hpp"
 
 namespace headwise::inline v0::cuda {
+
+/// The end of any list of keys.
+inline constexpr std::int32_t kAllKeys = std::numeric_limits<std::int32_t>::max();
+
+/// What a block does of a tile: a stretch of its keys. Written by the cut, see work.cuh.
+struct alignas(16) TilePiece {
+  std::int32_t chunk = 0;           ///< of the step
+  std::int32_t tile = 0;            ///< of the chunk
+  std::int32_t head = 0;            ///< in the launch's LayerHeads
+  std::int32_t begin_key = 0;       ///< in the tile's list
+  std::int32_t end_key = kAllKeys;  ///< one after the last, or beyond the tile's
+  std::int32_t first_part = 0;      ///< of the tile's partial results
+  std::int16_t part = 0;            ///< which of them this piece's is
+  std::int16_t num_parts = 1;       ///< 1: nobody else has keys of the tile
+  std::int32_t goes_on = 0;         ///< whether the next piece is the same block's
+};
+static_assert(sizeof(TilePiece) == 32);
+
+/// A step's prefill work as it was cut for one kind of layer, at addresses that never move.
+struct PrefillWork {
+  std::int32_t* num_shares = nullptr;   ///< one; 0: tiles are drawn whole
+  std::int32_t* first_piece = nullptr;  ///< [most shares] of each share, in the order of drawing
+  TilePiece* pieces = nullptr;          ///< [most pieces] share by share
+  float4* parts = nullptr;              ///< [most parts][part_float4s()] of tiles that are shared
+  unsigned* arrived = nullptr;          ///< [most parts][warps] of the tile's pieces that are done
+};
 
 /// One layer's chunks as a kernel's parameters.
 struct PrefillArgs {
@@ -26,6 +53,7 @@ struct PrefillArgs {
   unsigned* next_tile = nullptr;      ///< one counter, 0 between launches
   std::int32_t group_size = 1;        ///< query heads per KV head
   float scale_log2 = 1.0F;            ///< softmax scale x log2(e)
+  PrefillWork work;                   ///< num_shares nullptr: tiles are drawn whole
 };
 
 namespace detail {
@@ -99,6 +127,7 @@ struct PrefillTile {
   std::int32_t head = 0;   ///< in the launch's LayerHeads
   std::int32_t first_token = 0;
   std::int32_t num_tokens = 0;  ///< 0: there is no such tile
+  TilePiece piece;              ///< what of it the block does
 
   /// The position of query row `row`; rows past the last one repeat its token.
   __device__ int pos_of(int row, const QueryGroup& group) const {
@@ -110,6 +139,7 @@ struct PrefillTile {
 struct ChunkTile {
   int chunk = -1;
   int index = 0;
+  int num_tiles = 0;  // of the chunk
 };
 __device__ inline ChunkTile find_chunk(const DeviceStep& step, int index, int tile_tokens) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -127,36 +157,52 @@ __device__ inline ChunkTile find_chunk(const DeviceStep& step, int index, int ti
     const unsigned behind = __ballot_sync(kWholeWarp, index < tiles);
     if (behind != 0) {
       const int found = __ffs(static_cast<int>(behind)) - 1;
-      return {base + found, index - __shfl_sync(kWholeWarp, tiles - own, found)};
+      return {base + found, index - __shfl_sync(kWholeWarp, tiles - own, found),
+              __shfl_sync(kWholeWarp, own, found)};
     }
     index -= __shfl_sync(kWholeWarp, tiles, 31);
   }
   return {};
 }
 
-/// Describes a chunk's tile and the keys that it needs; one thread.
-__device__ inline void describe(const PrefillArgs& args, const ChunkTile& chunk, int head,
-                                int tile_tokens, PrefillTile& tile) {
-  tile.num_tokens = 0;
-  if (chunk.chunk < 0) return;
-  tile.chunk = args.step.chunks[chunk.chunk];
-  tile.state = args.step.classes[chunk.chunk * args.step.num_classes + args.heads.class_idx[head]];
-  tile.table = tile.state.table + tile.state.read_entry +
-               static_cast<std::int64_t>(args.heads.idx_in_class[head]) * tile.state.head_stride;
-  tile.head = head;
-  tile.first_token = chunk.index * tile_tokens;
-  tile.num_tokens = min(tile_tokens, static_cast<int>(tile.chunk.num_tokens) - tile.first_token);
-  const ClassState& s = tile.state;
-  const int length = static_cast<int>(tile.chunk.length);
-  const int oldest = length + tile.first_token;
-  const int end = oldest + tile.num_tokens;
+/// The keys that some of the tokens [first_token, first_token + num_tokens) of a chunk sees.
+__device__ inline KeyList list_keys(const ChunkState& chunk, const ClassState& s, int first_token,
+                                    int num_tokens) {
+  const int length = static_cast<int>(chunk.length);
+  const int oldest = length + first_token;
+  const int end = oldest + num_tokens;
   // Sinks, or all that a chunk-causal head still has of the first rows, or a dense head's past;
   // then what the oldest query's window reaches, as far as it is stored or the step's own.
   const int stored = s.older_count + s.newer_count > 0 ? s.older_pos : length;
-  KeyList& keys = tile.keys;
+  KeyList keys;
   keys.first_count = min(max(s.first_count, s.sink), end);
   keys.second_pos = max(max(keys.first_count, stored), oldest - s.recent + 1);
   keys.count = keys.first_count + max(end - keys.second_pos, 0);
+  return keys;
+}
+
+/// Describes what a block does of a tile, and the keys that the tile needs; one thread.
+/// @param former  a tile that has been described, `tile` itself perhaps: what is alike is not read
+///   again
+__device__ inline void describe(const PrefillArgs& args, const TilePiece& piece, int tile_tokens,
+                                const PrefillTile& former, PrefillTile& tile) {
+  const int class_idx = args.heads.class_idx[piece.head];
+  if (former.piece.chunk == piece.chunk && args.heads.class_idx[former.head] == class_idx) {
+    tile.chunk = former.chunk;
+    tile.state = former.state;
+  } else {
+    tile.chunk = args.step.chunks[piece.chunk];
+    tile.state = args.step.classes[piece.chunk * args.step.num_classes + class_idx];
+  }
+  tile.table =
+      tile.state.table + tile.state.read_entry +
+      static_cast<std::int64_t>(args.heads.idx_in_class[piece.head]) * tile.state.head_stride;
+  tile.head = piece.head;
+  tile.first_token = piece.tile * tile_tokens;
+  tile.num_tokens = min(tile_tokens, static_cast<int>(tile.chunk.num_tokens) - tile.first_token);
+  tile.keys = list_keys(tile.chunk, tile.state, tile.first_token, tile.num_tokens);
+  tile.piece = piece;
+  tile.piece.end_key = min(piece.end_key, tile.keys.count);
 }
 
 /// One key's rows.

@@ -49,6 +49,10 @@ __host__ __device__ constexpr std::size_t group_bytes(int dim) {
   return kSwizzleBytes + (kGroupSlots * kGroupKeys + 2 * kGroupRows) * row;
 }
 
+/// A tile's partial results, 16 bytes a piece: for each multiplying thread its softmax, then what
+/// it has of each eight columns.
+__host__ __device__ constexpr int part_float4s(int dim) { return kGroupWarps * 32 * (dim / 8 + 1); }
+
 /// The address of 8 elements of swizzled rows: [dim / 64] times [kRows] rows of 64.
 template <int kRows>
 __device__ __forceinline__ std::uint32_t swizzled_chunk(int row, int chunk) {
@@ -58,11 +62,15 @@ __device__ __forceinline__ std::uint32_t swizzled_chunk(int row, int chunk) {
 /// What the copying warps and the multiplying ones hand each other. Slots hold kGroupKeys swizzled
 /// rows, of keys and of values in turn.
 struct KeyRing {
-  std::uint64_t full[kGroupSlots];      ///< each copying thread's copies, and thread 0 itself
-  std::uint64_t empty[kGroupSlots];     ///< arrivals of the multiplying warps
-  std::uint64_t written[2];             ///< the same: outputs have left the queries' place
+  std::uint64_t full[kGroupSlots];   ///< each copying thread's copies, and thread 0 itself
+  std::uint64_t empty[kGroupSlots];  ///< arrivals of the multiplying warps
+  std::uint64_t written[2];  ///< the multiplying threads: outputs have left the queries' place
   std::uint32_t again[2][kGroupWarps];  ///< rows of a written tile that have become no numbers
+  std::uint32_t tile_again[2];          ///< the last tile that has such rows
 };
+
+/// More than a block draws, and not the numbers before 0.
+inline constexpr std::uint32_t kNoTile = 0x7FFFFFFF;
 
 /// A place in the ring.
 struct RingSlot {
@@ -78,22 +86,99 @@ struct RingSlot {
   }
 };
 
-/// Draws the next tile of the launch: head by head, the last tokens first, as they see most. Each
-/// block draws once in vain, after which the counter is 0 again. One warp.
-__device__ inline void draw_tile(const PrefillArgs& args, unsigned num_tiles, PrefillTile& tile) {
-  const unsigned all_tiles = num_tiles * static_cast<unsigned>(args.heads.num_heads);
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  unsigned drawn = 0;
-  if (lane == 0) drawn = atomicInc(args.next_tile, all_tiles + gridDim.x - 1);
-  drawn = __shfl_sync(kWholeWarp, drawn, 0);
-  const int tile_tokens = kGroupRows / args.group_size;
-  ChunkTile chunk;
-  if (drawn < all_tiles) {
-    const int index = static_cast<int>(num_tiles - 1 - drawn % num_tiles);
-    chunk = find_chunk(args.step, index, tile_tokens);
+/// A block's tiles, one after the other: its own number is that of the first, the others are drawn.
+/// Each block draws once in vain, after which the counter is 0 again. One warp.
+template <bool kCut>
+class TileDraw {
+ public:
+  __device__ TileDraw(const PrefillArgs& args, unsigned num_tiles)
+      : args_(args), num_tiles_(num_tiles), number_(blockIdx.x) {
+    if constexpr (kCut) num_shares_ = *args.work.num_shares;
   }
-  if (lane == 0) describe(args, chunk, static_cast<int>(drawn / num_tiles), tile_tokens, tile);
-}
+
+  /// Describes the block's first tile. What that needs of the step's first chunk, most often its
+  /// own, is read before it is known whose it is: a kernel's start is one latency after another.
+  __device__ void describe_first(PrefillTile& tile) {
+    const auto head = static_cast<int>(number_ / num_tiles_);
+    const int likely = min(head, args_.heads.num_heads - 1);
+    const ChunkState chunk = args_.step.chunks[0];
+    const ClassState state = args_.step.classes[args_.heads.class_idx[likely]];
+    find(number_);
+    if (is_first_lane()) {
+      tile.chunk = chunk;
+      tile.state = state;
+      tile.head = likely;
+      tile.piece.chunk = 0;
+    }
+    describe_found(tile, tile);
+  }
+  /// Asks for a number; describe_next() needs the answer, which takes a while.
+  __device__ void ask() {
+    if ((kCut && goes_on_) || !is_first_lane()) return;
+    number_ = gridDim.x + atomicInc(args_.next_tile, count() - 1);
+  }
+  /// Describes the next tile, or that there is none.
+  /// @param former  one that has been described; what is alike need not be read again.
+  __device__ void describe_next(PrefillTile& tile, const PrefillTile& former) {
+    find(__shfl_sync(kWholeWarp, number_, 0));
+    describe_found(tile, former);
+  }
+
+ private:
+  __device__ static bool is_first_lane() { return threadIdx.x % 32 == 0; }
+  __device__ unsigned count() const {
+    return kCut && num_shares_ > 0 ? static_cast<unsigned>(num_shares_)
+                                   : num_tiles_ * static_cast<unsigned>(args_.heads.num_heads);
+  }
+
+  /// Finds what the number stands for, or goes on with the block's share.
+  __device__ void find(unsigned number) {
+    if (kCut && num_shares_ > 0) {
+      is_found_ = goes_on_ || number < count();
+      if (!is_found_) return;
+      piece_ = goes_on_ ? piece_ + 1 : args_.work.first_piece[number];
+      goes_on_ = args_.work.pieces[piece_].goes_on != 0;
+      return;
+    }
+    is_found_ = number < count();
+    if (!is_found_) return;
+    // Head by head, the last tokens first, as they see most.
+    head_ = static_cast<int>(number / num_tiles_);
+    index_ = static_cast<int>(num_tiles_ - 1 - number % num_tiles_);
+    if (index_ >= chunk_begin_ && index_ < chunk_begin_ + chunk_.num_tiles) return;
+    chunk_ = find_chunk(args_.step, index_, kGroupRows / args_.group_size);
+    chunk_begin_ = index_ - chunk_.index;
+    is_found_ = chunk_.chunk >= 0;
+  }
+  __device__ void describe_found(PrefillTile& tile, const PrefillTile& former) const {
+    if (!is_first_lane()) return;
+    const int tile_tokens = kGroupRows / args_.group_size;
+    if (!is_found_) {
+      tile.num_tokens = 0;
+      return;
+    }
+    TilePiece piece;
+    piece.chunk = chunk_.chunk;
+    piece.tile = index_ - chunk_begin_;
+    piece.head = head_;
+    if (kCut && num_shares_ > 0) piece = args_.work.pieces[piece_];
+    describe(args_, piece, tile_tokens, former, tile);
+  }
+
+  const PrefillArgs& args_;
+  unsigned num_tiles_;
+  unsigned number_;  // lane 0's
+  int num_shares_ = 0;
+  bool is_found_ = false;  // whether there is a tile
+  // A whole one: the chunk found last, the number of its first tile, the tile's, and the head.
+  ChunkTile chunk_;
+  int chunk_begin_ = 0;
+  int index_ = 0;
+  int head_ = 0;
+  // Of a share: the piece, and whether the next one is of the same share.
+  int piece_ = 0;
+  bool goes_on_ = false;
+};
 
 /// A multiplying warp's weights and results.
 template <class Row, int kDim>
@@ -155,6 +240,40 @@ class GroupRows {
     pin_registers(out_);
   }
   __device__ __forceinline__ void scale(const float (&factor)[2]) { scale_rows(factor, out_); }
+
+  /// Writes the warp's results and softmax as a part of its tile's; 16 bytes a lane at a time.
+  /// @param part  of the whole tile, see part_float4s().
+  __device__ __forceinline__ void write_part(const RowSoftmax<Row>& softmax, float4* part) const {
+    part += threadIdx.x;
+    __stcg(part, softmax.part());
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      __stcg(part + (n + 1) * kGroupWarps * 32,
+             make_float4(out_[n][0], out_[n][1], out_[n][2], out_[n][3]));
+    }
+  }
+  /// Takes the sum of all parts, in their order, in place of the warp's results.
+  __device__ __forceinline__ void read_parts(const float4* parts, int count, float scale_log2,
+                                             RowSoftmax<Row>& softmax) {
+    constexpr int kPart = part_float4s(kDim);
+    parts += threadIdx.x;
+    softmax.begin_parts();
+    for (int p = 0; p < count; ++p) softmax.raise(__ldcg(parts + p * kPart));
+    clear();
+#pragma unroll 1
+    for (int p = 0; p < count; ++p, parts += kPart) {
+      float factor[2];
+      softmax.add_part(__ldcg(parts), scale_log2, factor);
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        const float4 x = __ldcg(parts + (n + 1) * kGroupWarps * 32);
+        out_[n][0] = fmaf(x.x, factor[0], out_[n][0]);
+        out_[n][1] = fmaf(x.y, factor[0], out_[n][1]);
+        out_[n][2] = fmaf(x.z, factor[1], out_[n][2]);
+        out_[n][3] = fmaf(x.w, factor[1], out_[n][3]);
+      }
+    }
+  }
 
   /// Divides by the sums of weights and writes the warp's rows, swizzled.
   /// @param first_row  the warp's, of kGroupRows at `rows`.
@@ -225,7 +344,7 @@ __device__ __forceinline__ void copy_share(const std::uint16_t* row_of_lane, std
 }
 
 /// What the copying warpgroup does: it copies tiles, and attends again what the others could not.
-template <class Row, int kDim>
+template <class Row, int kDim, bool kCut>
 __device__ __forceinline__ void copy_tiles(const PrefillArgs& args, unsigned num_tiles,
                                            KeyRing& ring, PrefillTile (&tiles)[kGroupTiles],
                                            std::uint32_t slots, std::uint32_t queries) {
@@ -250,22 +369,37 @@ __device__ __forceinline__ void copy_tiles(const PrefillArgs& args, unsigned num
   // Waits until tile t - 2 is written, and finishes it; of tiles before the first nothing is left.
   const auto finish_before = [&](unsigned t) {
     wait_for(shared_address(&ring.written[t % 2]), (t / 2 + 1) % 2);
+    if (ring.tile_again[t % 2] != t - 2) return;
 #pragma unroll 1
     for (int w = warp; w < kGroupWarps; w += 4) {
-      if (const unsigned rows = ring.again[t % 2][w]; rows != 0) {
-        attend_exactly<Row, kDim>(args, tiles[(t - 2) % kGroupTiles], group, w * 16, rows);
-      }
+      const unsigned rows = ring.again[t % 2][w];
+      attend_exactly<Row, kDim>(args, tiles[(t - 2) % kGroupTiles], group, w * 16, rows);
     }
   };
-  if (warp == 0) draw_tile(args, num_tiles, tiles[0]);
-  unsigned t = 0;
-  for (;; ++t) {
+  TileDraw<kCut> draw(args, num_tiles);
+  if (warp == 0) draw.describe_first(tiles[0]);
+  bool is_end = false;
+#pragma unroll 1
+  for (unsigned t = 0;; ++t) {
     finish_before(t);
+    if (is_end) break;
     meet_warpgroup(1);  // the first warp has described the tile
     const PrefillTile& tile = tiles[t % kGroupTiles];
-    if (tile.num_tokens == 0) break;
+    if (tile.num_tokens == 0) {  // keys of a tile without tokens: the end
+      acquire();
+      hand_over();
+      is_end = true;
+      continue;
+    }
+    const TilePiece& piece = tile.piece;
+    // Late, so that a tile goes to a block that is nearly free; and early enough for the ring to
+    // stay full while its first keys are found.
+    const int num_blocks = (piece.end_key - piece.begin_key + kGroupKeys - 1) / kGroupKeys;
+    const int draw_at = piece.begin_key + max(num_blocks - 4, 0) * kGroupKeys;
     copy_share<kDim>(find_query(args, tile, group, own), queries + t % 2 * kQueryBytes + own_rows);
-    for (int first = 0; first < tile.keys.count; first += kGroupKeys) {
+    for (int first = piece.begin_key; first < piece.end_key; first += kGroupKeys) {
+      const bool draws = warp == 0 && first == draw_at;
+      if (draws) draw.ask();
       const KeyRows rows = find_key<kDim>(args, tile, first + own);
 #pragma unroll 1
       for (int i = 0; i < 2; ++i) {
@@ -275,23 +409,21 @@ __device__ __forceinline__ void copy_tiles(const PrefillArgs& args, unsigned num
       }
       // While the others copy on. Tile t - 2 has been written: this description replaces that of
       // tile t - 3.
-      if (first == 0 && warp == 0) draw_tile(args, num_tiles, tiles[(t + 1) % kGroupTiles]);
+      if (draws) draw.describe_next(tiles[(t + 1) % kGroupTiles], tile);
     }
   }
-  acquire();
-  hand_over();  // keys of a tile without tokens: the end
-  finish_before(t + 1);
 }
 
 /// What a multiplying warp does: one pipeline through the key blocks of all its tiles. While block
 /// b's values are multiplied, the scores of block b + 1 are, too, and become weights; b + 1 may be
 /// the first of the next tile.
-template <class Row, int kDim>
+template <class Row, int kDim, bool kCut>
 __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing& ring,
                                                const PrefillTile (&tiles)[kGroupTiles],
                                                std::uint32_t slots, std::uint32_t queries) {
   constexpr std::uint32_t kSlotBytes = kGroupKeys * kDim * 2;
   constexpr std::uint32_t kQueryBytes = kGroupRows * kDim * 2;
+  constexpr int kPart = part_float4s(kDim);
   const QueryGroup group(args.group_size);
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int first_row = static_cast<int>(threadIdx.x / 32) * 16;
@@ -309,9 +441,11 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
   GroupRows<Row, kDim> rows;
   RowSoftmax<Row> softmax;
   SeenByAll seen_by_all;
-  int count = 0;  // of the tile's keys
+  int first = 0;  // of the block's keys in the tile's list
+  int end = 0;    // of the piece's keys there
   const auto begin = [&](const PrefillTile& tile) {
-    count = tile.keys.count;
+    first = tile.piece.begin_key;
+    end = tile.piece.end_key;
     softmax.begin(tile, group, first_row + lane / 4);
     seen_by_all = SeenByAll(tile.keys, tile.state, tile.pos_of(first_row, group),
                             tile.pos_of(first_row + 15, group));
@@ -319,22 +453,42 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
   const auto multiply_keys = [&](unsigned t, const RingSlot& keys, auto& score) {
     rows.multiply_keys(queries_of(t) + warpgroup * (64 * 128), address_of(keys), score);
   };
+  // Whether this warp, which has its rows of a piece, has those of the whole tile now.
+  const auto has_all = [&](const TilePiece& piece, RowSoftmax<Row>& done) {
+    float4* parts = args.work.parts + static_cast<std::int64_t>(piece.first_part) * kPart;
+    rows.write_part(done, parts + piece.part * kPart);
+    __syncwarp();
+    unsigned before = 0;
+    if (lane == 0) {
+      unsigned* arrived = args.work.arrived + piece.first_part * kGroupWarps + first_row / 16;
+      __threadfence();
+      before = atomicInc(arrived, static_cast<unsigned>(piece.num_parts - 1));
+      __threadfence();
+    }
+    before = __shfl_sync(kWholeWarp, before, 0);
+    if (before + 1 < static_cast<unsigned>(piece.num_parts)) return false;
+    rows.read_parts(parts, piece.num_parts, args.scale_log2, done);
+    return true;
+  };
   // Outputs leave in 16-byte pieces, by way of the place of the tile's queries.
-  const auto write = [&](unsigned t, const RowSoftmax<Row>& done) {
+  const auto write = [&](unsigned t, RowSoftmax<Row> done) {
     const std::uint32_t place = queries_of(t);
+    const PrefillTile& tile = tiles[t % kGroupTiles];
     meet_warpgroup(2 + warpgroup);  // none of its products reads queries any more
-    const unsigned again = rows.store(done, place, first_row);
-    __syncwarp();
-    write_outputs<kDim, 16>(
-        args, tiles[t % kGroupTiles], group, first_row, [&](int row, int chunk) {
-          return shared_pointer<const uint4>(place +
-                                             swizzled_chunk<kGroupRows>(first_row + row, chunk));
-        });
-    __syncwarp();
+    unsigned again = 0;
+    if (!kCut || tile.piece.num_parts == 1 || has_all(tile.piece, done)) {
+      again = rows.store(done, place, first_row);
+      __syncwarp();
+      write_outputs<kDim, 16>(args, tile, group, first_row, [&](int row, int chunk) {
+        return shared_pointer<const uint4>(place +
+                                           swizzled_chunk<kGroupRows>(first_row + row, chunk));
+      });
+    }
     if (lane == 0) {
       ring.again[t % 2][first_row / 16] = again;
-      arrive(shared_address(&ring.written[t % 2]));
+      if (again != 0) atomicExch(&ring.tile_again[t % 2], t);  // other warps may, too
     }
+    arrive(shared_address(&ring.written[t % 2]));
   };
 
   unsigned t = 0;
@@ -351,24 +505,20 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
   release(keys);
   keys.advance(2);
   values.advance(1);
-  if (!seen_by_all.contains(0, kGroupKeys)) softmax.mask(0, score);
+  if (!seen_by_all.contains(first, kGroupKeys)) softmax.mask(first, score);
   (void)softmax.add(args.scale_log2, score, factor);
   rows.set_weights(score);
   rows.clear();
-  int first = 0;  // of the block's keys in the tile's list
   while (true) {
     const RowSoftmax<Row> done = softmax;
     first += kGroupKeys;
-    const bool is_last = first >= count;
+    const bool is_last = first >= end;
     wait_full(keys);
     if (is_last && tiles[(t + 1) % kGroupTiles].num_tokens == 0) break;
     multiply_keys(is_last ? t + 1 : t, keys, score);
     wait_full(values);
     rows.multiply_values(address_of(values));
-    if (is_last) {
-      begin(tiles[(t + 1) % kGroupTiles]);
-      first = 0;
-    }
+    if (is_last) begin(tiles[(t + 1) % kGroupTiles]);
     const bool all_seen = seen_by_all.contains(first, kGroupKeys);
     wait_products<1>();
     pin_registers(score);
@@ -395,13 +545,16 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
 }
 
 /// One block a multiprocessor; see the top of the file.
+/// @tparam kCut  whether there may be pieces of tiles, see work.cuh; what they take slows down
+/// whole
+///   ones by a hundredth or two.
 /// @param num_tiles  of all chunks, for one head.
 ///
 /// Cost: a tile reads the keys that any of its tokens sees, so a streaming head costs O(n x
 /// window). Its code is there in builds for sm_90a alone; elsewhere the kernel is empty and has no
 /// static shared memory, by which has_warpgroup_code() knows. Aims at cuDNN's 600 TFLOP/s on an
 /// H200, and reaches it (bench/results).
-template <class Row, int kDim>
+template <class Row, int kDim, bool kCut>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     prefill_warpgroup_kernel(const __grid_constant__ PrefillArgs args, unsigned num_tiles) {
   if constexpr (kWarpgroupCode) {
@@ -420,20 +573,18 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
         begin_barrier(shared_address(&barrier), kGroupWarps);
       }
       for (std::uint64_t& barrier : ring.written) {
-        begin_barrier(shared_address(&barrier), kGroupWarps);
+        begin_barrier(shared_address(&barrier), kGroupWarps * 32);
       }
-      for (auto& tile : ring.again) {
-        for (std::uint32_t& rows : tile) rows = 0;
-      }
+      for (std::uint32_t& tile : ring.tile_again) tile = kNoTile;
     }
     __syncthreads();
-    // Of 65536 registers: 2 x 128 threads with 216, 128 with 72.
+    // Of 384 x 168 registers: 2 x 128 threads with 208, 128 with 88.
     if (threadIdx.x >= kGroupThreads - kWarpgroupThreads) {
-      give_up_registers<72>();
-      copy_tiles<Row, kDim>(args, num_tiles, ring, tiles, slots, queries);
+      give_up_registers<88>();
+      copy_tiles<Row, kDim, kCut>(args, num_tiles, ring, tiles, slots, queries);
     } else {
-      take_registers<216>();
-      multiply_tiles<Row, kDim>(args, ring, tiles, slots, queries);
+      take_registers<208>();
+      multiply_tiles<Row, kDim, kCut>(args, ring, tiles, slots, queries);
     }
   }
 }

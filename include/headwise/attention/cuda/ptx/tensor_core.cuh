@@ -103,6 +103,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+/// 1 / x in one approximate instruction, for x whose inverse is a normal number.
+__device__ __forceinline__ float inverse_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Products of one element type, accumulated in f32.
 template <class Row>
 struct TensorCore;
