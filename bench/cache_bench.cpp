@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: MIT
-// What a step costs beside attention: begin and commit for all layers, and storing its rows.
+// What a cache costs beside attention: begin and commit for all layers, storing a step's rows,
+// forks, snapshots.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -88,6 +92,99 @@ void append(benchmark::State& state) {
 BENCHMARK(append<f16>)->Name("append/d128/f16/rows")->Arg(1)->Arg(64)->Arg(4096);
 BENCHMARK(append<bf16>)->Name("append/d128/bf16/rows")->Arg(4096);
 BENCHMARK(append<f32>)->Name("append/d128/f32/rows")->Arg(4096);
+
+/// `layers` layers of Llama-3-8B's, one sequence of `tokens` tokens in memory that was written to.
+struct OneSequence {
+  OneSequence(int layers, std::int64_t tokens, std::int64_t max_rollback, int sequences)
+      : shape(ModelShape::uniform(layers, 32, kKvHeads, kHeadDim)),
+        cache(shape, half_streaming(shape),
+              {.max_sequences = sequences,
+               .max_context = tokens,
+               .max_chunk = 512,
+               .max_rollback = max_rollback}),
+        id(*cache.add_sequence()) {
+    std::memset(cache.place().pages(), 1, cache.geometry().pool_bytes());
+    Step step;
+    while (cache.length(id) < tokens) {
+      const std::int64_t chunk = std::min<std::int64_t>(512, tokens - cache.length(id));
+      if (cache.begin(step, {{id, chunk}}) != StepStatus::kOk) std::abort();
+      for (int layer = 0; layer < layers; ++layer) step.note_heads_done(layer, kKvHeads);
+      if (cache.commit(step) != StepStatus::kOk) std::abort();
+    }
+  }
+  ModelShape shape;
+  KvCache<f16> cache;
+  SequenceId id;
+};
+
+/// Forks a sequence of 131072 tokens of some layers, and releases the fork untimed.
+void fork(benchmark::State& state) {
+  OneSequence one(static_cast<int>(state.range(0)), 131072, state.range(1), 2);
+  std::int64_t copied = 0;
+  for (auto _ : state) {
+    const std::int64_t used = one.cache.pages_in_use();
+    SequenceId child;
+    const auto start = std::chrono::steady_clock::now();
+    if (one.cache.fork(one.id, child) != StepStatus::kOk) {
+      state.SkipWithError("the cache refused the fork");
+      return;
+    }
+    state.SetIterationTime(
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    copied = one.cache.pages_in_use() - used;
+    one.cache.release(child);
+  }
+  state.counters["copied_MiB"] = static_cast<double>(copied) * 32.0 / 1024.0;
+}
+BENCHMARK(fork)
+    ->Name("fork/llama3_8b/duo50/128k/layers:rollback")
+    ->Args({1, 0})
+    ->Args({1, 8})
+    ->Args({4, 8})
+    ->UseManualTime();
+
+/// What snapshots are held against: as many bytes, from and to memory that is not near.
+void copy(benchmark::State& state) {
+  const auto bytes = static_cast<std::size_t>(state.range(0)) << 20;
+  const std::vector<std::byte> from(bytes, std::byte{1});
+  std::vector<std::byte> to(bytes);
+  for (auto _ : state) {
+    std::memcpy(to.data(), from.data(), bytes);
+    benchmark::ClobberMemory();
+  }
+  state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(bytes));
+}
+/// 4 layers at 32768 tokens: 272 MiB.
+void snapshot(benchmark::State& state) {
+  OneSequence one(4, 32768, 8, 2);
+  std::vector<std::byte> bytes(one.cache.snapshot_bytes(one.id));
+  for (auto _ : state) {
+    if (one.cache.snapshot(one.id, bytes) != StepStatus::kOk) {
+      state.SkipWithError("the cache refused the snapshot");
+      return;
+    }
+    benchmark::ClobberMemory();
+  }
+  state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(bytes.size()));
+}
+void restore(benchmark::State& state) {
+  OneSequence one(4, 32768, 8, 2);
+  std::vector<std::byte> bytes(one.cache.snapshot_bytes(one.id));
+  if (one.cache.snapshot(one.id, bytes) != StepStatus::kOk) std::abort();
+  for (auto _ : state) {
+    SequenceId twin;
+    if (one.cache.restore(bytes, twin) != StepStatus::kOk) {
+      state.SkipWithError("the cache refused the snapshot");
+      return;
+    }
+    benchmark::ClobberMemory();
+    one.cache.release(twin);
+  }
+  state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(bytes.size()));
+}
+BENCHMARK(copy)->Name("memcpy/MiB")->Arg(272)->Unit(benchmark::kMillisecond);
+BENCHMARK(snapshot)->Name("snapshot/llama3_8b/duo50/32k/4_layers")->Unit(benchmark::kMillisecond);
+BENCHMARK(restore)->Name("restore/llama3_8b/duo50/32k/4_layers")->Unit(benchmark::kMillisecond);
 
 }  // namespace
 

@@ -2,6 +2,7 @@
 # What our own tests, benches and examples are compiled with; nothing of it reaches a consumer.
 option(HEADWISE_WERROR "Treat warnings in our own code as errors" OFF)
 option(HEADWISE_NATIVE "Compile for this host, so that every vector ISA it has is exercised" ON)
+option(HEADWISE_FUZZ "Build the fuzz targets: clang++ only" OFF)
 option(HEADWISE_HARDENED "Keep the library's checks in optimised builds" OFF)
 set(HEADWISE_SANITIZE "" CACHE STRING "Sanitizers, as in -fsanitize=: address,undefined")
 

@@ -47,6 +47,7 @@ typedef enum headwise_status {
   HEADWISE_ROLLED_BACK = 15,       ///< whole pages hold rows of tokens rolled back
   HEADWISE_DEVICE_ERROR = 16,      ///< a device refused a copy or a launch
   HEADWISE_BAD_SELECTION = 17,     ///< kept positions that a sequence cannot keep
+  HEADWISE_SELECTED_FROM = 18,  ///< a sequence whose rows a selection has dropped has no snapshot
 
   HEADWISE_INVALID_ARGUMENT = 64,  ///< null, negative, out of range, or of another shape
   HEADWISE_CONFIG_ERROR = 65,      ///< a value at set-up; the text names value and limit

@@ -101,6 +101,8 @@ constexpr headwise_status to_c(StepStatus status) {
       return HEADWISE_TOO_MANY_THREADS;
     case StepStatus::kBadSelection:
       return HEADWISE_BAD_SELECTION;
+    case StepStatus::kSelectedFrom:
+      return HEADWISE_SELECTED_FROM;
     case StepStatus::kTooSmall:
       return HEADWISE_TOO_SMALL;
     case StepStatus::kRolledBack:

@@ -237,5 +237,45 @@ TEST(Attend, AllocatesNothingOnceScratchIsReserved) {
   EXPECT_TRUE(all_ok);
 }
 
+TEST(Attend, AllocatesNothingInAHundredThousandDecodeSteps) {
+  // As an engine decodes: rings wrap, checkpoints are made, drafts rejected, a conversation ends
+  // and the next one begins.
+  const ModelShape shape = two_layers(1, 16, 16);
+  CacheOptions options = test::options_of(PrefillMode::kChunkCausal);
+  options.max_context = 220;
+  options.checkpoint_tokens = 64;
+  KvCache<f16> cache(shape, test::every_kind(shape, PrefillMode::kChunkCausal), options);
+  Step step;
+  reserve_scratch(step, cache, 1);
+  const std::vector<float> rows(3 * 16, 0.25F);
+  std::vector<float> out(3 * 16);
+  SequenceId id = cache.add_sequence().value();
+  bool all_ok = cache.begin(step, {{id, 0}}) == StepStatus::kOk;
+  EXPECT_EQ(test::allocations_in([&] {
+              for (int i = 0; i < 100'000; ++i) {
+                all_ok &= cache.begin(step, {{id, 1, Phase::kDecode}}) == StepStatus::kOk;
+                for (int l = 0; l < 2; ++l) {
+                  const int heads = l == 0 ? 3 : 2;
+                  const auto in = TensorView<const float>::nhd(rows.data(), heads, 16);
+                  all_ok &=
+                      attend(cache, step, l, in, in, in,
+                             TensorView<float>::nhd(out.data(), heads, 16)) == StepStatus::kOk;
+                }
+                all_ok &= cache.commit(step) == StepStatus::kOk;
+                if (i % 5 == 0) {
+                  all_ok &= cache.rollback(id, cache.length(id) - std::min<std::int64_t>(
+                                                                      2, cache.max_truncate(id))) ==
+                            StepStatus::kOk;
+                }
+                if (cache.length(id) == 220) {
+                  cache.release(id);
+                  id = cache.add_sequence().value();
+                }
+              }
+            }),
+            0U);
+  EXPECT_TRUE(all_ok);
+}
+
 }  // namespace
 }  // namespace headwise

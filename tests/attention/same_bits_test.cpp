@@ -199,5 +199,29 @@ TEST(SameBits, AfterRollbackTheBitsAreThoseOfACacheThatNeverSawTheDetour) {
   }
 }
 
+TEST(SameBits, AfterASnapshotTheBitsInACacheOfAnotherCapacityAreThoseOfTheOriginal) {
+  for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
+    const ModelShape shape = test::two_layers(2, 32, 32);
+    CacheOptions roomy = options_of(prefill, 20);
+    roomy.max_context = 9000;
+    roomy.max_sequences = 7;
+    roomy.max_chunk = 100;
+    Model stayed = small_model(prefill, 20);
+    Model moved(shape, test::every_kind(shape, prefill), roomy);
+    const SequenceId here = stayed.add();
+    (void)moved.add();  // somebody has the first place
+    for (const std::int64_t tokens : {0, 1, 15, 40, 90, 3, 64}) {
+      (void)stayed.run({{here, new_tokens(tokens)}}, Phase::kPrompt);
+      const SequenceId there =
+          moved.restore(stayed.snapshot(here), stayed.sequences.at(here)).value();
+      for (const Phase phase : {Phase::kDecode, Phase::kPrompt}) {
+        const std::vector<Token> next = new_tokens(phase == Phase::kDecode ? 1 : 17);
+        EXPECT_EQ(moved.run({{there, next}}, phase), stayed.run({{here, next}}, phase)) << tokens;
+      }
+      moved.release(there);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace headwise

@@ -87,7 +87,9 @@ struct BooksOf {
   std::vector<PageCopy> copies;
 
   StepStatus begin(std::initializer_list<SequenceChunk> chunks) {
-    return books.begin(step, std::span(chunks.begin(), chunks.size()));
+    copies.clear();
+    return books.begin(step, std::span(chunks.begin(), chunks.size()),
+                       [&](const PageCopy& copy) { copies.push_back(copy); });
   }
   StepStatus commit() {
     attend_all(step);
@@ -98,9 +100,10 @@ struct BooksOf {
     return status == StepStatus::kOk ? commit() : status;
   }
   SequenceId add() { return books.add_sequence().value(); }
-  StepStatus fork(SequenceId id, SequenceId& child) {
+  StepStatus fork(SequenceId id, SequenceId& child) { return fork(id, books.length(id), child); }
+  StepStatus fork(SequenceId id, std::int64_t length, SequenceId& child) {
     copies.clear();
-    return books.fork(id, child, [&](const PageCopy& copy) { copies.push_back(copy); });
+    return books.fork(id, length, child, [&](const PageCopy& copy) { copies.push_back(copy); });
   }
   std::int64_t used() const { return books.pool().num_used(); }
   /// Pages that one sequence names.

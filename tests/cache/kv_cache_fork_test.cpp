@@ -12,7 +12,6 @@
 #include <string>
 #include <tuple>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include "headwise/cache/kv_cache.hpp"
@@ -34,26 +33,6 @@ CacheOptions options_of(PrefillMode prefill, std::int64_t rollback, int sequence
   return options;
 }
 
-/// Pages that a fork at this length copies, from the published rules: those of rings, and those
-/// that an append or a permitted rollback may still reach.
-std::int64_t copied_pages(const HeadPlan& plan, const CacheOptions& options, std::int64_t length) {
-  const std::int64_t size = options.page_tokens;
-  const std::int64_t all = (length + size - 1) / size;
-  const std::int64_t lowest = std::max<std::int64_t>(0, length - options.max_rollback);
-  std::int64_t pages = 0;
-  for (const HeadBudget& budget : plan.budgets()) {
-    if (const auto* keep = std::get_if<KeepWindow>(&budget)) {
-      const std::int64_t rows = keep->window.sink +
-                                std::max(keep->window.recent, keep->prompt_recent) +
-                                options.max_rollback;
-      pages += std::min(all, (rows + size - 1) / size);
-    } else {
-      pages += all - lowest / size;  // a growing window holds all of these, too
-    }
-  }
-  return pages;
-}
-
 TEST(KvCacheFork, CopiesRingsAndTailsAndSharesEverythingElse) {
   for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
     for (const std::int64_t rollback : {0, 7, 19}) {
@@ -64,7 +43,8 @@ TEST(KvCacheFork, CopiesRingsAndTailsAndSharesEverythingElse) {
         model.add_tokens(id, new_tokens(length), Phase::kPrompt);
         const std::int64_t before = model.cache.pages_in_use();
         const SequenceId child = model.fork(id).value();
-        ASSERT_EQ(model.cache.pages_in_use() - before, copied_pages(model.plan(), options, length))
+        ASSERT_EQ(model.cache.pages_in_use() - before,
+                  test::copied_pages(model.plan(), options, length))
             << length << ", rollback " << rollback;
         ASSERT_EQ(model.cache.held_bytes(child), model.cache.held_bytes(id));  // shared, in full
         model.release(id);

@@ -231,6 +231,34 @@ TEST(KvCache, AsksForMetadataOnlyWherePageMemoryIsGiven) {
   EXPECT_TRUE(model.matches());
 }
 
+TEST(KvCache, ForksAndCheckpointsAllocateNothing) {
+  const ModelShape& shape = test::mixed_shape();
+  CacheOptions options = test::mixed_options(PrefillMode::kChunkCausal, 7);
+  options.checkpoint_tokens = 32;
+  KvCache<f16> cache(shape, test::mixed_plan(PrefillMode::kChunkCausal), options);
+  Step step;
+  const SequenceId id = cache.add_sequence().value();
+  const SequenceChunk chunk[] = {{id, 16}};
+  bool all_ok = cache.begin(step, chunk) == StepStatus::kOk;
+  const std::size_t allocations = test::allocations_in([&] {
+    for (int i = 0; i < 20; ++i) {
+      for (int l = 0; l < shape.num_layers(); ++l) {
+        step.note_heads_done(l, shape.layer(l).num_kv_heads);
+      }
+      all_ok &= cache.commit(step) == StepStatus::kOk;
+      SequenceId child;
+      all_ok &= cache.fork(id, child) == StepStatus::kOk;
+      cache.release(child);
+      all_ok &= cache.fork(id, cache.reuse_limit(id, 40).length, child) == StepStatus::kOk;
+      cache.release(child);
+      all_ok &= cache.begin(step, chunk) == StepStatus::kOk;
+    }
+  });
+  EXPECT_TRUE(all_ok);
+  EXPECT_GE(cache.reuse_limit(id, 300).length, 300 - 48);  // there were checkpoints
+  EXPECT_EQ(allocations, 0U);
+}
+
 TEST(KvCache, AllocatesNothingAfterTheFirstStep) {
   for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
     const ModelShape& shape = test::mixed_shape();

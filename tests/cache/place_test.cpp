@@ -144,5 +144,66 @@ TEST_F(CachesOfAFailingPlace, AForkThatWasNotCopiedIsNoSequence) {
   EXPECT_TRUE(cache.add_sequence().has_value());  // the place of the failed one is free again
 }
 
+TEST_F(CachesOfAFailingPlace, ACheckpointThatWasNotCopiedOpensNoStep) {
+  CacheOptions options = options_of(100);
+  options.checkpoint_tokens = 40;
+  KvCache<f16, CutPlace> own(shape, HeadPlan(shape), options);
+  const SequenceId id = own.add_sequence().value();
+  ASSERT_EQ(own.begin(step, {{id, 40}}), StepStatus::kOk);
+  step.note_heads_done(0, 2);
+  ASSERT_EQ(own.commit(step), StepStatus::kOk);
+  const std::int64_t held = own.pages_in_use();
+  CutPlace::is_cut = true;
+  EXPECT_EQ(own.begin(step, {{id, 10}}), StepStatus::kDeviceError);
+  EXPECT_FALSE(own.is_open(step));
+  EXPECT_EQ(own.pages_in_use(), held);
+  CutPlace::is_cut = false;
+  EXPECT_EQ(own.begin(step, {{id, 10}}), StepStatus::kOk);
+}
+
+// A fork of more pages than are copied at once ---------------------------------------------------
+
+/// The host's memory, counting how it is asked.
+class CountingPlace : public HostPlace {
+ public:
+  using HostPlace::HostPlace;
+  static inline std::size_t num_calls = 0;
+  static inline std::size_t num_copies = 0;
+  static inline std::size_t fails_at = 0;  // of the calls; 0: never
+
+  StepStatus copy_pages(std::span<const PageCopy> copies, Stream stream) const {
+    if (++num_calls == fails_at) return StepStatus::kDeviceError;
+    num_copies += copies.size();
+    return HostPlace::copy_pages(copies, stream);
+  }
+};
+
+TEST(CopiedPages, GoToThePlaceInPortionsAndAfterAFailureNoMoreOfThem) {
+  const ModelShape shape = ModelShape::uniform(1, 1, 1, 16);
+  CacheOptions options = options_of(60'000);
+  options.max_rollback = 50'000;  // all of 3125 pages and one more may be written again
+  KvCache<f16, CountingPlace> cache(shape, HeadPlan(shape), options);
+  const SequenceId id = cache.add_sequence().value();
+  Step step;
+  ASSERT_EQ(cache.begin(step, {{id, 50'001}}), StepStatus::kOk);
+  step.note_heads_done(0, 1);
+  ASSERT_EQ(cache.commit(step), StepStatus::kOk);
+  const std::int64_t held = cache.pages_in_use();
+  for (const std::size_t fails_at : {1U, 2U, 4U}) {
+    CountingPlace::fails_at = fails_at;
+    CountingPlace::num_calls = 0;
+    SequenceId child{7, 7};
+    EXPECT_EQ(cache.fork(id, child), StepStatus::kDeviceError);
+    EXPECT_EQ(CountingPlace::num_calls, fails_at);
+    EXPECT_EQ(child, (SequenceId{7, 7}));
+    EXPECT_EQ(cache.pages_in_use(), held);
+  }
+  CountingPlace::fails_at = CountingPlace::num_calls = CountingPlace::num_copies = 0;
+  SequenceId child;
+  EXPECT_EQ(cache.fork(id, child), StepStatus::kOk);
+  EXPECT_EQ(CountingPlace::num_copies, 3126U);
+  EXPECT_EQ(CountingPlace::num_calls, 4U);
+}
+
 }  // namespace
 }  // namespace headwise

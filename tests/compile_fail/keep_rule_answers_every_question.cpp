@@ -20,6 +20,12 @@ struct ForgetsForks {
 #endif
   std::int64_t peak_entries(std::int64_t) const { return 0; }
   std::int64_t most_rows() const { return 0; }
+  std::int64_t lowest_kept(State, std::int64_t) const { return 0; }
+  std::int64_t fork_entries() const { return 0; }
+  std::int64_t released_entries() const { return 0; }
+  std::int64_t slots_written(State, std::int64_t) const { return 0; }
+  std::uint64_t to_word(State) const { return 0; }
+  std::optional<State> from_word(std::uint64_t, std::int64_t) const { return {}; }
   StoredRuns runs(State, std::int64_t, Phase) const { return {}; }
   FoldedRows folded(State, std::int64_t) const { return {}; }
   Window window(Phase) const { return {}; }

@@ -151,6 +151,15 @@ class ModelledCache {
     std::int64_t high_water = 0;
     std::int64_t settled = 0;                       ///< length at the last selection
     std::map<int, std::set<std::int64_t>> dropped;  ///< by selections, of each head of the model
+
+    /// To its first `length` tokens; behind a selection they are those of a checkpoint, of which
+    /// none was selected from.
+    void cut(std::int64_t length) {
+      tokens.resize(static_cast<std::size_t>(length));
+      if (length >= settled) return;
+      settled = 0;
+      dropped.clear();
+    }
   };
 
   ModelledCache(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options)
@@ -190,6 +199,46 @@ class ModelledCache {
     sequences[child] = Sequence(sequences.at(id));
     return child;
   }
+  /// Another sequence with the first `length` tokens of `id`.
+  std::optional<SequenceId> fork(SequenceId id, std::int64_t length, StepStatus expected) {
+    SequenceId child;
+    const StepStatus status = cache.fork(id, length, child);
+    EXPECT_EQ(status, expected);
+    if (status != StepStatus::kOk) return std::nullopt;
+    EXPECT_FALSE(sequences.contains(child));
+    Sequence past(sequences.at(id));
+    // From a checkpoint the child may be rolled back as far as the parent could there.
+    EXPECT_GE(cache.high_water(child), length);
+    EXPECT_LE(cache.high_water(child), std::min(past.high_water, length + options_.max_rollback));
+    past.cut(length);
+    past.high_water = cache.high_water(child);
+    sequences[child] = std::move(past);
+    return child;
+  }
+
+  /// A sequence's snapshot, which is as long as was said.
+  std::vector<std::byte> snapshot(SequenceId id) {
+    std::vector<std::byte> bytes(cache.snapshot_bytes(id) + 1, std::byte{0xA5});
+    EXPECT_EQ(cache.snapshot(id, bytes), StepStatus::kOk);
+    EXPECT_EQ(bytes.back(), std::byte{0xA5});
+    bytes.pop_back();
+    return bytes;
+  }
+  /// The sequence of a snapshot, which was `past`; nothing where the cache refuses.
+  std::optional<SequenceId> restore(std::span<const std::byte> bytes, Sequence past,
+                                    StepStatus expected = StepStatus::kOk) {
+    SequenceId id{-7, 7};
+    const StepStatus status = cache.restore(bytes, id);
+    EXPECT_EQ(status, expected);
+    if (status != StepStatus::kOk) {
+      EXPECT_EQ(id, (SequenceId{-7, 7}));
+      return std::nullopt;
+    }
+    EXPECT_FALSE(sequences.contains(id));
+    sequences[id] = std::move(past);
+    return id;
+  }
+
   StepStatus clear(SequenceId id) {
     const StepStatus status = cache.clear(id);
     if (status == StepStatus::kOk) sequences[id] = {};
@@ -514,6 +563,27 @@ inline CacheOptions mixed_options(PrefillMode prefill, std::int64_t max_rollback
   options.max_rollback = max_rollback;
   options.prefill = prefill;
   return options;
+}
+
+/// Pages that a fork at this length copies, from the published rules: those of rings, and those
+/// that an append or a permitted rollback may still reach.
+inline std::int64_t copied_pages(const HeadPlan& plan, const CacheOptions& options,
+                                 std::int64_t length) {
+  const std::int64_t size = options.page_tokens;
+  const std::int64_t all = (length + size - 1) / size;
+  const std::int64_t lowest = std::max<std::int64_t>(0, length - options.max_rollback);
+  std::int64_t pages = 0;
+  for (const HeadBudget& budget : plan.budgets()) {
+    if (const auto* keep = std::get_if<KeepWindow>(&budget)) {
+      const std::int64_t rows = keep->window.sink +
+                                std::max(keep->window.recent, keep->prompt_recent) +
+                                options.max_rollback;
+      pages += std::min(all, (rows + size - 1) / size);
+    } else {
+      pages += all - lowest / size;  // a growing window holds all of these, too
+    }
+  }
+  return pages;
 }
 
 /// `count` tokens that no other call has returned.

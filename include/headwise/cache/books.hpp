@@ -32,8 +32,12 @@ namespace headwise::inline v0 {
 struct SequenceState {
   std::int64_t length = 0;           ///< tokens committed
   std::int64_t high_water = 0;       ///< the longest length committed
-  std::int64_t settled = 0;          ///< length at the last selection: no rollback passes it
   std::int64_t pending_length = -1;  ///< after the open step; -1: in no open step
+  std::int64_t base = 0;             ///< where checkpoints are counted from: that of the newest,
+                                     ///< or where the sequence began
+  std::int32_t checkpoint = -1;      ///< place of the newest checkpoint, of a checkpoint: of the
+                                     ///< one before; -1: none
+  bool has_new_checkpoint = false;   ///< begin made the newest one: a drop takes it back
   std::uint32_t generation = 0;      ///< of the sequence that lives here
   bool is_live = false;              ///< between add_sequence and release
   bool is_leaving = false;           ///< released while in the open step: goes when that ends
@@ -46,16 +50,31 @@ struct PageCopy {
   std::size_t bytes = 0;  ///< of either
 };
 
+/// What bounds a fork at an earlier length.
+enum class ReuseEnd : std::uint8_t {
+  kAsAsked,        ///< nothing: all that was asked for can be reused
+  kEndOfSequence,  ///< the sequence is no longer than this
+  kRowsAreGone,    ///< windows have moved on since; this is the checkpoint before, or nothing
+  kNoSequence,     ///< the id names nobody
+};
+
+/// How much of a sequence's beginning a fork may have.
+struct ReuseLimit {
+  std::int64_t length = 0;               ///< tokens
+  ReuseEnd why = ReuseEnd::kNoSequence;  ///< why not more
+  friend bool operator==(ReuseLimit, ReuseLimit) = default;
+};
+
 /// Where a cache's metadata lie in their one allocation; their sum is part of estimate().
 struct BooksLayout {
   Sections sections;           ///< of the allocation
   PageTables::Shape tables;    ///< what the tables are built for
-  std::size_t sequences;       ///< offset of SequenceState [max_sequences]
-  std::size_t states;          ///< of AnyKeepState [max_sequences][classes]
-  std::size_t free_sequences;  ///< of int32 [max_sequences]
+  std::size_t sequences;       ///< offset of SequenceState [places]
+  std::size_t states;          ///< of AnyKeepState [places][classes]
+  std::size_t free_sequences;  ///< of int32 [places]: of sequences, then of checkpoints
   std::size_t demand;          ///< of int64 [page sizes]
-  std::size_t compensation;    ///< of bytes [max_sequences][compensation_bytes]
-  std::size_t first_slots;     ///< of int32 [max_sequences][heads that are selected from]
+  std::size_t compensation;    ///< of bytes [places][compensation_bytes]
+  std::size_t first_slots;     ///< of int32 [places][heads that are selected from]
   std::size_t positions;       ///< of int32 [pages][page_tokens], where heads are selected from
   PagePool::Layout pool;       ///< pages and slabs
   PageTables::Layout table;    ///< page tables
@@ -64,21 +83,21 @@ struct BooksLayout {
   /// @throws ConfigError where something passes its width, or the pool holds no page.
   BooksLayout(const CacheGeometry& geometry, bool keeps_log)
       : tables(geometry.tables(keeps_log)),
-        sequences(sections.add<SequenceState>(num_sequences(geometry))),
+        sequences(sections.add<SequenceState>(num_places(geometry))),
         states(sections.add<AnyKeepState>(
-            detail::checked_mul(num_sequences(geometry), geometry.classes().size(), "states"))),
-        free_sequences(sections.add<std::int32_t>(num_sequences(geometry))),
+            detail::checked_mul(num_places(geometry), geometry.classes().size(), "states"))),
+        free_sequences(sections.add<std::int32_t>(num_places(geometry))),
         demand(sections.add<std::int64_t>(geometry.pool().num_sizes())),
         compensation(sections.add<std::byte>(detail::checked_mul(
-            num_sequences(geometry), geometry.compensation_bytes(), "compensation rows"))),
+            num_places(geometry), geometry.compensation_bytes(), "compensation rows"))),
         first_slots(sections.add<std::int32_t>(num_first_slots(geometry))),
         positions(sections.add<std::int32_t>(num_positions(geometry))),
         pool(sections, geometry.pool(), checked_slabs(geometry)),
         table(sections, tables) {}
 
-  /// First slots of all sequences' heads that are selected from.
+  /// First slots of all places' heads that are selected from.
   static std::size_t num_first_slots(const CacheGeometry& geometry) {
-    return detail::checked_mul(num_sequences(geometry),
+    return detail::checked_mul(num_places(geometry),
                                static_cast<std::size_t>(geometry.num_selected_heads()),
                                "first slots");
   }
@@ -99,8 +118,8 @@ struct BooksLayout {
   }
 
  private:
-  static std::size_t num_sequences(const CacheGeometry& geometry) {
-    return static_cast<std::size_t>(geometry.options().max_sequences);
+  static std::size_t num_places(const CacheGeometry& geometry) {
+    return static_cast<std::size_t>(geometry.num_places());
   }
   static std::int64_t checked_slabs(const CacheGeometry& geometry) {
     if (geometry.num_slabs() < 1) {
@@ -124,21 +143,24 @@ class Books {
         pool_(geometry_.pool(), geometry_.num_slabs(), pages, metadata_, layout_.pool,
               pages_on_host),
         tables_(layout_.tables, metadata_, layout_.table),
-        sequences_(metadata_.make<SequenceState>(layout_.sequences, num_sequences())),
+        sequences_(metadata_.make<SequenceState>(layout_.sequences, num_places())),
         states_(metadata_.make<AnyKeepState>(layout_.states,
-                                             num_sequences() * geometry_.classes().size())),
-        free_sequences_(metadata_.make<std::int32_t>(layout_.free_sequences, num_sequences())),
+                                             num_places() * geometry_.classes().size())),
+        free_sequences_(metadata_.make<std::int32_t>(layout_.free_sequences, num_places())),
         first_slots_(metadata_.make<std::int32_t>(layout_.first_slots,
                                                   BooksLayout::num_first_slots(geometry_))),
         positions_(metadata_.make_untouched<std::int32_t>(layout_.positions,
                                                           BooksLayout::num_positions(geometry_))),
         smallest_page_bytes_(BooksLayout::smallest_page_bytes(geometry_)),
         demand_(metadata_.make<std::int64_t>(layout_.demand, geometry_.pool().num_sizes())) {
-    for (std::size_t i = 0; i < num_sequences(); ++i) {
-      free_sequences_[i] = static_cast<std::int32_t>(num_sequences() - 1 - i);
+    for (std::size_t i = 0; i < num_places(); ++i) {
+      const std::size_t end = i < num_sequences() ? num_sequences() - 1 : num_places() - 1;
+      const std::size_t first = i < num_sequences() ? 0 : num_sequences();
+      free_sequences_[i] = static_cast<std::int32_t>(end - (i - first));
       forget(static_cast<std::int32_t>(i));  // each state is its rule's, also of nobody
     }
     num_free_sequences_ = num_sequences();
+    num_free_checkpoints_ = num_places() - num_sequences();
     open_chunks_.reserve(num_sequences());
   }
 
@@ -164,8 +186,10 @@ class Books {
     if (num_free_sequences_ == 0) return std::nullopt;
     const std::int32_t index = free_sequences_[--num_free_sequences_];
     SequenceState& sequence = sequences_[static_cast<std::size_t>(index)];
-    sequence = {0, 0, 0, -1, sequence.generation, true, false};
+    sequence = SequenceState{.generation = sequence.generation, .is_live = true};
     forget(index);
+    // No sum of a former sequence is left to be seen, or to leave with a snapshot.
+    std::memset(compensation(index), 0, geometry_.compensation_bytes());
     return SequenceId{index, sequence.generation};
   }
 
@@ -188,62 +212,95 @@ class Books {
     if (!is_live(id)) return StepStatus::kInvalidChunk;
     SequenceState& sequence = state(id);
     if (sequence.pending_length >= 0) return StepStatus::kInStep;
+    drop_checkpoints(id.index, 0);
     give_back_all(id.index);
     tables_.release(id.index);
-    sequence.length = sequence.high_water = sequence.settled = 0;
+    sequence.length = sequence.high_water = sequence.base = 0;
     forget(id.index);
+    std::memset(compensation(id.index), 0, geometry_.compensation_bytes());
     return StepStatus::kOk;
   }
 
-  /// Another sequence with the same past. Pages that no append and no permitted rollback of either
-  /// can reach are shared from now on, all others are to be copied.
-  /// @param copy  copy(PageCopy) for each of them, and copy_sums(bytes from, to, count).
-  /// @return kOutOfSequences, kOutOfPages, kOutOfTables or kInStep change nothing.
+  /// Another sequence with the same past up to `length`: the sequence itself, or what one of its
+  /// checkpoints has. Pages that no append and no permitted rollback of either can reach are shared
+  /// from now on, all others are to be copied.
+  /// @param copy  copy(PageCopy) for each of them.
+  /// @return kOutOfSequences, kOutOfPages, kOutOfTables, kInStep or kTooFarBack change nothing.
   template <class Copy>
-  StepStatus fork(SequenceId id, SequenceId& child, Copy&& copy) {
+  StepStatus fork(SequenceId id, std::int64_t length, SequenceId& child, Copy&& copy) {
     if (!is_live(id)) return StepStatus::kInvalidChunk;
-    const SequenceState& parent = state(id);
-    if (parent.pending_length >= 0) return StepStatus::kInStep;
+    if (state(id).pending_length >= 0) return StepStatus::kInStep;
+    const std::optional<Past> past = past_at(id.index, length);
+    if (!past) return StepStatus::kTooFarBack;
     if (num_free_sequences_ == 0) return StepStatus::kOutOfSequences;
     std::fill(demand_.begin(), demand_.end(), 0);
-    for_each_head(id.index, [&](std::size_t c, std::int64_t, const auto& rule, const auto& kept) {
-      const std::int64_t frozen = rule.frozen(kept, parent.high_water);
-      for (const EntryRange held : rule.held(kept, parent.length, parent.high_water)) {
-        demand_of(c) += EntryRange{std::max(held.first, frozen), held.last}.count();
+    add_demand(*past);
+    if (pool_.missing_bytes(demand_) != 0) return StepStatus::kOutOfPages;
+    const std::int32_t index = free_sequences_[num_free_sequences_ - 1];
+    if (!reserve_tables(index, past->high_water)) return StepStatus::kOutOfTables;
+    --num_free_sequences_;
+    become(index, *past, copy);
+    SequenceState& sequence = sequences_[static_cast<std::size_t>(index)];
+    sequence.is_live = true;
+    child = {index, sequence.generation};
+    return StepStatus::kOk;
+  }
+
+  /// How much of the first `length` tokens of a sequence a fork may begin with.
+  ReuseLimit reuse_limit(SequenceId id, std::int64_t length) const {
+    if (!is_live(id)) return {0, ReuseEnd::kNoSequence};
+    const std::int64_t wanted = std::clamp<std::int64_t>(length, 0, state(id).length);
+    const ReuseEnd end = length > wanted ? ReuseEnd::kEndOfSequence : ReuseEnd::kAsAsked;
+    if (past_at(id.index, wanted)) return {wanted, end};
+    std::int32_t at = state(id).checkpoint;  // newest first; none of those up to there is lost
+    while (at >= 0 && place(at).length > wanted) at = place(at).checkpoint;
+    return {at < 0 ? 0 : place(at).length, ReuseEnd::kRowsAreGone};
+  }
+
+  /// A sequence of these lengths and states with every page that it holds; their rows and the
+  /// compensation rows are the caller's to fill in.
+  /// @pre the states are what the rules' from_word() gave for this high water, and no selection's.
+  /// @return kOutOfSequences, kOutOfPages or kOutOfTables change nothing.
+  StepStatus add_sequence(std::int64_t length, std::int64_t high_water,
+                          std::span<const AnyKeepState> states, SequenceId& id) {
+    if (num_free_sequences_ == 0) return StepStatus::kOutOfSequences;
+    std::fill(demand_.begin(), demand_.end(), 0);
+    for_each_class(states, [&](std::size_t c, const auto& rule, const auto& kept) {
+      for (const EntryRange held : rule.held(kept, length, high_water)) {
+        demand_of(c) += heads_of(c) * held.count();
       }
     });
     if (pool_.missing_bytes(demand_) != 0) return StepStatus::kOutOfPages;
     const std::int32_t index = free_sequences_[num_free_sequences_ - 1];
-    if (parent.high_water > 0 && !tables_.reserve(index, pages_of(parent.high_water))) {
-      return StepStatus::kOutOfTables;
-    }
-    --num_free_sequences_;
-    SequenceState& sequence = sequences_[static_cast<std::size_t>(index)];
-    sequence = {parent.length, parent.high_water, parent.settled, -1, sequence.generation, true,
-                false};
-    const std::size_t num_classes = geometry_.classes().size();
-    std::copy_n(&state_of(id.index, 0), num_classes, &state_of(index, 0));
-    std::memcpy(compensation(index), compensation(id.index), geometry_.compensation_bytes());
-    std::ranges::copy(first_slots_of(id.index), first_slots_of(index).begin());
-    for_each_head(id.index, [&](std::size_t c, std::int64_t h, const auto& rule, const auto& kept) {
-      const std::int64_t frozen = rule.frozen(kept, parent.high_water);
-      for (const EntryRange held : rule.held(kept, parent.length, parent.high_water)) {
+    if (!reserve_tables(index, high_water)) return StepStatus::kOutOfTables;
+    id = *add_sequence();
+    std::copy(states.begin(), states.end(), &state_of(index, 0));
+    for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
+      for (const EntryRange held : rule.held(kept, length, high_water)) take(index, c, held);
+    });
+    SequenceState& sequence = state(id);
+    sequence.length = sequence.base = length;
+    sequence.high_water = high_water;
+    return StepStatus::kOk;
+  }
+
+  /// `fn(page number, bytes)` for every page that the sequence holds between steps: class by class,
+  /// range by range, head by head.
+  /// @pre !is_selected_from(): then each of a class's heads holds the same entries.
+  template <class Fn>
+  void for_each_page(SequenceId id, Fn&& fn) const {
+    const SequenceState& sequence = state(id);
+    for_each_class(id.index, [&](std::size_t c, const auto& rule, const auto& kept) {
+      for (const EntryRange held : rule.held(kept, sequence.length, sequence.high_water)) {
         if (held.count() == 0) continue;
-        const std::int32_t* from = tables_.head(id.index, c, h);
-        std::int32_t* to = tables_.head(index, c, h);
-        for (std::int64_t i = held.first; i < held.last; ++i) {
-          if (i < frozen) {
-            pool_.share(to[i] = from[i]);
-          } else {
-            to[i] = pool_.take(size_of(c));
-            copy(copy_of(c, from[i], to[i]));
+        for (std::int64_t h = 0; h < heads_of(c); ++h) {
+          const std::int32_t* entries = tables_.head(id.index, c, h);
+          for (std::int64_t i = held.first; i < held.last; ++i) {
+            fn(entries[i], geometry_.pool().page_bytes(size_of(c)));
           }
         }
-        tables_.note(index, c, held.first, held.last);
       }
     });
-    child = {index, sequence.generation};
-    return StepStatus::kOk;
   }
 
   /// Whether `id` was added and not released since.
@@ -251,21 +308,30 @@ class Books {
     return id.index >= 0 && id.index < geometry_.options().max_sequences && state(id).is_live &&
            state(id).generation == id.generation;
   }
+  /// Whether it takes part in the open step.
+  bool is_in_step(SequenceId id) const { return is_live(id) && state(id).pending_length >= 0; }
   /// Tokens committed; the position of the sequence's next token. 0 where the id names nobody.
   std::int64_t length(SequenceId id) const { return is_live(id) ? state(id).length : 0; }
   /// The longest length ever committed; 0 where the id names nobody.
   std::int64_t high_water(SequenceId id) const { return is_live(id) ? state(id).high_water : 0; }
 
+  /// Most tokens that rollback() may take back now.
+  std::int64_t max_truncate(SequenceId id) const {
+    if (!is_live(id)) return 0;
+    return state(id).length - lowest_rollback(id.index);
+  }
   /// Takes the sequence back to `new_length` tokens in every layer and head, exactly; allowed down
   /// to high_water - max_rollback, but not behind a selection, and to nothing: see clear().
+  /// Checkpoints beyond are gone.
   StepStatus rollback(SequenceId id, std::int64_t new_length) {
     if (!is_live(id)) return StepStatus::kInvalidChunk;
     if (new_length == 0) return clear(id);
     SequenceState& sequence = state(id);
     if (sequence.pending_length >= 0) return StepStatus::kInStep;
-    const std::int64_t lowest =
-        std::max(sequence.settled, sequence.high_water - geometry_.options().max_rollback);
-    if (new_length < lowest || new_length > sequence.length) return StepStatus::kTooFarBack;
+    if (new_length < lowest_rollback(id.index) || new_length > sequence.length) {
+      return StepStatus::kTooFarBack;
+    }
+    drop_checkpoints(id.index, new_length);
     for_each_class(id.index, [&](std::size_t c, const auto& rule, const auto& kept) {
       give_back(id.index, c, rule.rolled_back(kept, sequence.length, new_length));
     });
@@ -277,10 +343,11 @@ class Books {
 
   /// Drops, from the heads that are selected from, every stored row but those of `kept`, in all
   /// layers or none. A head's rows move within its own pages, so that none is taken unless a fork
-  /// shares it. Nothing can be rolled back behind it. Where every head keeps all that it has,
-  /// nothing is changed.
+  /// or a checkpoint shares it. Nothing can be rolled back behind it. Where every head keeps all
+  /// that it has, nothing is changed.
   /// @param fault  says what is wrong where kBadSelection is returned.
-  /// @param copy_page  copy_page(PageCopy): a page that a fork shares and rows move into.
+  /// @param copy_page  copy_page(PageCopy): a page that somebody else holds, too, and rows move
+  /// into.
   /// @param copy_rows  copy_rows(layer, class_idx, page, rows, to page, to row): rows of one page
   /// to
   ///   as many of another or the same; in such an order that none is overwritten before it has
@@ -325,7 +392,6 @@ class Books {
                         first_slots_[first_slot_idx(head.index, head.c, head.h)] =
                             static_cast<std::int32_t>(moves.first);
                       });
-    sequence.settled = sequence.length;
     for_each_class(id.index, [&]<class Rule>(std::size_t c, const Rule& rule, const auto&) {
       if constexpr (Rule::kSelects) {
         std::int32_t first = first_slot(id.index, c, 0);
@@ -382,8 +448,12 @@ class Books {
   // Steps -----------------------------------------------------------------------------------------
 
   /// Opens `step` over the chunks, in their order, and takes every page of all layers and heads
-  /// that it needs, or none. One step is open at a time: the former one, if any, is dropped.
-  StepStatus begin(Step& step, std::span<const SequenceChunk> chunks) {
+  /// that it and its checkpoints need, or none. One step is open at a time: the former one, if any,
+  /// is dropped.
+  /// @param copy  copy(PageCopy) for each page that a checkpoint does not share, before the step
+  ///   writes to it.
+  template <class Copy>
+  StepStatus begin(Step& step, std::span<const SequenceChunk> chunks, Copy&& copy) {
     drop_open_step();
     reserve(step);
     const StepStatus status = enter(step, chunks);
@@ -392,11 +462,16 @@ class Books {
         state(chunk.sequence).pending_length = -1;
         shrink_tables(chunk.sequence.index);
       }
+      for (std::size_t i = 0; i < num_free_checkpoints_; ++i) {
+        if (!tables_.has_block(free_checkpoint(i))) break;
+        tables_.release(free_checkpoint(i));
+      }
       step.chunks_.clear();
       return status;
     }
     for (const StepChunk& chunk : step.chunks_) {
       const std::int32_t index = chunk.sequence.index;
+      if (needs_checkpoint(index, chunk.num_tokens())) make_checkpoint(index, copy);
       for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
         take(index, c, rule.changes(kept, chunk.lengths).take);
       });
@@ -410,6 +485,13 @@ class Books {
     }
     step.num_overflows_.store(0, std::memory_order_relaxed);
     return StepStatus::kOk;
+  }
+
+  /// The same of books without checkpoints.
+  StepStatus begin(Step& step, std::span<const SequenceChunk> chunks) {
+    return begin(step, chunks, [](const PageCopy&) {
+      HEADWISE_ASSERT(false, "the pages of a checkpoint are to be copied");
+    });
   }
 
   /// Makes the step's rows part of their sequences; refused unless it is the open step and every
@@ -430,6 +512,7 @@ class Books {
         state_of(index, c) = changes.next;
       });
       SequenceState& sequence = state(chunk.sequence);
+      sequence.has_new_checkpoint = false;
       sequence.length = chunk.lengths.next;
       sequence.high_water = chunk.lengths.next_high_water();
     }
@@ -483,14 +566,28 @@ class Books {
     return low;
   }
 
+  /// Whether a selection has dropped rows of the sequence: what is left of them is more than
+  /// lengths and rules say. Such a sequence has no snapshot and makes no more checkpoints, between
+  /// which each selection would leave a copy of every row that it moved.
+  bool is_selected_from(std::int32_t index) const {
+    bool is_selected = false;
+    for_each_class(index, [&]<class Rule>(std::size_t, const Rule&, const auto& kept) {
+      if constexpr (Rule::kSelects) is_selected |= kept != typename Rule::State{};
+    });
+    return is_selected;
+  }
+
   // What views and appends read -------------------------------------------------------------------
 
   /// What the rule of class `c` remembers of a sequence.
   const AnyKeepState& keep_state(std::int32_t index, std::size_t c) const {
-    HEADWISE_ASSERT(index >= 0 && index < geometry_.options().max_sequences,
-                    "an chunk of no sequence");
+    HEADWISE_ASSERT(index >= 0 && index < geometry_.num_places(), "a chunk of no sequence");
     HEADWISE_ASSERT(c < geometry_.classes().size(), "class out of range");
     return states_[static_cast<std::size_t>(index) * geometry_.classes().size() + c];
+  }
+  /// What the rules of all classes remember of a sequence.
+  std::span<const AnyKeepState> keep_states(std::int32_t index) const {
+    return {&keep_state(index, 0), geometry_.classes().size()};
   }
   /// `fn(rule, state)` of head `h` of class `c`.
   template <class Fn>
@@ -513,13 +610,23 @@ class Books {
   std::size_t metadata_bytes() const { return metadata_.num_bytes(); }
 
  private:
+  /// What a fork begins with: the tokens of a place up to `length`.
+  struct Past {
+    std::int32_t index;
+    std::int64_t length;
+    std::int64_t high_water;  ///< of the fork
+  };
+
   std::size_t num_sequences() const {
     return static_cast<std::size_t>(geometry_.options().max_sequences);
   }
-  SequenceState& state(SequenceId id) { return sequences_[static_cast<std::size_t>(id.index)]; }
-  const SequenceState& state(SequenceId id) const {
-    return sequences_[static_cast<std::size_t>(id.index)];
+  std::size_t num_places() const { return static_cast<std::size_t>(geometry_.num_places()); }
+  SequenceState& place(std::int32_t index) { return sequences_[static_cast<std::size_t>(index)]; }
+  const SequenceState& place(std::int32_t index) const {
+    return sequences_[static_cast<std::size_t>(index)];
   }
+  SequenceState& state(SequenceId id) { return place(id.index); }
+  const SequenceState& state(SequenceId id) const { return place(id.index); }
   AnyKeepState& state_of(std::int32_t index, std::size_t c) {
     return states_[static_cast<std::size_t>(index) * geometry_.classes().size() + c];
   }
@@ -532,11 +639,16 @@ class Books {
 
   /// `fn(class, rule, state)` for every class of heads.
   template <class Fn>
-  void for_each_class(std::int32_t index, Fn&& fn) const {
+  void for_each_class(std::span<const AnyKeepState> states, Fn&& fn) const {
     for (std::size_t c = 0; c < geometry_.classes().size(); ++c) {
-      visit_rule(geometry_.classes()[c].rule, keep_state(index, c),
+      visit_rule(geometry_.classes()[c].rule, states[c],
                  [&](const auto& rule, const auto& kept) { fn(c, rule, kept); });
     }
+  }
+  /// The same with a sequence's states.
+  template <class Fn>
+  void for_each_class(std::int32_t index, Fn&& fn) const {
+    for_each_class(keep_states(index), fn);
   }
 
   /// `fn(class, head, rule, state)` for every head, class by class.
@@ -583,11 +695,124 @@ class Books {
     std::ranges::fill(first_slots_of(index), 0);
   }
   void vacate(std::int32_t index) {
+    drop_checkpoints(index, 0);
     give_back_all(index);
     tables_.release(index);
-    SequenceState& sequence = sequences_[static_cast<std::size_t>(index)];
-    sequence = {0, 0, 0, -1, sequence.generation, false, false};
+    place(index) = SequenceState{.generation = place(index).generation};
     free_sequences_[num_free_sequences_++] = index;
+  }
+
+  // Forks and checkpoints -------------------------------------------------------------------------
+
+  std::int64_t lowest_kept(std::int32_t index) const {
+    std::int64_t lowest = 0;
+    for_each_class(index, [&](std::size_t, const auto& rule, const auto& kept) {
+      lowest = std::max(lowest, rule.lowest_kept(kept, place(index).high_water));
+    });
+    return lowest;
+  }
+  std::int64_t lowest_rollback(std::int32_t index) const {
+    return std::max(place(index).high_water - geometry_.options().max_rollback, lowest_kept(index));
+  }
+  /// Where a fork of this length finds what it needs: in the sequence, or in a checkpoint.
+  std::optional<Past> past_at(std::int32_t index, std::int64_t length) const {
+    if (length < 0) return std::nullopt;
+    for (; index >= 0 && place(index).length >= length; index = place(index).checkpoint) {
+      const std::int64_t high_water = place(index).high_water;
+      if (length == 0) return Past{index, 0, 0};
+      if (length < lowest_kept(index)) continue;
+      const bool in_reach = length >= high_water - geometry_.options().max_rollback;
+      return Past{index, length, in_reach ? high_water : length};
+    }
+    return std::nullopt;
+  }
+  /// Adds the pages that a fork takes to the demand.
+  void add_demand(const Past& past) {
+    for_each_head(past.index, [&](std::size_t c, std::int64_t, const auto& rule, const auto& kept) {
+      const std::int64_t frozen = rule.frozen(kept, past.high_water);
+      for (const EntryRange held : rule.held(kept, past.length, past.high_water)) {
+        demand_of(c) += EntryRange{std::max(held.first, frozen), held.last}.count();
+      }
+    });
+  }
+  bool reserve_tables(std::int32_t index, std::int64_t high_water) {
+    return high_water == 0 || tables_.reserve(index, pages_of(high_water));
+  }
+  /// Makes place `index` a fork; pages and tables are there.
+  template <class Copy>
+  void become(std::int32_t index, const Past& past, Copy&& copy) {
+    SequenceState& sequence = place(index);
+    sequence = SequenceState{.length = past.length,
+                             .high_water = past.high_water,
+                             .base = past.length,
+                             .generation = sequence.generation};
+    if (past.length == 0) {
+      forget(index);
+      std::memset(compensation(index), 0, geometry_.compensation_bytes());
+      return;
+    }
+    const bool is_named = static_cast<std::size_t>(index) < num_sequences();  // by a device's steps
+    std::copy_n(&state_of(past.index, 0), geometry_.classes().size(), &state_of(index, 0));
+    std::memcpy(compensation(index), compensation(past.index), geometry_.compensation_bytes());
+    std::ranges::copy(first_slots_of(past.index), first_slots_of(index).begin());
+    for_each_head(index, [&](std::size_t c, std::int64_t h, const auto& rule, const auto& kept) {
+      const std::int64_t frozen = rule.frozen(kept, past.high_water);
+      for (const EntryRange held : rule.held(kept, past.length, past.high_water)) {
+        if (held.count() == 0) continue;
+        const std::int32_t* from = tables_.head(past.index, c, h);
+        std::int32_t* to = tables_.head(index, c, h);
+        for (std::int64_t i = held.first; i < held.last; ++i) {
+          if (i < frozen) {
+            pool_.share(to[i] = from[i]);
+          } else {
+            to[i] = pool_.take(size_of(c));
+            copy(copy_of(c, from[i], to[i]));
+          }
+        }
+        if (is_named) tables_.note(index, c, held.first, held.last);
+      }
+    });
+  }
+
+  std::int32_t free_checkpoint(std::size_t nth) const {
+    return free_sequences_[num_sequences() + num_free_checkpoints_ - 1 - nth];
+  }
+  bool needs_checkpoint(std::int32_t index, std::int64_t num_tokens) const {
+    const std::int64_t every = geometry_.options().checkpoint_tokens;
+    return every > 0 && num_tokens > 0 && place(index).length - place(index).base >= every &&
+           !is_selected_from(index);
+  }
+  Past as_it_is(std::int32_t index) const {
+    return {index, place(index).length, place(index).high_water};
+  }
+  /// A fork that only the books know of. There is a place for it: a sequence has never more than
+  /// most_checkpoints().
+  template <class Copy>
+  void make_checkpoint(std::int32_t index, Copy&& copy) {
+    const std::int32_t at = free_checkpoint(0);
+    --num_free_checkpoints_;
+    become(at, as_it_is(index), copy);
+    SequenceState& sequence = place(index);
+    place(at).checkpoint = std::exchange(sequence.checkpoint, at);
+    place(at).base = std::exchange(sequence.base, sequence.length);
+    sequence.has_new_checkpoint = true;
+  }
+  void drop_newest_checkpoint(SequenceState& sequence) {
+    const std::int32_t at = sequence.checkpoint;
+    sequence.checkpoint = place(at).checkpoint;
+    sequence.base = place(at).base;
+    give_back_all(at);
+    tables_.release(at);
+    place(at) = SequenceState{};
+    free_sequences_[num_sequences() + num_free_checkpoints_++] = at;
+  }
+  /// Checkpoints of more than `length` tokens are no more.
+  void drop_checkpoints(std::int32_t index, std::int64_t length) {
+    SequenceState& sequence = place(index);
+    while (sequence.checkpoint >= 0 && place(sequence.checkpoint).length > length) {
+      drop_newest_checkpoint(sequence);
+    }
+    sequence.base = std::min(sequence.base, length);
   }
 
   /// Tables are as large as the committed tokens need: a step that came to nothing leaves no block
@@ -616,6 +841,9 @@ class Books {
     for_each_class(chunk.sequence.index, [&](std::size_t c, const auto& rule, const auto& kept) {
       demand_of(c) += heads_of(c) * rule.changes(kept, lengths).take.count();
     });
+    if (needs_checkpoint(chunk.sequence.index, chunk.num_tokens)) {
+      add_demand(as_it_is(chunk.sequence.index));
+    }
   }
 
   /// Fills the step's entries and counts pages; marks the sequences as pending.
@@ -641,9 +869,12 @@ class Books {
       if (chunk.num_tokens > 0) ++step.num_growing_;
     }
     if (pool_.missing_bytes(demand_) != 0) return StepStatus::kOutOfPages;
+    std::size_t num_checkpoints = 0;
     for (const StepChunk& chunk : step.chunks_) {
-      const std::int64_t longest = chunk.lengths.next_high_water();
-      if (longest > 0 && !tables_.reserve(chunk.sequence.index, pages_of(longest))) {
+      const std::int32_t index = chunk.sequence.index;
+      if (!reserve_tables(index, chunk.lengths.next_high_water())) return StepStatus::kOutOfTables;
+      if (needs_checkpoint(index, chunk.num_tokens()) &&
+          !reserve_tables(free_checkpoint(num_checkpoints++), chunk.lengths.high_water)) {
         return StepStatus::kOutOfTables;
       }
     }
@@ -667,6 +898,9 @@ class Books {
       for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
         give_back(index, c, rule.changes(kept, chunk.lengths).take);
       });
+      if (std::exchange(place(index).has_new_checkpoint, false)) {
+        drop_newest_checkpoint(place(index));
+      }
       shrink_tables(index);
     }
     close_step();
@@ -897,13 +1131,14 @@ class Books {
   std::span<SequenceState> sequences_;
   std::span<AnyKeepState> states_;
   std::span<std::int32_t> free_sequences_;
-  std::span<std::int32_t> first_slots_;  // [max_sequences][heads that are selected from]
+  std::span<std::int32_t> first_slots_;  // [places][heads that are selected from]
   std::span<std::int32_t> positions_;    // [pages][page_tokens], of the smallest size
   std::size_t smallest_page_bytes_;
   std::vector<std::int64_t> from_slots_;  // of the selection in progress: one head's kept rows
   std::vector<std::int32_t> rows_;        // of one page
   std::span<std::int64_t> demand_;        // pages of each size: of the call in progress
   std::size_t num_free_sequences_ = 0;
+  std::size_t num_free_checkpoints_ = 0;
   std::vector<StepChunk> open_chunks_;  // a copy: the engine's Step may be gone before a drop
   std::uint64_t last_epoch_ = 0;
   std::uint64_t open_epoch_ = 0;     // 0: no step is open

@@ -29,8 +29,9 @@ struct Estimate {
   /// what KeepSelected::tokens forecasts.
   std::size_t resident_bytes = 0;
   /// More pages while a step of max_chunk tokens each is open, or before anything is selected. A
-  /// selection itself takes none.
+  /// selection itself takes none but for what checkpoints share, which counts as theirs.
   std::size_t transient_bytes = 0;
+  std::size_t checkpoint_bytes = 0;  ///< more pages of all checkpoints, at most
 
   std::size_t pool_bytes = 0;      ///< what the cache asks its allocator for as page memory
   std::size_t metadata_bytes = 0;  ///< and as tables, lengths and compensation rows
@@ -41,7 +42,7 @@ struct Estimate {
   std::size_t total_bytes() const { return pool_bytes + metadata_bytes; }
   /// False where streaming costs as much as it frees: windows rounded up to pages (and their
   /// second ring) are no smaller than the whole context.
-  bool gains() const { return resident_bytes + transient_bytes < dense_bytes; }
+  bool gains() const { return resident_bytes + transient_bytes + checkpoint_bytes < dense_bytes; }
 };
 
 namespace detail {
@@ -53,17 +54,21 @@ inline Estimate estimate_of(const CacheGeometry& geometry, const CacheGeometry& 
   const auto for_all = [&](std::size_t bytes) {
     return checked_mul(static_cast<std::size_t>(options.max_sequences), bytes, "bytes of pages");
   };
-  std::size_t peak = 0;
-  const std::vector<std::int64_t> pages = geometry.peak_pages(options.max_chunk);
-  for (std::size_t size = 0; size < pages.size(); ++size) {
-    peak = checked_add(peak,
-                       checked_mul(static_cast<std::size_t>(pages[size]),
-                                   geometry.pool().page_bytes(size), "bytes of pages"),
-                       "bytes of pages");
-  }
+  const auto bytes_of = [&](const std::vector<std::int64_t>& pages) {
+    std::size_t bytes = 0;
+    for (std::size_t size = 0; size < pages.size(); ++size) {
+      bytes = checked_add(bytes,
+                          checked_mul(static_cast<std::size_t>(pages[size]),
+                                      geometry.pool().page_bytes(size), "bytes of pages"),
+                          "bytes of pages");
+    }
+    return bytes;
+  };
+  const std::size_t peak = bytes_of(geometry.peak_pages(options.max_chunk));
   Estimate result;
   result.resident_bytes = for_all(geometry.bytes_selected(longest, longest));
   result.transient_bytes = std::max(for_all(peak), result.resident_bytes) - result.resident_bytes;
+  result.checkpoint_bytes = for_all(bytes_of(geometry.checkpoint_pages()));
   result.pool_bytes = options.page_memory.empty() ? geometry.pool_bytes() : 0;
   result.metadata_bytes = BooksLayout(geometry, keeps_log).sections.total_bytes();
   result.dense_bytes = for_all(dense.bytes_held(longest, longest));
@@ -106,8 +111,8 @@ std::vector<std::int64_t> head_bytes(const ModelShape& shape, const HeadPlan& pl
 }
 
 /// What a KvCache<Rows> of these arguments asks its allocator for. CacheOptions::max_chunk bounds
-/// the steps; with max_bytes 0 the pool holds resident and transient bytes (in whole slabs, where
-/// layers differ in width).
+/// the steps; with max_bytes 0 the pool holds resident, transient and checkpoints' bytes (in whole
+/// slabs, where layers differ in width).
 /// @throws ConfigError as KvCache's constructor.
 template <class Rows = f16>
 Estimate estimate(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options) {
@@ -189,10 +194,11 @@ inline constexpr std::int64_t kMostSequences = std::int64_t{1} << 20;
 template <class Rows, class Total>
 bool fits_in(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
              std::size_t bytes, const Total& total) {
+  if (!CacheGeometry::places_fit(options)) return false;
   const CacheGeometry geometry(shape, plan, options, FormatList<Rows>::kPageBytes);
   // In double: a pool far beyond all bytes may have more pages than can be named, and more bytes
   // than 64 bits count.
-  const std::vector<std::int64_t> pages = geometry.peak_pages(geometry.options().max_chunk);
+  const std::vector<std::int64_t> pages = geometry.most_pages(geometry.options().max_chunk);
   double slabs = 0.0;
   for (std::size_t size = 0; size < pages.size(); ++size) {
     slabs += std::ceil(static_cast<double>(pages[size]) * options.max_sequences /

@@ -21,6 +21,7 @@
 #include "headwise/core/checked.hpp"
 #include "headwise/core/page_shape.hpp"
 #include "headwise/core/shape.hpp"
+#include "headwise/heads/fingerprint.hpp"
 #include "headwise/heads/native_window.hpp"
 #include "headwise/heads/plan.hpp"
 
@@ -88,7 +89,7 @@ class CacheGeometry {
   ///   out of its range, or sizes pass 64 bits; says both values.
   CacheGeometry(const ModelShape& shape, const HeadPlan& plan, const CacheOptions& options,
                 std::span<const PageBytes> page_bytes)
-      : options_(checked(options)) {
+      : options_(checked(options)), fingerprint_(headwise::fingerprint(plan)) {
     check(shape, plan);
     std::map<ClassKey, int> known;
     std::vector<std::size_t> sizes;  // bytes of pages
@@ -106,6 +107,8 @@ class CacheGeometry {
 
   /// As given, max_chunk within [1, max_context], max_rollback within [0, max_context].
   const CacheOptions& options() const& { return options_; }
+  /// The plan's name.
+  const Fingerprint& fingerprint() const& { return fingerprint_; }
   /// One for each budget, format and page size that the plan has, in order of appearance.
   const std::vector<HeadClass>& classes() const& { return classes_; }
   /// [num_layers]
@@ -126,6 +129,7 @@ class CacheGeometry {
   /// All heads, layer by layer.
   const std::vector<HeadGeometry>& heads() const& { return heads_; }
   const CacheOptions& options() const&& = delete;
+  const Fingerprint& fingerprint() const&& = delete;
   const std::vector<HeadClass>& classes() const&& = delete;
   const std::vector<LayerGeometry>& layers() const&& = delete;
   const std::vector<int>& layer_kinds() const&& = delete;
@@ -218,21 +222,49 @@ class CacheGeometry {
   /// is open, at any length up to the longest.
   std::vector<std::int64_t> peak_pages(std::int64_t max_chunk,
                                        std::int64_t num_sequences = 1) const {
-    std::vector<std::int64_t> pages(pool_.num_sizes(), 0);
-    for (const HeadClass& heads : classes_) {
-      const std::int64_t peak =
-          std::visit([&](const auto& rule) { return rule.peak_entries(max_chunk); }, heads.rule);
-      const std::int64_t num_heads = detail::checked_mul(heads.num_heads, num_sequences, "pages");
-      std::int64_t& sum = pages[heads.page_size];
-      sum = detail::checked_add(sum, detail::checked_mul(num_heads, peak, "pages"), "pages");
+    return sum_of_heads(num_sequences,
+                        [&](const auto& rule) { return rule.peak_entries(max_chunk); });
+  }
+
+  /// Checkpoints of one sequence at most: none lies nearer to the one before than
+  /// `checkpoint_tokens`, and a step begins where each of them is.
+  std::int64_t most_checkpoints() const {
+    if (options_.checkpoint_tokens == 0) return 0;
+    return (options_.max_context - 1) / options_.checkpoint_tokens;
+  }
+  /// Whether checkpoints of these options can be counted.
+  static bool places_fit(const CacheOptions& options) {
+    return options.checkpoint_tokens == 0 ||
+           options.max_context / options.checkpoint_tokens < kMostPlaces / options.max_sequences;
+  }
+  /// Places of sequences: the caller's, then those of their checkpoints.
+  std::int64_t num_places() const {
+    return detail::checked_mul(std::int64_t{options_.max_sequences}, 1 + most_checkpoints(),
+                               "sequences and checkpoints");
+  }
+  /// Most pages of each size that the checkpoints of sequences hold beside the sequences
+  /// themselves: what each of them copied, and once what the sequence has given back since.
+  std::vector<std::int64_t> checkpoint_pages(std::int64_t num_sequences = 1) const {
+    const std::int64_t count = most_checkpoints();
+    return sum_of_heads(num_sequences, [&](const auto& rule) {
+      return count == 0 ? 0 : count * rule.fork_entries() + rule.released_entries();
+    });
+  }
+  /// peak_pages() and checkpoint_pages().
+  std::vector<std::int64_t> most_pages(std::int64_t max_chunk,
+                                       std::int64_t num_sequences = 1) const {
+    std::vector<std::int64_t> pages = peak_pages(max_chunk, num_sequences);
+    const std::vector<std::int64_t> more = checkpoint_pages(num_sequences);
+    for (std::size_t size = 0; size < pages.size(); ++size) {
+      pages[size] = detail::checked_add(pages[size], more[size], "pages");
     }
     return pages;
   }
 
   /// Slabs of a pool in which `max_sequences` sequences may be in a step of `max_chunk` tokens
-  /// each.
+  /// each, with all their checkpoints.
   std::int64_t slabs_for_steps_of(std::int64_t max_chunk) const {
-    return pool_.slabs_for(peak_pages(max_chunk, options_.max_sequences));
+    return pool_.slabs_for(most_pages(max_chunk, options_.max_sequences));
   }
 
   /// Slabs of the pool: what the options ask for, or enough for any step over all sequences.
@@ -251,13 +283,13 @@ class CacheGeometry {
   /// @param keeps_log  whether their changes are noted, for a device.
   PageTables::Shape tables(bool keeps_log) const {
     PageTables::Shape shape;
-    shape.max_sequences = options_.max_sequences;
+    shape.max_sequences = num_places();
     shape.keeps_log = keeps_log;
     for (const HeadClass& heads : classes_) shape.heads.push_back(heads.num_heads);
     // Tables of the longest context for every sequence, unless that is much more than a pool of
     // this size can fill: then blocks follow the sequences' lengths.
-    const std::int64_t all = detail::checked_mul(std::int64_t{options_.max_sequences},
-                                                 levels_.back().num_entries, "page-table entries");
+    const std::int64_t all =
+        detail::checked_mul(num_places(), levels_.back().num_entries, "page-table entries");
     const std::int64_t by_use = entries_by_use();
     if (all <= by_use) {
       shape.levels = {levels_.back()};
@@ -275,6 +307,9 @@ class CacheGeometry {
   }
 
  private:
+  /// Of sequences and checkpoints, where there are checkpoints: with it all that is computed from
+  /// their number fits 64 bits.
+  static constexpr std::int64_t kMostPlaces = std::int64_t{1} << 24;
   /// The smallest block of page tables: 64 pages of 64 tokens are a context of 4096.
   static constexpr std::int64_t kFirstLevelPages = 64;
   /// How much longer than the tables of sequences that fill the pool the arena is, where tables
@@ -315,10 +350,12 @@ class CacheGeometry {
       entries_per_byte = std::max(entries_per_byte, static_cast<double>(levels_[l].num_entries) /
                                                         static_cast<double>(held));
     }
-    const double used = kArenaSlack * entries_per_byte * static_cast<double>(bytes);
+    // Checkpoints are forks.
+    const double forks = kArenaSlack * static_cast<double>(1 + most_checkpoints());
+    const double used = forks * entries_per_byte * static_cast<double>(bytes);
     constexpr double kMost = 0x1p62;  // more than any table has
-    const std::int64_t smallest = detail::checked_mul(
-        std::int64_t{options_.max_sequences}, levels_.front().num_entries, "page-table entries");
+    const std::int64_t smallest =
+        detail::checked_mul(num_places(), levels_.front().num_entries, "page-table entries");
     return detail::checked_add(smallest,
                                std::max(largest, static_cast<std::int64_t>(std::min(used, kMost))),
                                "page-table entries");
@@ -331,6 +368,7 @@ class CacheGeometry {
     detail::checked_range(options.max_context, 1, kMaxTokens, "max_context");
     detail::checked_range(options.max_rollback, 0, kMaxTokens, "max_rollback");
     detail::checked_range(options.max_chunk, 0, kMaxTokens, "max_chunk");
+    detail::checked_range(options.checkpoint_tokens, 0, kMaxTokens, "checkpoint_tokens");
     if (options.max_sequences < 1) {
       fail<ConfigError>("max_sequences must be at least 1, got ", options.max_sequences);
     }
@@ -338,6 +376,12 @@ class CacheGeometry {
     if (options.max_chunk == 0) options.max_chunk = options.max_context;
     options.max_chunk = std::min(options.max_chunk, options.max_context);
     options.max_rollback = std::min(options.max_rollback, options.max_context);
+    if (!places_fit(options)) {
+      fail<ConfigError>(options.max_sequences, " sequences of ", options.max_context,
+                        " tokens have more than ", kMostPlaces,
+                        " checkpoints together, one each checkpoint_tokens (",
+                        options.checkpoint_tokens, ")");
+    }
     return options;
   }
 
@@ -370,6 +414,19 @@ class CacheGeometry {
                           rule.runs(state, length, Phase::kPrompt).num_rows());
         },
         any);
+  }
+
+  /// `entries(rule)` of every head, by size of page.
+  template <class Entries>
+  std::vector<std::int64_t> sum_of_heads(std::int64_t num_sequences, Entries&& entries) const {
+    std::vector<std::int64_t> pages(pool_.num_sizes(), 0);
+    for (const HeadClass& heads : classes_) {
+      const std::int64_t of_head = std::visit(entries, heads.rule);
+      const std::int64_t num_heads = detail::checked_mul(heads.num_heads, num_sequences, "pages");
+      std::int64_t& sum = pages[heads.page_size];
+      sum = detail::checked_add(sum, detail::checked_mul(num_heads, of_head, "pages"), "pages");
+    }
+    return pages;
   }
 
   static std::int64_t entries_held(const HeadClass& heads, std::int64_t length,
@@ -535,6 +592,7 @@ class CacheGeometry {
   }
 
   CacheOptions options_;
+  Fingerprint fingerprint_;
   std::size_t compensation_bytes_ = 0;
   int max_heads_per_layer_ = 0;
   std::int64_t num_selected_heads_ = 0;

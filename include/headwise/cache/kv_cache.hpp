@@ -4,12 +4,14 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -26,8 +28,10 @@
 #include "headwise/cache/rows/rotated_rows.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 #include "headwise/cache/selection_fault.hpp"
+#include "headwise/cache/snapshot.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/checksum.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/core/kv_view.hpp"
 #include "headwise/core/tensor_view.hpp"
@@ -85,24 +89,38 @@ class KvCache {
   StepStatus rollback(SequenceId id, std::int64_t new_length) {
     return books_.rollback(id, new_length);
   }
+  /// Most tokens that rollback() may take back now; a sequence may also be cleared.
+  std::int64_t max_truncate(SequenceId id) const { return books_.max_truncate(id); }
   /// Another sequence with the same past, from which both go their own ways. Full pages that no
   /// append and no permitted rollback of either can reach are shared, rings, tails and compensation
   /// rows are copied now; a step never copies. Costs O(window) bytes a head, and O(length) table
-  /// entries.
+  /// entries; allocates nothing.
   /// @param child  the new sequence; untouched unless kOk is returned.
   /// @return kOutOfSequences, kOutOfPages, kOutOfTables or kInStep change nothing.
   StepStatus fork(SequenceId id, SequenceId& child, Stream stream = {}) {
-    copies_.clear();
+    return fork(id, books_.length(id), child, stream);
+  }
+  /// The same with the first `length` tokens of `id` only, as reuse_limit() permits: as far as
+  /// rollback reaches, or from a checkpoint (CacheOptions::checkpoint_tokens). The parent stays as
+  /// it is. Where rollback of the parent would reach that far, the child may be rolled back as far
+  /// as the parent; from a checkpoint, as far as the parent could when it had that length.
+  /// @return additionally kTooFarBack, which changes nothing.
+  StepStatus fork(SequenceId id, std::int64_t length, SequenceId& child, Stream stream = {}) {
     SequenceId forked;
-    StepStatus status =
-        books_.fork(id, forked, [&](const PageCopy& copy) { copies_.push_back(copy); });
-    if (status == StepStatus::kOk) status = place_.copy_pages(copies_, stream);
-    if (status == StepStatus::kOk) {
+    StepStatus copied = StepStatus::kOk;
+    const StepStatus status = books_.fork(id, length, forked, copier(copied, stream));
+    if (status != StepStatus::kOk) return status;
+    send_copies(copied, stream);
+    if (copied == StepStatus::kOk) {
       child = forked;
     } else {
       books_.release(forked);
     }
-    return status;
+    return copied;
+  }
+  /// How much of the first `length` tokens of `id` a fork may begin with, and why not more.
+  ReuseLimit reuse_limit(SequenceId id, std::int64_t length) const {
+    return books_.reuse_limit(id, length);
   }
   /// Whether `id` was added and not released since.
   bool is_live(SequenceId id) const { return books_.is_live(id); }
@@ -111,15 +129,95 @@ class KvCache {
   /// The longest length ever committed.
   std::int64_t high_water(SequenceId id) const { return books_.high_water(id); }
 
+  // Snapshots: of a cache whose pages the host can read -------------------------------------------
+
+  /// Bytes of the sequence's snapshot; 0 where the id names nobody, or a sequence that has none:
+  /// see snapshot().
+  std::size_t snapshot_bytes(SequenceId id) const requires(Place::kOnHost) {
+    if (!is_live(id) || books_.is_selected_from(id.index)) return 0;
+    return snapshot_head().snapshot_bytes(length(id), high_water(id), books_.keep_states(id.index));
+  }
+  /// Writes the sequence, without its checkpoints, as cache/snapshot.hpp says: versioned,
+  /// checksummed, little-endian. The sequence stays as it is.
+  /// @param to  snapshot_bytes() of them are written; any alignment.
+  /// @return kInvalidChunk, kInStep (it takes part in the open step), kSelectedFrom (compact()
+  ///   dropped rows of it, of which a snapshot says nothing yet) or kTooSmall wrote nothing.
+  StepStatus snapshot(SequenceId id, std::span<std::byte> to) requires(Place::kOnHost) {
+    static_assert(std::endian::native == std::endian::little, "rows are written as they lie");
+    if (!is_live(id)) return StepStatus::kInvalidChunk;
+    if (books_.is_in_step(id)) return StepStatus::kInStep;
+    if (books_.is_selected_from(id.index)) return StepStatus::kSelectedFrom;
+    const std::size_t bytes = snapshot_bytes(id);
+    if (to.size() < bytes) return StepStatus::kTooSmall;
+    to = to.first(bytes);
+    clear_unwritten_rows(id);
+    const SnapshotHead head = snapshot_head();
+    Checksum sum;
+    std::size_t at = head.num_bytes();
+    std::memset(to.data() + at, 0, head.first_page() - at);
+    const std::size_t sums = geometry().compensation_bytes();
+    if (sums > 0) std::memcpy(to.data() + at, books_.compensation(id.index), sums);
+    sum.add(to.subspan(at, head.first_page() - at));
+    at = head.first_page();
+    books_.for_each_page(id, [&](std::int32_t page, std::size_t page_bytes) {
+      std::memcpy(to.data() + at, books_.pool().address(page), page_bytes);
+      sum.add(to.subspan(at, page_bytes));  // while it is near
+      at += page_bytes;
+    });
+    head.write(to, length(id), high_water(id), books_.keep_states(id.index), sum.value());
+    return StepStatus::kOk;
+  }
+  /// A new sequence that goes on where the one of the snapshot was, rolled back as far as that one
+  /// could be. The cache that made it may have had any capacity (max_sequences, max_context,
+  /// max_bytes, max_chunk), and must have had this one's shape, row format, plan, page_tokens and
+  /// max_rollback. Takes all pages or none.
+  /// @param id  the new sequence; untouched unless kOk is returned.
+  /// @return kOutOfSequences, kOutOfPages, kOutOfTables, or kContextTooLong for a sequence that was
+  ///   ever longer than max_context; they change nothing.
+  /// @throws FormatError where the bytes are no such snapshot, with what is wrong and both values;
+  ///   the cache is then as before, whatever the bytes are.
+  StepStatus restore(std::span<const std::byte> from, SequenceId& id) requires(Place::kOnHost) {
+    static_assert(std::endian::native == std::endian::little, "rows are read as they lie");
+    const SnapshotHead head = snapshot_head();
+    const SnapshotSequence sequence = head.read(from);
+    if (sequence.high_water > geometry().options().max_context) return StepStatus::kContextTooLong;
+    SequenceId restored;
+    const StepStatus status =
+        books_.add_sequence(sequence.length, sequence.high_water, sequence.states, restored);
+    if (status != StepStatus::kOk) return status;
+    Checksum sum;
+    std::size_t at = head.num_bytes();
+    const std::size_t sums = geometry().compensation_bytes();
+    if (sums > 0) std::memcpy(books_.compensation(restored.index), from.data() + at, sums);
+    sum.add(from.subspan(at, head.first_page() - at));
+    at = head.first_page();
+    books_.for_each_page(restored, [&](std::int32_t page, std::size_t page_bytes) {
+      std::byte* to = books_.pool().address(page);
+      std::memcpy(to, from.data() + at, page_bytes);
+      sum.add({to, page_bytes});
+      at += page_bytes;
+    });
+    if (sum.value() != SnapshotHead::body_checksum(from)) {
+      books_.release(restored);
+      fail<FormatError>("snapshot: the checksum of its rows is wrong: it is damaged");
+    }
+    id = restored;
+    return StepStatus::kOk;
+  }
+
   // Steps -----------------------------------------------------------------------------------------
 
   /// Opens a step of `chunks[i].num_tokens` new tokens for each sequence named; q, k, v and out
   /// hold the sequences' rows in this order. Takes every page that the step needs, or none. The
-  /// step that was open before, if any, is dropped.
+  /// step that was open before, if any, is dropped. A step that begins checkpoint_tokens or more
+  /// after a sequence's last checkpoint makes one first; its pages are the step's, a drop frees
+  /// them.
   StepStatus begin(Step& step, std::span<const SequenceChunk> chunks, Stream stream = {}) {
-    StepStatus status = books_.begin(step, chunks);
+    StepStatus copied = StepStatus::kOk;
+    StepStatus status = books_.begin(step, chunks, copier(copied, stream));
     if (status != StepStatus::kOk) return status;
-    status = place_.send(books_, step, stream);
+    send_copies(copied, stream);
+    status = copied == StepStatus::kOk ? place_.send(books_, step, stream) : copied;
     if (status != StepStatus::kOk) (void)books_.drop(step);
     return status;
   }
@@ -145,8 +243,9 @@ class KvCache {
   /// bit. Between commit and the next begin, any number of times in a sequence's life. Nothing can
   /// be rolled back behind it afterwards. Where every head keeps all that it has, nothing changes.
   ///
-  /// Rows move within the pages that the sequence holds; only of pages that a fork shares new ones
-  /// are taken. Cost: O(stored rows) to check, and the kept rows' bytes to move.
+  /// Rows move within the pages that the sequence holds; only of pages that a fork or a checkpoint
+  /// shares new ones are taken. The sequence's checkpoints keep the rows as they were, and no more
+  /// are made. Cost: O(stored rows) to check, and the kept rows' bytes to move.
   /// @param kept  positions of stored tokens, ascending, of every KV head of every layer; none for
   ///   heads that are not selected from.
   /// @param fault  where kBadSelection is returned, what is wrong, with value and limit.
@@ -283,6 +382,8 @@ class KvCache {
   }
 
  private:
+  static constexpr std::size_t kCopiesAtOnce = 1024;
+
   /// One compensation row.
   struct Sums {
     double* k_sum;  ///< [k_dim]
@@ -292,7 +393,29 @@ class KvCache {
   };
 
   explicit KvCache(CacheGeometry geometry)
-      : place_(geometry), books_(std::move(geometry), place_.pages(), Place::kOnHost) {}
+      : place_(geometry), books_(std::move(geometry), place_.pages(), Place::kOnHost) {
+    copies_.reserve(kCopiesAtOnce);
+  }
+
+  SnapshotHead snapshot_head() const {
+    std::vector<std::string_view> formats;
+    for (int i = 0; i < FormatList<Row>::kCount; ++i) {
+      formats.push_back(FormatList<Row>::visit(
+          i, []<class F>(std::type_identity<F>) { return std::string_view(F::name()); }));
+    }
+    return {geometry(), std::move(formats)};
+  }
+  /// Takes a fork's copies and sends them on in portions, so that it needs no memory of its own.
+  auto copier(StepStatus& copied, Stream stream) {
+    return [this, &copied, stream](const PageCopy& copy) {
+      copies_.push_back(copy);
+      if (copies_.size() == kCopiesAtOnce) send_copies(copied, stream);
+    };
+  }
+  void send_copies(StepStatus& copied, Stream stream) {
+    if (copied == StepStatus::kOk && !copies_.empty()) copied = place_.copy_pages(copies_, stream);
+    copies_.clear();
+  }
 
   const HeadClass& class_of(const HeadGeometry& head) const {
     return geometry().classes()[static_cast<std::size_t>(head.class_idx)];
@@ -345,6 +468,37 @@ class KvCache {
     });
   }
 
+  /// Rows of held pages beyond the sequence become zeros: their bytes may be another sequence's.
+  /// Nobody shares such a page.
+  void clear_unwritten_rows(SequenceId id) {
+    std::vector<float> zeros;
+    const StepChunk chunk{id, {length(id), high_water(id), length(id)}};
+    for (int l = 0; l < static_cast<int>(geometry().layers().size()); ++l) {
+      const LayerGeometry& layer = geometry().layer(l);
+      if (!layer.shape.owns_kv()) continue;
+      zeros.resize(static_cast<std::size_t>(std::max(layer.page.k_dim, layer.page.v_dim)), 0.0F);
+      for (int h = 0; h < layer.shape.num_kv_heads; ++h) {
+        const HeadGeometry& head = geometry().head(l, h);
+        visit_format(l, h, [&]<class F>(std::type_identity<F>) {
+          visit_head(chunk, head, [&](const auto& rule, const auto& state) {
+            const std::int64_t written = rule.slots_written(state, length(id));
+            const std::int64_t entry =
+                rule.slots(state).first_entry + written / layer.page.page_tokens;
+            for (const EntryRange held : rule.held(state, length(id), high_water(id))) {
+              if (entry < held.first || entry >= held.last) continue;
+              for (std::int64_t row = written % layer.page.page_tokens;
+                   row < layer.page.page_tokens; ++row) {
+                (void)F::template encode<simd::Scalar>(page_of(chunk, head, entry), layer.page,
+                                                       static_cast<std::size_t>(row), zeros.data(),
+                                                       zeros.data());
+              }
+            }
+          });
+        });
+      }
+    }
+  }
+
   /// Where a step's rows go to other pages, those begin as what the head holds.
   void carry_over(const SlotMap& from, const SlotMap& to, EntryRange held, const StepChunk& chunk,
                   const HeadGeometry& head) const {
@@ -383,7 +537,7 @@ class KvCache {
 
   Place place_;
   Books books_;
-  std::vector<PageCopy> copies_;  // of the fork in progress
+  std::vector<PageCopy> copies_;  // of the fork in progress, never more than kCopiesAtOnce
 };
 
 }  // namespace headwise::inline v0

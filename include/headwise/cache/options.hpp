@@ -45,6 +45,10 @@ struct CacheOptions {
   std::int64_t max_chunk = 0;
   /// Tokens that rollback may take back below the longest length committed.
   std::int64_t max_rollback = 0;
+  /// A checkpoint of every sequence each so many tokens, so that a fork may begin there when rings
+  /// have long moved on (KvCache::fork at a length); 0: none. A step that begins at least so many
+  /// tokens after the last one makes one where it begins; none once the sequence was selected from.
+  std::int64_t checkpoint_tokens = 0;
   /// The rule of prompt chunks on streaming heads.
   PrefillMode prefill = PrefillMode::kWindowed;
 

@@ -54,6 +54,7 @@ enum class [[nodiscard]] StepStatus : std::uint8_t{
     kBadSelection,    ///< compact: kept positions that the sequence cannot keep; the fault says why
     kTooSmall,        ///< memory of the caller's is smaller than its size query says
     kRolledBack,      ///< export of whole pages: a ring holds rows of tokens rolled back
+    kSelectedFrom,    ///< snapshot of a sequence from which a selection has dropped rows
     kDeviceError,     ///< a device refused a copy or a launch; its cache is of no more use
 };
 
@@ -96,6 +97,8 @@ constexpr const char* to_string(StepStatus status) {
       return "whole pages hold rows of tokens rolled back";
     case StepStatus::kDeviceError:
       return "device error";
+    case StepStatus::kSelectedFrom:
+      return "no snapshot of a sequence that was selected from";
   }
   return "unknown";
 }

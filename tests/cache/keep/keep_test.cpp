@@ -11,6 +11,7 @@
 #include <random>
 #include <set>
 #include <type_traits>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -343,6 +344,54 @@ class OneHead {
     for (const auto& [entry, page] : pages_) held.insert(entry);
     ASSERT_EQ(held, entries(rule_.held(state_, length_, high_water_)));
     check_sight();
+    check_snapshot();
+    check_forks();
+  }
+
+  /// What a snapshot writes of it: no slot that was never written, and a state that comes back.
+  void check_snapshot() {
+    const std::int64_t first_entry = rule_.slots(state_).first_entry;
+    const std::int64_t written = rule_.slots_written(state_, length_);
+    for (const auto& [entry, page] : pages_) {
+      for (std::int64_t i = 0; i < kPage; ++i) {
+        const std::int64_t slot = (entry - first_entry) * kPage + i;
+        ASSERT_TRUE(slot >= written || page[static_cast<std::size_t>(i)] != kUnwritten) << slot;
+      }
+    }
+    const std::uint64_t word = rule_.to_word(state_);
+    ASSERT_EQ(rule_.from_word(word, high_water_), state_);
+    for (const std::uint64_t other : {std::uint64_t{0}, std::uint64_t{1}, std::uint64_t{2},
+                                      std::uint64_t{256}, ~std::uint64_t{0}}) {
+      const auto state = rule_.from_word(other, high_water_);
+      if (!state) continue;
+      ASSERT_EQ(rule_.to_word(*state), other);
+      // Wherever it says that rows are, this sequence's tables have entries.
+      for (const EntryRange range : rule_.held(*state, length_, high_water_)) {
+        if (range.count() == 0) continue;
+        ASSERT_LE(range.last, rule_.table_entries(ceil_div(high_water_, kPage)));
+      }
+    }
+  }
+
+  /// A fork at each length from lowest_kept() on has all that its next query asks for.
+  void check_forks() {
+    std::int64_t copied = 0;
+    for (const std::int64_t i : entries(rule_.held(state_, length_, high_water_))) {
+      if (i >= rule_.frozen(state_, high_water_)) ++copied;
+    }
+    ASSERT_LE(copied, rule_.fork_entries());
+    const std::int64_t length = std::exchange(length_, 0);
+    const std::int64_t high_water = high_water_;
+    const std::int64_t lowest = rule_.lowest_kept(state_, high_water);
+    for (length_ = std::max<std::int64_t>(1, lowest); length_ <= length; length_ += 7) {
+      high_water_ = length_ >= high_water - case_.limits.max_rollback ? high_water : length_;
+      for (const std::int64_t i : entries(rule_.held(state_, length_, high_water_))) {
+        ASSERT_TRUE(pages_.contains(i)) << "a fork at " << length_ << " asks for entry " << i;
+      }
+      check_sight();
+    }
+    length_ = length;
+    high_water_ = high_water;
   }
 
   void check_sight() {
@@ -377,6 +426,31 @@ class OneHead {
   std::map<std::int64_t, std::array<std::int64_t, kPage>> pages_;
   Entries shared_;
 };
+
+TEST(KeepRules, ReleaseAsManyEntriesAsTheySay) {
+  for_each_rule([]<class Rule>(const Rule& rule, const RuleCase& rule_case) {
+    if (Rule::kSelects) return;  // selections release: see selected_test
+    std::int64_t released = 0;   // and not taken again in another place
+    for (std::int64_t n = 0; n < 400; ++n) {
+      released += rule.changes({}, {n, n, n + 1}).release.count();
+    }
+    ASSERT_EQ(released, rule.released_entries()) << rule_case.limits.max_rollback;
+  });
+}
+
+TEST(KeepRules, ForksCopyNoMoreThanTheySayAndOnceSoMuch) {
+  for_each_rule([]<class Rule>(const Rule& rule, const RuleCase&) {
+    std::int64_t most = 0;
+    for (std::int64_t high_water = 0; high_water <= 400; ++high_water) {
+      std::int64_t copied = 0;
+      for (const std::int64_t i : entries(rule.held({}, high_water, high_water))) {
+        if (i >= rule.frozen({}, high_water)) ++copied;
+      }
+      most = std::max(most, copied);
+    }
+    ASSERT_EQ(most, rule.fork_entries());
+  });
+}
 
 TEST(KeepRules, ShowWhatTheBudgetSaysAndWriteNoSharedPageOnARandomWalk) {
   std::mt19937 random(29);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "support/errors.hpp"
 
@@ -75,6 +76,43 @@ TEST(SelectedRule, NotesThePositionsOfRowsBehindTheSelectionOnly) {
   EXPECT_FALSE(rule.position_is_slot(state, 59));
   EXPECT_TRUE(rule.position_is_slot(state, 60));
   EXPECT_EQ(rule.of_head(state, 45), (SelectedRule::State{60, 45}));
+}
+
+TEST(SelectedRule, ForksBeginNoLowerThanTheSelection) {
+  const SelectedRule rule = rule_of(7);
+  EXPECT_EQ(rule.lowest_kept({}, 64), 0);
+  EXPECT_EQ(rule.lowest_kept(rule.after_selection(60, 30), 64), 60);
+  EXPECT_EQ(rule.lowest_kept(rule.after_selection(60, 60), 200), 60);
+}
+
+TEST(SelectedRule, LeavesToFormerForksAllThatASequenceEverHeld) {
+  const SelectedRule rule = rule_of(7);
+  // A selection that keeps nothing, at the longest context, gives all back.
+  const auto state = rule.after_selection(400, rule.first_after(400, 0));
+  const std::int64_t released =
+      rule.held({}, 400, 400)[0].count() - rule.held(state, 400, 400)[0].count();
+  EXPECT_EQ(released, 25);
+  EXPECT_EQ(rule.released_entries(), released);
+}
+
+TEST(SelectedRule, IsOneWordThatComesBack) {
+  const SelectedRule rule = rule_of(7);
+  for (const std::int64_t selected : {0, 1, 60, 255, 400}) {
+    for (const std::int64_t first : {std::int64_t{0}, selected / 2, selected}) {
+      const auto state = rule.after_selection(selected, first);
+      EXPECT_EQ(rule.from_word(rule.to_word(state), selected), state);
+      EXPECT_EQ(rule.from_word(rule.to_word(state), 400), state);
+      if (selected > 0) {
+        EXPECT_EQ(rule.from_word(rule.to_word(state), selected - 1), std::nullopt);
+      }
+    }
+  }
+  EXPECT_EQ(rule.to_word({}), 0U);
+  // The first row behind the selection, and numbers below 0.
+  EXPECT_EQ(rule.from_word(rule.to_word({60, 61}), 400), std::nullopt);
+  EXPECT_EQ(rule.from_word(rule.to_word({60, -1}), 400), std::nullopt);
+  EXPECT_EQ(rule.from_word(rule.to_word({-1, -1}), 400), std::nullopt);
+  EXPECT_EQ(rule.from_word(~std::uint64_t{0}, 400), std::nullopt);
 }
 
 TEST(SelectedRule, RefusesContextsWhosePositionsDoNotFit) {

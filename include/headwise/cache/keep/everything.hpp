@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/heads/budget.hpp"
@@ -43,6 +44,18 @@ struct EverythingRule {
   }
   constexpr std::int64_t peak_entries(std::int64_t) const { return pages_of(max_context); }
   constexpr std::int64_t most_rows() const { return max_context; }
+  constexpr std::int64_t lowest_kept(State, std::int64_t) const { return 0; }
+  constexpr std::int64_t fork_entries() const {
+    return std::min(pages_of(max_context),
+                    pages_of(std::max<std::int64_t>(0, max_rollback - 1)) + 1);
+  }
+  constexpr std::int64_t released_entries() const { return 0; }
+
+  constexpr std::int64_t slots_written(State, std::int64_t length) const { return length; }
+  constexpr std::uint64_t to_word(State) const { return 0; }
+  constexpr std::optional<State> from_word(std::uint64_t word, std::int64_t) const {
+    return word == 0 ? std::optional<State>(State{}) : std::nullopt;
+  }
 
   constexpr StoredRuns runs(State, std::int64_t length, Phase) const {
     return {{{{Slot{0}, Pos{0}, length}}}};

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <utility>
 
 #include "headwise/cache/keep/keep_rule.hpp"
@@ -84,6 +85,25 @@ struct GrowingWindowRule {
   /// It forgets page by page: a shorter sequence may see nearly a page more.
   constexpr std::int64_t most_rows() const {
     return std::min(max_context, runs({}, max_context, Phase::kDecode).num_rows() + page_tokens);
+  }
+
+  /// Until a page is released nothing is gone.
+  constexpr std::int64_t lowest_kept(State, std::int64_t high_water) const {
+    return settled_fold(high_water) == 0 ? 0 : high_water - max_rollback;
+  }
+  constexpr std::int64_t fork_entries() const {
+    return std::min(pages_of(max_context),
+                    pages_of(std::max<std::int64_t>(0, max_rollback - 1)) + 1);
+  }
+  constexpr std::int64_t released_entries() const {
+    return std::max<std::int64_t>(0, settled_entry(max_context) - sink_pages());
+  }
+
+  constexpr std::int64_t slots_written(State, std::int64_t length) const { return length; }
+  constexpr std::uint64_t to_word(State state) const { return state.bank; }
+  constexpr std::optional<State> from_word(std::uint64_t word, std::int64_t) const {
+    if (word > 1) return std::nullopt;
+    return State{static_cast<std::uint8_t>(word)};
   }
 
   constexpr StoredRuns runs(State, std::int64_t length, Phase) const {

@@ -97,6 +97,15 @@ struct FoldMove {
 ///   append and permitted rollback, so that a fork may share them.
 /// - `peak_entries(max_chunk)`: most entries with a page while a step of so many tokens is open.
 /// - `most_rows()`: most stored rows in `runs`, at any length and phase.
+/// - `lowest_kept(state, high_water)`: the lowest length whose rows are all there still; rollback
+///   goes no lower, and a fork at a length below `high_water - max_rollback` begins no lower.
+/// - `fork_entries()`: most held entries that a fork does not share.
+/// - `released_entries()`: most entries that a sequence gives back, as it grows, without having
+///   taken others for the same rows: a fork may hold them still.
+/// - `slots_written(state, length)`: slots of held pages below this one have been written; no query
+///   and no rollback asks for others.
+/// - `to_word(state)`, `from_word(word, high_water)`: the state in a snapshot, and back; nothing
+///   where no sequence of this high water can have it.
 /// - `runs(state, length, phase)`, `folded(state, length)`: what the first query of a step sees.
 /// - `window(phase)`: what each query of a step may see of that, Window::everything() if all.
 /// - `slots(state)`, `append_slots(state, lengths)`: where rows lie, and where a step's rows go; if
@@ -118,6 +127,12 @@ concept KeepRule = std::is_trivially_copyable_v<typename R::State> &&
   { rule.frozen(state, tokens) } -> std::same_as<std::int64_t>;
   { rule.peak_entries(tokens) } -> std::same_as<std::int64_t>;
   { rule.most_rows() } -> std::same_as<std::int64_t>;
+  { rule.lowest_kept(state, tokens) } -> std::same_as<std::int64_t>;
+  { rule.fork_entries() } -> std::same_as<std::int64_t>;
+  { rule.released_entries() } -> std::same_as<std::int64_t>;
+  { rule.slots_written(state, tokens) } -> std::same_as<std::int64_t>;
+  { rule.to_word(state) } -> std::same_as<std::uint64_t>;
+  { rule.from_word(std::uint64_t{}, tokens) } -> std::same_as<std::optional<typename R::State>>;
   { rule.runs(state, tokens, phase) } -> std::same_as<StoredRuns>;
   { rule.folded(state, tokens) } -> std::same_as<FoldedRows>;
   { rule.window(phase) } -> std::same_as<Window>;

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/core/check.hpp"
@@ -23,7 +24,7 @@ namespace headwise::inline v0 {
 /// rows need is held: ceil(length / page) - floor((n - count) / page).
 ///
 /// All kept keys are older than every later query, so that kernels take a row's slot for its
-/// position. Nothing is rolled back behind a selection.
+/// position.
 struct SelectedRule {
   using Budget = KeepSelected;
   static constexpr bool kSelects = true;
@@ -65,6 +66,28 @@ struct SelectedRule {
   /// Until it is selected from, a prompt is held as a whole.
   constexpr std::int64_t peak_entries(std::int64_t) const { return pages_of(max_context); }
   constexpr std::int64_t most_rows() const { return max_context; }
+  /// Nothing is rolled back behind a selection, and no fork begins there.
+  constexpr std::int64_t lowest_kept(State state, std::int64_t) const { return state.selected; }
+  constexpr std::int64_t fork_entries() const {
+    return std::min(pages_of(max_context),
+                    pages_of(std::max<std::int64_t>(0, max_rollback - 1)) + 1);
+  }
+  /// A selection leaves to the forks made before all that it drops or moves.
+  constexpr std::int64_t released_entries() const { return pages_of(max_context); }
+
+  constexpr std::int64_t slots_written(State, std::int64_t length) const { return length; }
+  constexpr std::uint64_t to_word(State state) const {
+    return std::uint64_t{static_cast<std::uint32_t>(state.selected)} |
+           std::uint64_t{static_cast<std::uint32_t>(state.first)} << 32;
+  }
+  constexpr std::optional<State> from_word(std::uint64_t word, std::int64_t high_water) const {
+    const State state{static_cast<std::int32_t>(word & 0xFFFFFFFFU),
+                      static_cast<std::int32_t>(word >> 32)};
+    if (state.first < 0 || state.selected < state.first || state.selected > high_water) {
+      return std::nullopt;
+    }
+    return state;
+  }
 
   constexpr StoredRuns runs(State state, std::int64_t length, Phase) const {
     return {{{{Slot{state.first}, Pos{state.first}, length - state.first}}}};

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/heads/budget.hpp"
@@ -80,6 +81,25 @@ struct WindowRule {
   }
   constexpr std::int64_t most_rows() const {
     return std::min(max_context, sink + most_recent() - 1);
+  }
+
+  /// Until the window of the lowest length in reach is full nothing is overwritten, also by a step
+  /// that was dropped.
+  constexpr std::int64_t lowest_kept(State, std::int64_t high_water) const {
+    const std::int64_t lowest = high_water - max_rollback;
+    return lowest - (most_recent() - 1) <= sink ? 0 : lowest;
+  }
+  constexpr std::int64_t fork_entries() const { return pages_per_bank(); }
+  constexpr std::int64_t released_entries() const { return 0; }
+
+  constexpr std::int64_t slots_written(State, std::int64_t length) const {
+    return std::min(length, rows);
+  }
+  constexpr std::uint64_t to_word(State state) const { return state.bank; }
+  /// Nobody has come to the second bank without a full ring.
+  constexpr std::optional<State> from_word(std::uint64_t word, std::int64_t high_water) const {
+    if (word > (high_water > rows ? 1U : 0U)) return std::nullopt;
+    return State{static_cast<std::uint8_t>(word)};
   }
 
   constexpr StoredRuns runs(State state, std::int64_t length, Phase phase) const {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/heads/budget.hpp"
@@ -81,6 +82,24 @@ struct WindowFromRule {
   /// The most is seen just before the head streams.
   constexpr std::int64_t most_rows() const {
     return std::min(max_context, std::max(from - 1, sink + most_recent() - 1));
+  }
+
+  /// Until a page is released nothing is gone.
+  constexpr std::int64_t lowest_kept(State, std::int64_t high_water) const {
+    return settled_entry(high_water) == sink_pages() ? 0 : high_water - max_rollback;
+  }
+  constexpr std::int64_t fork_entries() const {
+    return std::min(pages_of(max_context),
+                    pages_of(std::max<std::int64_t>(0, max_rollback - 1)) + 1);
+  }
+  constexpr std::int64_t released_entries() const {
+    return settled_entry(max_context) - sink_pages();
+  }
+
+  constexpr std::int64_t slots_written(State, std::int64_t length) const { return length; }
+  constexpr std::uint64_t to_word(State) const { return 0; }
+  constexpr std::optional<State> from_word(std::uint64_t word, std::int64_t) const {
+    return word == 0 ? std::optional<State>(State{}) : std::nullopt;
   }
 
   constexpr StoredRuns runs(State, std::int64_t length, Phase phase) const {

@@ -65,9 +65,10 @@ struct ScaledRows {
     for_each_strip<Isa>(v, shape.v_dim, [&](std::size_t d, bf16 scale, const std::int8_t* strip) {
       scales[group_of(d) * tokens(shape)] = scale;
       std::uint8_t* to = bytes + v_offset(shape, row, d);
-      for (std::size_t i = 0; i < kRows; ++i) {
-        put(to[i], d / kRows % kVPerByte, kVPerByte, strip[i]);
-      }
+      const std::size_t half = d / kRows % kVPerByte;
+      // A last strip may have its bytes alone: their other halves are 0, not what the page had.
+      if (half == 0) std::fill_n(to, kRows, std::uint8_t{0});
+      for (std::size_t i = 0; i < kRows; ++i) put(to[i], half, kVPerByte, strip[i]);
     });
     return 0;
   }
