@@ -9,7 +9,16 @@
 namespace headwise::test {
 namespace {
 
-const Window kWindows[] = {Window::everything(), {0, 1}, {0, 3}, {2, 1}, {2, 3}, {5, 4}, {9, 2}, {2, 3, 7}, {0, 1, 5}, {4, 2, 20}};
+const Window kWindows[] = {Window::everything(),
+                           {0, 1},
+                           {0, 3},
+                           {2, 1},
+                           {2, 3},
+                           {5, 4},
+                           {9, 2},
+                           {2, 3, 7},
+                           {0, 1, 5},
+                           {4, 2, 20}};
 
 TEST(VisibleRows, AreThoseOfTheWindowRule) {
   for (const Window& window : kWindows) {
