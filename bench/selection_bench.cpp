@@ -39,9 +39,8 @@ struct Layer {
       const std::int64_t count = std::min<std::int64_t>(64, tokens - cache.length(id));
       check(cache.begin(step, {{id, count}}));
       for (int h = 0; h < heads; ++h) {
-        cache.template append<simd::BestIsa>(step, step.chunks()[0], 0, h,
-                                             {view.row(0, h), view.stride_n, view.stride_h},
-                                             {view.row(0, h), view.stride_n, view.stride_h});
+        const TensorView<const float> head{view.row(0, h), view.stride_n, view.stride_h};
+        cache.template append<simd::BestIsa>(step, step.chunks()[0], 0, h, head, head);
         step.note_head_done(0);
       }
       check(cache.commit(step));
@@ -108,7 +107,8 @@ void score(benchmark::State& state) {
   Layer<f16> layer(1, kGroup, KeepSelected{}, tokens, tokens + kChunk);
   const snap_kv::Policy policy;
   QueryWindow window(layer.shape, policy.window);
-  const std::vector<float> q = random_floats(policy.window * kGroup * kHeadDim, 8);
+  const std::vector<float> q =
+      random_floats(static_cast<std::size_t>(policy.window * kGroup * kHeadDim), 8);
   window.note(0, TensorView<const float>::nhd(q.data(), kGroup, kHeadDim), tokens - policy.window,
               policy.window);
   const double visible = 0.5 * static_cast<double>(tokens) * static_cast<double>(tokens);

@@ -88,10 +88,11 @@ std::vector<double> attended(
   double sum = 0.0;
   for (const auto& [k, v] : rows) {
     double score = 0.0;
-    for (std::size_t d = 0; d < q.size(); ++d) score += double{q[d]} * double{k[d]};
+    for (std::size_t d = 0; d < q.size(); ++d)
+      score += static_cast<double>(q[d]) * static_cast<double>(k[d]);
     const double weight = std::exp(score);  // of a few units: no maximum is needed
     sum += weight;
-    for (std::size_t d = 0; d < v_dim; ++d) out[d] += weight * double{v[d]};
+    for (std::size_t d = 0; d < v_dim; ++d) out[d] += weight * static_cast<double>(v[d]);
   }
   for (double& x : out) x /= rows.empty() ? 1.0 : sum;
   return out;
@@ -129,7 +130,8 @@ void expect_rows(const std::vector<std::pair<const E*, const E*>>& gathered,
   const auto wanted = attended(q, raw, static_cast<std::size_t>(shape.v_dim));
   const auto got = attended(q, read, static_cast<std::size_t>(shape.v_dim));
   for (std::size_t d = 0; d < wanted.size(); ++d) {
-    const double bound = double{kRoundings} * unit_roundoff<E>() * (1.0 + std::sqrt(double{32}));
+    const double bound =
+        static_cast<double>(kRoundings) * unit_roundoff<E>() * (1.0 + std::sqrt(32.0));
     ASSERT_TRUE(std::fabs(got[d] - wanted[d]) <= bound) << got[d] << ", not " << wanted[d];
   }
   std::sort(read.begin(), read.end());
