@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kDim <= 128 ? 2 : 1)
   if (warp == 0) {
     const int tile_tokens = kRows / group.size;
     // The last tokens see most: they start first.
-    const ChunkTile chunk =
-        find_chunk(args.step, static_cast<int>(gridDim.x - 1 - blockIdx.x), tile_tokens);
+    const ChunkTile chunk = find_chunk(args.step, static_cast<int>(gridDim.x - 1 - blockIdx.x),
+                                       tile_tokens, args.group_size);
     if (threadIdx.x == 0) {
       describe(args, chunk, static_cast<int>(blockIdx.y), tile_tokens, tile);
     }

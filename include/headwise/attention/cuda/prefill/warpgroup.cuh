@@ -90,7 +90,7 @@ __device__ inline void draw_tile(const PrefillArgs& args, unsigned num_tiles, Pr
   ChunkTile chunk;
   if (drawn < all_tiles) {
     const int index = static_cast<int>(num_tiles - 1 - drawn % num_tiles);
-    chunk = find_chunk(args.step, index, tile_tokens);
+    chunk = find_chunk(args.step, index, tile_tokens, args.group_size);
   }
   if (lane == 0) describe(args, chunk, static_cast<int>(drawn / num_tiles), tile_tokens, tile);
 }
