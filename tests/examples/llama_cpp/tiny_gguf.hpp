@@ -6,13 +6,16 @@
 #include <ggml.h>
 #include <gguf.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -84,7 +87,16 @@ class TinyGguf {
 
   /// @return where it was written
   std::string write(const std::string& name) const {
-    const std::string path = ::testing::TempDir() + "headwise_" + name + ".gguf";
+    // Of this process alone, and gone with it: tests run beside each other, and models are mapped.
+    static const struct Files {
+      std::string prefix = ::testing::TempDir() + "headwise_" + std::to_string(::getpid()) + "_";
+      mutable std::set<std::string> paths{};
+      ~Files() {
+        for (const std::string& path : paths) std::remove(path.c_str());
+      }
+    } files;
+    const std::string path = files.prefix + name + ".gguf";
+    files.paths.insert(path);
     EXPECT_TRUE(gguf_write_to_file(file_.get(), path.c_str(), false));
     return path;
   }
