@@ -94,13 +94,19 @@ struct ExportedLists {
 inline int split_heads(const CacheGeometry& geometry, int layer, std::span<int> heads) {
   const int num_heads = geometry.layer(layer).shape.num_kv_heads;
   HEADWISE_ASSERT(heads.size() >= static_cast<std::size_t>(num_heads), "too few places for heads");
-  for (int h = 0; h < num_heads; ++h) heads[static_cast<std::size_t>(h)] = h;
-  const auto streaming =
-      std::stable_partition(heads.begin(), heads.begin() + num_heads, [&](int h) {
-        const auto class_idx = static_cast<std::size_t>(geometry.head(layer, h).class_idx);
-        return std::holds_alternative<EverythingRule>(geometry.classes()[class_idx].rule);
-      });
-  return static_cast<int>(streaming - heads.begin());
+  const auto keeps_everything = [&](int h) {
+    const auto class_idx = static_cast<std::size_t>(geometry.head(layer, h).class_idx);
+    return std::holds_alternative<EverythingRule>(geometry.classes()[class_idx].rule);
+  };
+  std::size_t num_split = 0;
+  for (int h = 0; h < num_heads; ++h) {
+    if (keeps_everything(h)) heads[num_split++] = h;
+  }
+  const auto num_everything = static_cast<int>(num_split);
+  for (int h = 0; h < num_heads; ++h) {
+    if (!keeps_everything(h)) heads[num_split++] = h;
+  }
+  return num_everything;
 }
 
 /// Tables of some KV heads of one layer for kernels that are not the library's: paged attention

@@ -215,8 +215,9 @@ inline Sharding shard(const HeadPlan& plan, int num_ranks,
     for (std::size_t i = 0; i < dealt.size(); ++i) {
       add(result.costs_in_order_[i / per_rank], cost_of(dealt[i]));
     }
-    std::stable_sort(dealt.begin(), dealt.end(),
-                     [&](int a, int b) { return cost_of(a) > cost_of(b); });
+    std::sort(dealt.begin(), dealt.end(), [&](int a, int b) {
+      return std::tuple(-cost_of(a), a) < std::tuple(-cost_of(b), b);
+    });
 
     std::vector<std::vector<int>> of_rank(ranks);
     std::vector<std::int64_t> of_layer(ranks, 0);

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
+#include <tuple>
 #include <vector>
 
 #include "headwise/core/bits.hpp"
@@ -64,10 +65,11 @@ inline void select_chunks(const Policy& policy, const TokenScores& layer,
   }
   std::vector<std::size_t> order(chunks.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-    if (chunks[a].stays != chunks[b].stays) return chunks[a].stays;
-    if (chunks[a].counts != chunks[b].counts) return chunks[a].counts;
-    return chunks[a].value > chunks[b].value;
+  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+    const auto key = [&](std::size_t c) {
+      return std::tuple(!chunks[c].stays, !chunks[c].counts, -chunks[c].value, c);
+    };
+    return key(a) < key(b);
   });
   const std::int64_t protected_ones = std::ranges::count_if(chunks, &Chunk::stays);
   order.resize(

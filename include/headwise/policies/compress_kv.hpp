@@ -66,8 +66,9 @@ struct Policy {
     std::vector<std::size_t> order(importance.size());
     std::iota(order.begin(), order.end(), std::size_t{0});
     const bool lacks = sum < total;
-    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-      return lacks ? importance[a] > importance[b] : importance[a] < importance[b];
+    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+      if (importance[a] == importance[b]) return a < b;
+      return (importance[a] > importance[b]) == lacks;
     });
     for (bool moved = true; sum != total && moved;) {
       moved = false;

@@ -9,8 +9,10 @@
 #include <cstdint>
 #include <numeric>
 #include <span>
+#include <tuple>
 #include <vector>
 
+#include "headwise/core/bits.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/row_view.hpp"
@@ -99,8 +101,11 @@ inline void add_head(const Policy& policy, const RowView& keys, const RowView& v
     for (std::size_t i = 0; i < mean.size(); ++i) mean[i] = 0.5 * (mean[i] + of_values[i]);
     std::vector<std::size_t> order(mean.size());
     std::iota(order.begin(), order.end(), std::size_t{0});
-    std::stable_sort(order.begin(), order.end(),
-                     [&](std::size_t a, std::size_t b) { return mean[a] < mean[b]; });
+    const auto key = [&](std::size_t i) {  // rows of NaN and Inf go first
+      return std::tuple(is_finite(mean[i]), is_finite(mean[i]) ? mean[i] : 0.0, i);
+    };
+    std::sort(order.begin(), order.end(),
+              [&](std::size_t a, std::size_t b) { return key(a) < key(b); });
     for (std::size_t rank = 0; rank < order.size(); ++rank) {
       const std::size_t i = order[rank];
       out[static_cast<std::size_t>(first) + i] = static_cast<float>(
