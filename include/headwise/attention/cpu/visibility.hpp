@@ -55,8 +55,11 @@ HEADWISE_ALWAYS_INLINE SeeingQueries seeing_queries(const Window& window, Pos fi
   SeeingQueries queries;
   queries.first = within(oldest - first_query, 0);
   const bool forgotten = window.bounded() && oldest.value >= window.sink;
-  const Pos end{std::max(newest.value + window.recent, window.from)};
-  queries.last = forgotten ? within(end - first_query, queries.first) : num_queries;
+  queries.last = num_queries;
+  if (forgotten) {
+    const Pos end{std::max(newest.value + window.recent, window.from)};
+    queries.last = within(end - first_query, queries.first);
+  }
   return queries;
 }
 
