@@ -19,36 +19,53 @@
 
 namespace headwise::inline v0::cuda::detail {
 
-/// Where worker warps leave partial results for the merge, behind the rings of their tiles.
-template <int kDim>
+/// Where workers leave partial results for the merge: those of the last wide piece in the rings of
+/// their tiles, which are free then, others behind the rings or, where there is no room for them,
+/// in global memory.
+template <int kDim, class Size>
 class PartialMemory {
  public:
-  /// Of a worker: ring and partial result.
-  static constexpr int kWarpBytes =
-      TileLayout<kDim>::kRingBytes + partial_floats(kDim) * static_cast<int>(sizeof(float));
+  static constexpr int kFloats = partial_floats(kDim, Size::kRows);  ///< of a partial result
+  static constexpr int kRingBytes = TileLayout<kDim, Size::kTileRows>::kRingBytes;
+  static constexpr bool kInShared = !Size::kChunks;
+  /// Of shared memory, of a worker.
+  static constexpr int kWorkerBytes =
+      kRingBytes + (kInShared ? kFloats * static_cast<int>(sizeof(float)) : 0);
+  static_assert(kRingBytes >= kFloats * static_cast<int>(sizeof(float)));
 
-  __device__ explicit PartialMemory(std::byte* memory) : memory_(memory) {}
+  __device__ PartialMemory(std::byte* memory, const DecodeScratch& scratch)
+      : memory_(memory), worker_partials_(scratch.worker_partials) {}
   /// Of any wide piece but the last: the ring is still in use.
-  __device__ float* of_warp(int warp) const {
-    return reinterpret_cast<float*>(memory_ + num_workers() * TileLayout<kDim>::kRingBytes) +
-           warp * partial_floats(kDim);
+  __device__ float* of_worker(int worker) const {
+    if constexpr (kInShared) {
+      return reinterpret_cast<float*>(memory_ + Size::num_workers() * kRingBytes) +
+             worker * kFloats;
+    } else {
+      const auto first = static_cast<std::int64_t>(blockIdx.x) * Size::num_workers();
+      float* partial = worker_partials_ + (first + worker) * kFloats;
+      // Or all addresses are computed before the tiles, and spilled.
+      asm volatile("" : "+l"(partial));
+      return partial;
+    }
   }
   /// Of the last piece.
-  __device__ float* last_of_warp(int warp) const {
-    return reinterpret_cast<float*>(memory_ + warp * TileLayout<kDim>::kRingBytes);
+  __device__ float* last_of_worker(int worker) const {
+    return reinterpret_cast<float*>(memory_ + worker * kRingBytes);
   }
 
  private:
   std::byte* memory_;
+  float* worker_partials_;
 };
 
-/// What a block's worker warps and merging warps tell each other. In shared memory.
+/// What a block's workers and merging warps tell each other. In shared memory.
+template <class Size>
 class MergeMemory {
  public:
   /// One thread, before the block's threads meet.
   __device__ void begin() {
-    begin_barrier(shared_address(&handed_over_), num_workers() * 32);
-    begin_barrier(shared_address(&merged_), kMergeWarps * 32);
+    begin_barrier(shared_address(&handed_over_), Size::num_worker_threads());
+    begin_barrier(shared_address(&merged_), Size::kMergeWarps * 32);
   }
   /// A worker's thread, before it stores what it has of wide piece `index`.
   __device__ void wait_for_room(int index) {
@@ -65,8 +82,8 @@ class MergeMemory {
 
   /// What one half of the merging warps hands to the other.
   struct Exchange {
-    float4 columns[kMergeWarps * 16];
-    float2 states[kMergeWarps * 16];
+    float4 columns[Size::kMergeWarps * 16];
+    float2 states[Size::kMergeWarps * 16];
   };
   Exchange exchange;
   /// Whether the block is the last one of its team's item; the merging warps', the workers'.
@@ -119,9 +136,10 @@ struct MergedColumns {
 /// The threads that merge a piece: the block's workers, or its merging warps.
 class MergeTeam {
  public:
-  __device__ explicit MergeTeam(bool of_workers)
-      : num_threads((of_workers ? num_workers() : kMergeWarps) * 32),
-        thread(static_cast<int>(threadIdx.x) - (of_workers ? 0 : num_workers() * 32)),
+  __device__ MergeTeam(bool of_workers, int num_worker_threads)
+      : num_threads(of_workers ? num_worker_threads
+                               : static_cast<int>(blockDim.x) - num_worker_threads),
+        thread(static_cast<int>(threadIdx.x) - (of_workers ? 0 : num_worker_threads)),
         barrier_(of_workers ? 1 : 2) {}
 
   int num_threads;
@@ -139,14 +157,15 @@ class MergeTeam {
 /// Merges what all workers have of a piece: into the output, or into block_partials where other
 /// blocks share the item.
 /// @param partials  those of worker 0; the next one's `stride` floats on.
-template <DeviceIo Io, int kDim>
+template <DeviceIo Io, int kDim, class Size>
 __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const Piece& piece,
                             const float* partials, int stride) {
   constexpr int kVectors = kDim / 4;
-  constexpr int kMost = decode_max_workers(kDim);
-  const PieceRows rows = rows_of(args, piece);
+  constexpr int kMost = decode_max_workers(kDim, Size::kIndex);
+  const PieceRows rows = rows_of<Size>(args, piece);
   const int place = 2 * piece.block_rank + (piece.block_rank == piece.first_rank ? 1 : 0);
-  float* to = args.scratch.block_partials + static_cast<std::int64_t>(place) * partial_floats(kDim);
+  float* to = args.scratch.block_partials +
+              static_cast<std::int64_t>(place) * partial_floats(kDim, Size::kRows);
 #pragma unroll 1
   for (int i = team.thread; i < rows.count * kVectors; i += team.num_threads) {
     const int query = i / kVectors;
@@ -158,49 +177,50 @@ __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const
     for (int p = 0; p < kMost; ++p) {
       state[p] = make_float2(kLowest, 0.0F);
       x[p] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-      if (p < num_workers()) {
+      if (p < Size::num_workers()) {
         const float* part = partials + p * stride;
         state[p] = *reinterpret_cast<const float2*>(part + 2 * query);
-        x[p] = *reinterpret_cast<const float4*>(part + partial_row<kDim>(query) + column);
+        x[p] = *reinterpret_cast<const float4*>(part + partial_row<kDim, Size>(query) + column);
       }
     }
     MergedColumns merged;
     merged.add(state, x);
     if (piece.num_blocks == 1) {
-      merged.store<Io>(output_at<Io>(args, rows.row, rows.first_head + query) + column);
+      merged.store<Io>(rows.output<Io>(args, query) + column);
     } else {
       if (column == 0) {
         *reinterpret_cast<float2*>(to + 2 * query) = make_float2(merged.top, merged.sum);
       }
-      *reinterpret_cast<float4*>(to + partial_row<kDim>(query) + column) = merged.out;
+      *reinterpret_cast<float4*>(to + partial_row<kDim, Size>(query) + column) = merged.out;
     }
   }
 }
 
-/// Merges an item whose `num_blocks` partial results all lie in block_partials. The first of them
-/// is in its block's second place, all others in their block's first. Each half of the team adds up
-/// every second of them.
+/// Merges vectors [begin, end) of 4 columns of an item whose `num_blocks` partial results all lie
+/// in block_partials. The first of them is in its block's second place, all others in their block's
+/// first. Each half of the team adds up every second of them.
 /// @param columns, states  shared memory: [num_threads / 2] each
-template <DeviceIo Io, int kDim>
+template <DeviceIo Io, int kDim, class Size>
 __device__ void merge_blocks(const DecodeArgs& args, const MergeTeam& team, const Piece& piece,
-                             float4* columns, float2* states) {
+                             int begin, int end, float4* columns, float2* states) {
   constexpr int kVectors = kDim / 4;
   // Loads on their way at once: 33 blocks share one of 4 long heads on 132 multiprocessors, and
   // each half merges half of them.
   constexpr int kBatch = 17;
-  const PieceRows rows = rows_of(args, piece);
+  const PieceRows rows = rows_of<Size>(args, piece);
   const int count = piece.num_blocks;
-  const float* partials = args.scratch.block_partials +
-                          static_cast<std::int64_t>(2 * piece.first_rank) * partial_floats(kDim);
+  const float* partials =
+      args.scratch.block_partials +
+      static_cast<std::int64_t>(2 * piece.first_rank) * partial_floats(kDim, Size::kRows);
   const int per_half = team.num_threads / 2;
   const int half = team.thread / per_half;
   const int thread = team.thread % per_half;
 #pragma unroll 1
-  for (int begin = 0; begin < rows.count * kVectors; begin += per_half) {
+  for (; begin < end; begin += per_half) {
     const int i = begin + thread;
     const int query = i / kVectors;
     const int column = i % kVectors * 4;
-    const bool works = query < rows.count;
+    const bool works = i < end;
     MergedColumns merged;
 #pragma unroll 1
     for (int first = half; works && first < count; first += 2 * kBatch) {
@@ -212,9 +232,10 @@ __device__ void merge_blocks(const DecodeArgs& args, const MergeTeam& team, cons
         state[b] = make_float2(kLowest, 0.0F);
         x[b] = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
         if (p < count) {
-          const float* from = partials + (p == 0 ? 1 : 2 * p) * partial_floats(kDim);
+          const float* from = partials + (p == 0 ? 1 : 2 * p) * partial_floats(kDim, Size::kRows);
           state[b] = __ldcg(reinterpret_cast<const float2*>(from) + query);
-          x[b] = __ldcg(reinterpret_cast<const float4*>(from + partial_row<kDim>(query) + column));
+          x[b] = __ldcg(
+              reinterpret_cast<const float4*>(from + partial_row<kDim, Size>(query) + column));
         }
       }
       merged.add(state, x);
@@ -228,7 +249,7 @@ __device__ void merge_blocks(const DecodeArgs& args, const MergeTeam& team, cons
       const float2 state[1] = {states[thread]};
       const float4 x[1] = {columns[thread]};
       merged.add(state, x);
-      merged.store<Io>(output_at<Io>(args, rows.row, rows.first_head + query) + column);
+      merged.store<Io>(rows.output<Io>(args, query) + column);
     }
     team.meet();
   }
@@ -247,14 +268,96 @@ __device__ inline bool arrives_last(unsigned* arrived, unsigned num_blocks) {
   return before == num_blocks - 1;
 }
 
-/// Merges the block's wide pieces, and finishes those items whose other blocks were earlier.
+/// Waits until `num_blocks` have arrived: what they wrote is visible. The last one that has waited
+/// sets both counters back to 0.
+__device__ inline void wait_for_arrivals(unsigned* arrived, unsigned* left, unsigned num_blocks) {
+  unsigned count = 0;
+  do {
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
+  } while (count < num_blocks);
+  if (atomicAdd(left, 1U) == num_blocks - 1) {
+    *arrived = 0;
+    *left = 0;
+  }
+}
+
+/// A block's part in an item that other blocks share.
+///
+/// Few rows are merged by the last block to arrive, and nobody waits. Many rows would take it
+/// longer than all that comes before the merge is apart: there every block waits, when it has
+/// nothing else to do, and merges an equal share of them. All blocks of a launch are there at once
+/// (decode.cuh).
+template <DeviceIo Io, int kDim, class Size>
+class SharedItem {
+ public:
+  __device__ SharedItem(const DecodeArgs& args, const MergeTeam& team, bool& finishes,
+                        float4* columns, float2* states)
+      : args_(args), team_(team), finishes_(finishes), columns_(columns), states_(states) {}
+
+  /// The team's partial result is on its way to block_partials.
+  __device__ void arrive(const Piece& piece) {
+    team_.meet();  // it is written
+    unsigned* arrived = args_.scratch.arrived + 2 * piece.first_rank;
+    const auto num_blocks = static_cast<unsigned>(piece.num_blocks);
+    if constexpr (Size::kSharesMerges) {
+      if (team_.thread == 0) {
+        fence_device();
+        atomicAdd(arrived, 1U);
+      }
+      piece_ = piece;
+    } else {
+      if (team_.thread == 0) finishes_ = arrives_last(arrived, num_blocks);
+      team_.meet();
+      if (finishes_) merge(piece, 0, rows_of<Size>(args_, piece).count * (kDim / 4));
+    }
+  }
+  /// After all else.
+  __device__ void finish() {
+    if constexpr (Size::kSharesMerges) {
+      if (piece_.num_blocks == 1) return;
+      unsigned* arrived = args_.scratch.arrived + 2 * piece_.first_rank;
+      if (team_.thread == 0) {
+        wait_for_arrivals(arrived, arrived + 1, static_cast<unsigned>(piece_.num_blocks));
+      }
+      team_.meet();
+      const int vectors = rows_of<Size>(args_, piece_).count * (kDim / 4);
+      const int part = piece_.block_rank - piece_.first_rank;
+      merge(piece_, vectors * part / piece_.num_blocks, vectors * (part + 1) / piece_.num_blocks);
+    }
+  }
+
+ private:
+  __device__ void merge(const Piece& piece, int begin, int end) const {
+    merge_blocks<Io, kDim, Size>(args_, team_, piece, begin, end, columns_, states_);
+  }
+
+  const DecodeArgs& args_;
+  const MergeTeam& team_;
+  bool& finishes_;
+  float4* columns_;
+  float2* states_;
+  Piece piece_;
+};
+
+/// Merges the block's wide pieces, and its part of those items that other blocks share: the first
+/// and the last.
 /// @param last  the workers' call: the last wide piece. Null for the merging warps, which take all
 ///   others, each when every worker has handed it over.
-template <DeviceIo Io, int kDim>
-__device__ void merge_pieces(const DecodeArgs& args, const WarpWork& work, const Piece* last,
-                             const PartialMemory<kDim>& partials, MergeMemory& memory) {
+template <DeviceIo Io, int kDim, class Size>
+__device__ void merge_pieces(const DecodeArgs& args, const WorkerWork& work, const Piece* last,
+                             const PartialMemory<kDim, Size>& partials, MergeMemory<Size>& memory) {
   const bool is_last = last != nullptr;
-  const MergeTeam team(is_last);
+  const MergeTeam team(is_last, Size::num_worker_threads());
+  using Memory = PartialMemory<kDim, Size>;
+  const float* parts = is_last ? partials.last_of_worker(0) : partials.of_worker(0);
+  const int stride =
+      is_last ? Memory::kRingBytes / static_cast<int>(sizeof(float)) : Memory::kFloats;
+  // After the last piece the workers' rings are free.
+  auto* columns =
+      is_last ? reinterpret_cast<float4*>(partials.last_of_worker(0)) : memory.exchange.columns;
+  auto* states =
+      is_last ? reinterpret_cast<float2*>(columns + team.num_threads / 2) : memory.exchange.states;
+  SharedItem<Io, kDim, Size> shared(args, team, memory.finishes[is_last ? 1 : 0], columns, states);
   const int end = is_last ? work.num_wide : work.num_wide - 1;
   if (!is_last && end > 0) wait_for_previous();
 #pragma unroll 1
@@ -265,28 +368,11 @@ __device__ void merge_pieces(const DecodeArgs& args, const WarpWork& work, const
     } else {
       memory.wait_for_parts(index);
     }
-    merge_parts<Io, kDim>(args, team, piece,
-                          is_last ? partials.last_of_warp(0) : partials.of_warp(0),
-                          is_last ? TileLayout<kDim>::kRingBytes / static_cast<int>(sizeof(float))
-                                  : partial_floats(kDim));
+    merge_parts<Io, kDim, Size>(args, team, piece, parts, stride);
     if (!is_last) memory.give_room();
-    if (piece.num_blocks == 1) continue;
-    bool& finishes = memory.finishes[is_last ? 1 : 0];
-    team.meet();  // the team's partial result is written
-    if (team.thread == 0) {
-      finishes = arrives_last(args.scratch.arrived + piece.first_rank,
-                              static_cast<unsigned>(piece.num_blocks));
-    }
-    team.meet();
-    if (finishes) {
-      // After the last piece the workers' rings are free.
-      auto* columns =
-          is_last ? reinterpret_cast<float4*>(partials.last_of_warp(0)) : memory.exchange.columns;
-      auto* states = is_last ? reinterpret_cast<float2*>(columns + team.num_threads / 2)
-                             : memory.exchange.states;
-      merge_blocks<Io, kDim>(args, team, piece, columns, states);
-    }
+    if (piece.num_blocks > 1) shared.arrive(piece);
   }
+  shared.finish();
 }
 
 }  // namespace headwise::inline v0::cuda::detail
