@@ -116,7 +116,7 @@ struct LaunchLayout {
         static_cast<std::size_t>(detail::partial_floats(widest, DecodeSize::kMostRows)) *
         sizeof(float));
     layout.worker_partials = layout.section(layout.worker_floats * sizeof(float));
-    layout.arrived = layout.section(2 * blocks * sizeof(unsigned));
+    layout.arrived = layout.section(kItemCounters * blocks * sizeof(unsigned));
     layout.next_tile = layout.section(sizeof(unsigned));
     layout.overflows = layout.section(sizeof(unsigned long long));
     int most_items = 0;

@@ -13,10 +13,14 @@
 
 namespace headwise::inline v0::cuda {
 
+/// Counters of an item that blocks share: those that arrived, slices of its merge that were
+/// claimed, blocks that left.
+inline constexpr int kItemCounters = 3;
+
 /// Partial results between the blocks of a launch; free again when it ends, counters back at 0.
 struct DecodeScratch {
   float* block_partials = nullptr;  ///< [2 num_blocks][detail::partial_floats(dim, rows)]
-  unsigned* arrived = nullptr;      ///< [num_blocks][2], of each item's first block: come and gone
+  unsigned* arrived = nullptr;      ///< [num_blocks][kItemCounters], of each item's first block
   /// [num_blocks][workers_per_block][detail::partial_floats(dim, rows)], but for the first size.
   float* worker_partials = nullptr;
 };

@@ -86,8 +86,9 @@ class MergeMemory {
     float2 states[Size::kMergeWarps * 16];
   };
   Exchange exchange;
-  /// Whether the block is the last one of its team's item; the merging warps', the workers'.
-  bool finishes[2];
+  /// What the first thread of a team has found out for the others; the merging warps', the
+  /// workers'.
+  int answers[2];
 
  private:
   std::uint64_t handed_over_;  // a phase a wide piece
@@ -268,75 +269,96 @@ __device__ inline bool arrives_last(unsigned* arrived, unsigned num_blocks) {
   return before == num_blocks - 1;
 }
 
-/// Waits until `num_blocks` have arrived: what they wrote is visible. The last one that has waited
-/// sets both counters back to 0.
-__device__ inline void wait_for_arrivals(unsigned* arrived, unsigned* left, unsigned num_blocks) {
-  unsigned count = 0;
-  do {
+/// Waits for `num_blocks` arrivals, but not for long.
+/// @return whether they have come: what they wrote before is visible.
+__device__ inline bool all_arrive(const unsigned* arrived, unsigned num_blocks) {
+  // Cycles, some 20 us: blocks of equal shares end a few us apart, unless they wait for a
+  // multiprocessor that another kernel has. That one may be waiting for this block.
+  constexpr long long kPatience = 1 << 15;
+  const long long begin = clock64();
+  for (;;) {
+    unsigned count = 0;
     asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
-  } while (count < num_blocks);
-  if (atomicAdd(left, 1U) == num_blocks - 1) {
-    *arrived = 0;
-    *left = 0;
+    if (count == num_blocks) return true;
+    if (clock64() - begin > kPatience) return false;
   }
 }
 
 /// A block's part in an item that other blocks share.
 ///
 /// Few rows are merged by the last block to arrive, and nobody waits. Many rows would take it
-/// longer than all that comes before the merge is apart: there every block waits, when it has
-/// nothing else to do, and merges an equal share of them. All blocks of a launch are there at once
-/// (decode.cuh).
+/// longer than all that comes before the merge is apart: there the merge is cut into slices, one
+/// for each block. A block that has nothing else to do waits until all have arrived, a while, and
+/// claims one; the last to arrive claims whatever the others have not.
 template <DeviceIo Io, int kDim, class Size>
 class SharedItem {
  public:
-  __device__ SharedItem(const DecodeArgs& args, const MergeTeam& team, bool& finishes,
-                        float4* columns, float2* states)
-      : args_(args), team_(team), finishes_(finishes), columns_(columns), states_(states) {}
+  __device__ SharedItem(const DecodeArgs& args, const MergeTeam& team, int& answer, float4* columns,
+                        float2* states)
+      : args_(args), team_(team), answer_(answer), columns_(columns), states_(states) {}
 
   /// The team's partial result is on its way to block_partials.
   __device__ void arrive(const Piece& piece) {
     team_.meet();  // it is written
-    unsigned* arrived = args_.scratch.arrived + 2 * piece.first_rank;
     const auto num_blocks = static_cast<unsigned>(piece.num_blocks);
     if constexpr (Size::kSharesMerges) {
       if (team_.thread == 0) {
         fence_device();
-        atomicAdd(arrived, 1U);
+        is_last_ = atomicAdd(counters(piece), 1U) == num_blocks - 1;
       }
       piece_ = piece;
     } else {
-      if (team_.thread == 0) finishes_ = arrives_last(arrived, num_blocks);
+      if (team_.thread == 0) answer_ = arrives_last(counters(piece), num_blocks) ? 1 : 0;
       team_.meet();
-      if (finishes_) merge(piece, 0, rows_of<Size>(args_, piece).count * (kDim / 4));
+      if (answer_ != 0) merge(piece, 0, rows_of<Size>(args_, piece).count * (kDim / 4));
     }
   }
   /// After all else.
   __device__ void finish() {
     if constexpr (Size::kSharesMerges) {
-      if (piece_.num_blocks == 1) return;
-      unsigned* arrived = args_.scratch.arrived + 2 * piece_.first_rank;
-      if (team_.thread == 0) {
-        wait_for_arrivals(arrived, arrived + 1, static_cast<unsigned>(piece_.num_blocks));
-      }
-      team_.meet();
+      const int num_slices = piece_.num_blocks;
+      if (num_slices == 1) return;
+      unsigned* arrived = counters(piece_);
+      unsigned* claimed = arrived + 1;
+      unsigned* left = arrived + 2;
+      const auto num_blocks = static_cast<unsigned>(num_slices);
       const int vectors = rows_of<Size>(args_, piece_).count * (kDim / 4);
-      const int part = piece_.block_rank - piece_.first_rank;
-      merge(piece_, vectors * part / piece_.num_blocks, vectors * (part + 1) / piece_.num_blocks);
+      bool claims = team_.thread == 0 && all_arrive(arrived, num_blocks);
+#pragma unroll 1
+      for (;;) {
+        if (team_.thread == 0) {
+          answer_ = claims ? static_cast<int>(atomicAdd(claimed, 1U)) : num_slices;
+          claims = is_last_;
+        }
+        team_.meet();
+        const int slice = answer_;
+        team_.meet();
+        if (slice >= num_slices) break;
+        merge(piece_, vectors * slice / num_slices, vectors * (slice + 1) / num_slices);
+      }
+      if (team_.thread == 0 && atomicAdd(left, 1U) == num_blocks - 1) {
+        *arrived = 0;
+        *claimed = 0;
+        *left = 0;
+      }
     }
   }
 
  private:
+  __device__ unsigned* counters(const Piece& piece) const {
+    return args_.scratch.arrived + kItemCounters * piece.first_rank;
+  }
   __device__ void merge(const Piece& piece, int begin, int end) const {
     merge_blocks<Io, kDim, Size>(args_, team_, piece, begin, end, columns_, states_);
   }
 
   const DecodeArgs& args_;
   const MergeTeam& team_;
-  bool& finishes_;
+  int& answer_;
   float4* columns_;
   float2* states_;
   Piece piece_;
+  bool is_last_ = false;  // the first thread's
 };
 
 /// Merges the block's wide pieces, and its part of those items that other blocks share: the first
@@ -357,7 +379,7 @@ __device__ void merge_pieces(const DecodeArgs& args, const WorkerWork& work, con
       is_last ? reinterpret_cast<float4*>(partials.last_of_worker(0)) : memory.exchange.columns;
   auto* states =
       is_last ? reinterpret_cast<float2*>(columns + team.num_threads / 2) : memory.exchange.states;
-  SharedItem<Io, kDim, Size> shared(args, team, memory.finishes[is_last ? 1 : 0], columns, states);
+  SharedItem<Io, kDim, Size> shared(args, team, memory.answers[is_last ? 1 : 0], columns, states);
   const int end = is_last ? work.num_wide : work.num_wide - 1;
   if (!is_last && end > 0) wait_for_previous();
 #pragma unroll 1
