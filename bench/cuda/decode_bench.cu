@@ -115,7 +115,7 @@ class Decoder {
       const int layer = i % layers_.count;
       return size == cuda::ChunkRule::kNone
                  ? launches.prefill(step, layer, tiles, row_.batch * row_.tokens, {}, q, kv, kv,
-                                    out, stream_)
+                                    out, stream_, true)
                  : launches.decode(step, layer, 1U << size, q, kv, kv, false, out, stream_);
     });
   }
@@ -139,7 +139,12 @@ class Decoder {
   }
 
  private:
-  cudaError_t plan() { return attention_->launches().plan_work(cache_->place().step(), stream_); }
+  cudaError_t plan() {
+    const auto& launches = attention_->launches();
+    const cuda::DeviceStep step = cache_->place().step();
+    const cudaError_t e = launches.plan_work(step, stream_);
+    return e != cudaSuccess || row_.tokens == 1 ? e : launches.plan_prefill(step, stream_);
+  }
   /// To a step short of the row's length, then that step is open.
   void grow() {
     std::vector<SequenceChunk> chunks;

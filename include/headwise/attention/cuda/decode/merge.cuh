@@ -141,18 +141,22 @@ class MergeTeam {
       : num_threads(of_workers ? num_worker_threads
                                : static_cast<int>(blockDim.x) - num_worker_threads),
         thread(static_cast<int>(threadIdx.x) - (of_workers ? 0 : num_worker_threads)),
-        barrier_(of_workers ? 1 : 2) {}
+        of_workers_(of_workers) {}
 
   int num_threads;
   int thread;  ///< of the team
 
   /// The team's threads meet.
   __device__ void meet() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier_), "r"(num_threads) : "memory");
+    if (of_workers_) {  // 0 is __syncthreads'
+      asm volatile("bar.sync 1, %0;" ::"r"(num_threads) : "memory");
+    } else {
+      asm volatile("bar.sync 2, %0;" ::"r"(num_threads) : "memory");
+    }
   }
 
  private:
-  int barrier_;  // 0 is __syncthreads'
+  bool of_workers_;
 };
 
 /// Merges what all workers have of a piece: into the output, or into block_partials where other
