@@ -86,8 +86,8 @@ struct ItemSize {
   static __device__ void meet() {
     if constexpr (kWarps == 1) {
       __syncwarp();
-    } else {  // barriers 0 to 2 are the block's and the merging teams'
-      asm volatile("bar.sync %0, %1;" ::"r"(3 + worker()), "n"(kThreads) : "memory");
+    } else {  // barrier 0 is __syncthreads'
+      asm volatile("bar.sync %0, %1;" ::"r"(1 + worker()), "n"(kThreads) : "memory");
     }
   }
 };

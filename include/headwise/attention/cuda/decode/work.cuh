@@ -7,7 +7,7 @@
 /// the group); it costs as many *tiles* of K and V rows as they see. All items of a size lie end to
 /// end on a line, which is cut into one interval for each block of the grid. What an interval has
 /// of an item is a *piece*. A *worker* is one warp, or a few that share what they read. A whole
-/// item that is small beside a worker's share is *narrow*: one worker does it and nobody merges, as
+/// item of no more than a worker's share is *narrow*: one worker does it and nobody merges, as
 /// most streaming heads of a large batch. All other pieces are *wide*: the block's workers read
 /// their tiles in turn, so that a block streams through one stretch of memory at a time. A worker
 /// with narrow pieces does those first and joins in later.
@@ -422,8 +422,8 @@ __global__ void __launch_bounds__(detail::kCutThreads)
       return piece_end(first_item + i, cut_end) - piece_begin(first_item + i, cut_begin);
     };
     detail::BlockDeal deal(grid.workers_per_block, memory.places + piece_scan.before, num_pieces);
-    // Half of a worker's share: what is left over when all are dealt stays small beside the share.
-    const int most_narrow = line_total / grid.num_workers() / 2;
+    // A worker's share: what wide tiles cannot level out becomes wide, too, see deal().
+    const int most_narrow = line_total / grid.num_workers();
     deal.deal(num_tiles, [&](int i) {
       return num_tiles(i) == tiles_of_item(first_item + i) && num_tiles(i) <= most_narrow;
     });
