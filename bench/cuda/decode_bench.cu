@@ -3,11 +3,12 @@
 //
 //   decode_bench <out.json> [part of a row's name]
 //
-// f16, width 128, one token a sequence; the layers of one cache are the rotating buffers, 512 MiB
-// of K and V or more (8.5 x the L2 cache of an H200). Pages are those of prompts in one chunk; the
-// rows named "interleaved" grew by a page at a time, all heads in turn. All rows use one
-// allocation, made first, as an engine makes its own: in one that follows the freeing of another of
-// gigabytes, some rows of many heads take 12 % longer, from one run to the next (bench/results).
+// f16, width 128, one token a sequence or as many as the row's name says; the layers of one cache
+// are the rotating buffers, 512 MiB of K and V or more (8.5 x the L2 cache of an H200). Pages are
+// those of prompts in one chunk; the rows named "interleaved" grew by a page at a time, all heads
+// in turn. All rows use one allocation, made first, as an engine makes its own: in one that follows
+// the freeing of another of gigabytes, some rows of many heads take 12 % longer, from one run to
+// the next (bench/results).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -34,6 +35,7 @@ struct Row {
   Window window;
   bool dense;
   bool interleaved;
+  std::int64_t tokens = 1;  ///< of each sequence's step
 };
 
 /// Equal layers that keep what the row says: as many as make the rotating buffers.
@@ -50,6 +52,7 @@ struct Layers {
     }
     options.max_sequences = row.batch;
     options.max_context = row.length;
+    options.max_rollback = row.tokens - 1;  // as a speculating engine has it
   }
   static double bytes_of(const Row& row) {
     const auto window = std::min<double>(static_cast<double>(row.length),
@@ -83,7 +86,7 @@ class Decoder {
     cache_ = std::make_unique<cuda::DeviceCache<f16>>(layers_.shape, layers_.plan, layers_.options);
     attention_ = std::make_unique<cuda::DeviceAttention<f16, Dims>>(*cache_);
     const std::size_t elements =
-        static_cast<std::size_t>(row.batch) * static_cast<std::size_t>(row.num_qo_heads) * kDim;
+        static_cast<std::size_t>(row.batch * row.tokens * row.num_qo_heads) * kDim;
     q_ = cuda::DeviceMemory(elements * 2);
     out_ = cuda::DeviceMemory(elements * 2);
     fill<false>(q_.data(), q_.num_bytes(), 2);
@@ -101,9 +104,34 @@ class Decoder {
                                               row_.num_qo_heads, kDim);
     const auto out =
         TensorView<f16>::nhd(reinterpret_cast<f16*>(out_.data()), row_.num_qo_heads, kDim);
+    // The step's own K and V: any rows will do.
+    const auto kv = TensorView<const f16>::nhd(reinterpret_cast<const f16*>(q_.data()),
+                                               row_.num_kv_heads, kDim);
+    const auto& launches = attention_->launches();
+    const int size = launches.rule(0).decode_size(row_.tokens);
+    const std::int64_t tiles = row_.batch * launches.num_tiles(0, row_.tokens);
     return microseconds(stream_, 4.0 + layers_.bytes / 4.4e6, [&](int i) {
-      return attention_->launches().decode(cache_->place().step(), i % layers_.count, q, out,
-                                           stream_);
+      const cuda::DeviceStep step = cache_->place().step();
+      const int layer = i % layers_.count;
+      return size == cuda::ChunkRule::kNone
+                 ? launches.prefill(step, layer, tiles, row_.batch * row_.tokens, {}, q, kv, kv,
+                                    out, stream_, true)
+                 : launches.decode(step, layer, 1U << size, q, kv, kv, false, out, stream_);
+    });
+  }
+  /// The same with the step's rows stored, as a model's step has it: its work is cut once.
+  double microseconds_to_attend() {
+    const auto q = TensorView<const f16>::nhd(reinterpret_cast<const f16*>(q_.data()),
+                                              row_.num_qo_heads, kDim);
+    const auto kv = TensorView<const f16>::nhd(reinterpret_cast<const f16*>(q_.data()),
+                                               row_.num_kv_heads, kDim);
+    const auto out =
+        TensorView<f16>::nhd(reinterpret_cast<f16*>(out_.data()), row_.num_qo_heads, kDim);
+    return microseconds(stream_, 4.0 + layers_.bytes / 4.4e6, [&](int i) {
+      if (i == 0 && attention_->plan_work(stream_) != StepStatus::kOk) return attention_->error();
+      const StepStatus status =
+          attention_->attend(step_, i % layers_.count, q, kv, kv, out, stream_);
+      return status == StepStatus::kOk ? cudaSuccess : cudaErrorInvalidValue;
     });
   }
   double microseconds_to_plan() {
@@ -111,19 +139,24 @@ class Decoder {
   }
 
  private:
-  cudaError_t plan() { return attention_->launches().plan_work(cache_->place().step(), stream_); }
-  /// To one token short of the row's length, then an open step of one token a sequence.
+  cudaError_t plan() {
+    const auto& launches = attention_->launches();
+    const cuda::DeviceStep step = cache_->place().step();
+    const cudaError_t e = launches.plan_work(step, stream_);
+    return e != cudaSuccess || row_.tokens == 1 ? e : launches.plan_prefill(step, stream_);
+  }
+  /// To a step short of the row's length, then that step is open.
   void grow() {
     std::vector<SequenceChunk> chunks;
     for (int i = 0; i < row_.batch; ++i) chunks.push_back({*cache_->add_sequence(), 0});
     const std::int64_t chunk = row_.interleaved ? cuda::kPageTokens : row_.length;
-    for (std::int64_t done = 0; done < row_.length - 1;) {
-      const std::int64_t n = std::min(chunk, row_.length - 1 - done);
+    for (std::int64_t done = 0; done < row_.length - row_.tokens;) {
+      const std::int64_t n = std::min(chunk, row_.length - row_.tokens - done);
       for (SequenceChunk& c : chunks) c.num_tokens = n;
       advance(chunks);
       done += n;
     }
-    for (SequenceChunk& c : chunks) c = {c.sequence, 1, Phase::kDecode};
+    for (SequenceChunk& c : chunks) c = {c.sequence, row_.tokens, Phase::kDecode};
     if (cache_->begin(step_, chunks, stream_) != StepStatus::kOk) std::abort();
   }
   void advance(const std::vector<SequenceChunk>& chunks) {
@@ -145,6 +178,7 @@ class Decoder {
 struct Result {
   std::string name;
   double us = 0.0;
+  double attend_us = 0.0;  ///< the step's rows stored, too
   double dense_us = 0.0;
   ReadFloor floor;
   double bytes = 0.0;
@@ -159,6 +193,7 @@ std::string name_of(const Row& row) {
                     : "/half_" + std::to_string(row.window.sink) + "+" +
                           std::to_string(row.window.recent);
   if (row.interleaved) name += "/interleaved";
+  if (row.tokens > 1) name += "/tokens=" + std::to_string(row.tokens);
   return name;
 }
 
@@ -167,6 +202,7 @@ Result measure(const Row& row, std::byte* pages, int num_sms) {
   Result result;
   result.name = name_of(row);
   result.us = decoder.microseconds_a_layer();
+  result.attend_us = decoder.microseconds_to_attend();
   result.bytes = decoder.layers().bytes;
   result.plan_us = decoder.microseconds_to_plan();
   result.floor = read_floor(decoder.stream(), pages, decoder.layers().page_bytes(),
@@ -184,22 +220,25 @@ double theory(const Row& row) {
 void print(std::FILE* json, bool first, const Row& row, const Result& r) {
   const double speed_up = r.dense_us > 0.0 ? r.dense_us / r.us : 0.0;
   const double share = row.dense ? 0.0 : speed_up / theory(row);
-  std::printf("%-58s %8.2f us  floor %8.2f (loads %.2f bulk %.2f contig %.2f)  floor/ours %.3f",
-              r.name.c_str(), r.us, r.floor.best, r.floor.loads, r.floor.bulk,
-              r.floor.bulk_contiguous, r.floor.best / r.us);
+  std::printf(
+      "%-58s %8.2f us  stored, too %8.2f  floor %8.2f (loads %.2f bulk %.2f contig %.2f)  "
+      "floor/ours %.3f",
+      r.name.c_str(), r.us, r.attend_us, r.floor.best, r.floor.loads, r.floor.bulk,
+      r.floor.bulk_contiguous, r.floor.best / r.us);
   if (!row.dense && speed_up > 0.0) {
     std::printf("  over dense %.2fx of %.2fx = %.2f", speed_up, theory(row), share);
   }
   std::printf("  %.0f GB/s  plan %.1f us\n", r.bytes / r.us * 1e-3, r.plan_us);
   std::fflush(stdout);
   std::fprintf(json,
-               "%s  {\"name\": \"%s\", \"us\": %.3f, \"floor_us\": %.3f, \"floor_loads_us\": %.3f, "
+               "%s  {\"name\": \"%s\", \"us\": %.3f, \"attend_us\": %.3f, \"floor_us\": %.3f, "
+               "\"floor_loads_us\": %.3f, "
                "\"floor_bulk_us\": %.3f, \"floor_over_ours\": %.4f, \"bytes\": %.0f, "
                "\"dense_us\": %.3f, \"speed_up\": %.4f, \"theory\": %.4f, \"share\": %.4f, "
                "\"plan_us\": %.2f}",
-               first ? "" : ",\n", r.name.c_str(), r.us, r.floor.best, r.floor.loads, r.floor.bulk,
-               r.floor.best / r.us, r.bytes, r.dense_us, speed_up, row.dense ? 1.0 : theory(row),
-               share, r.plan_us);
+               first ? "" : ",\n", r.name.c_str(), r.us, r.attend_us, r.floor.best, r.floor.loads,
+               r.floor.bulk, r.floor.best / r.us, r.bytes, r.dense_us, speed_up,
+               row.dense ? 1.0 : theory(row), share, r.plan_us);
 }
 
 /// Dense rows before those that stream half of the same heads.
@@ -224,6 +263,18 @@ std::vector<Row> all_rows() {
   }
   for (const Shape& s : {Shape{1, 16384}, Shape{1, 131072}, Shape{16, 16384}}) {
     rows.push_back({32, 8, s.batch, s.length, wide, false, true});
+  }
+  // Groups of 8 and more: K and V are read once for all query heads.
+  for (const int qo_heads : {32, 36, 48, 64, 128, 256}) {
+    rows.push_back({qo_heads, 4, 8, 32768, wide, true, false});
+  }
+  rows.push_back({32, 1, 8, 32768, wide, true, false});
+  // Steps of several tokens: speculation.
+  for (const bool dense : {true, false}) {
+    for (const std::int64_t tokens : {2, 4, 8, 16, 32, 64}) {
+      rows.push_back({32, 8, 1, 131072, wide, dense, false, tokens});
+    }
+    rows.push_back({32, 8, 16, 16384, wide, dense, false, 4});
   }
   return rows;
 }

@@ -72,10 +72,11 @@ TEST(CudaIoTypesF32, ElementsThatBecomeInfiniteAreCounted) {
 }
 
 TEST(CudaIoTypesF32, MoreRowsThanAreThereForConversionAreRefused) {
-  DeviceModel<f16, Dims, f32> model({.max_context = 100, .max_converted_rows = 8});
+  DeviceModel<f16, Dims, f32> model({.max_context = 100, .max_converted_rows = 64});
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
-  model.begin({{id, 9}}, Phase::kPrompt);
+  model.step({{id, 9}}, Phase::kPrompt);  // decode's: nothing passes through that memory
+  model.begin({{id, 65}}, Phase::kPrompt);
   EXPECT_EQ(model.attend(0), StepStatus::kDeviceError);
   EXPECT_EQ(model.attention().error(), cudaErrorInvalidValue);
 }

@@ -43,13 +43,14 @@ struct Cut {
     cuda::PrefillKind kind;
     kind.num_heads = dense + streaming;
     kind.tile_tokens = tile_tokens;
+    kind.group_size = cuda::detail::kGroupRows / tile_tokens;
     std::vector<cuda::ChunkState> states;
     std::vector<cuda::ClassState> classes;
     for (const auto& [length, tokens] : chunks) {
       states.push_back({0, length, tokens});
       classes.push_back(class_state(length, Window::everything()));
       classes.push_back(class_state(length, {64, 256}));
-      if (tokens < 2) continue;
+      if (!cuda::is_prefilled(tokens, kind.group_size)) continue;
       for (int h = 0; h < kind.num_heads; ++h) {
         for (std::int64_t i = 0; i * tile_tokens < tokens; ++i) {
           const std::int64_t end = length + std::min(tokens, (i + 1) * tile_tokens);
@@ -182,16 +183,18 @@ TEST(CudaPrefillWork, EveryKeyIsInOnePieceAndSharesAreEqual) {
 
 TEST(CudaPrefillWork, UnequalChunksAreAllThere) {
   if (!has_device()) GTEST_SKIP() << "no CUDA device";
-  for (const Chunks& chunks : {Chunks{{60000, 64}, {0, 300}, {5000, 1}, {1500, 2}},
-                               Chunks{{0, 2}, {131072, 33}, {131000, 1}, {131072, 33}},
-                               Chunks{{3000, 32}, {3000, 31}, {3000, 33}}}) {
+  for (const Chunks& chunks :
+       {Chunks{{60000, 64}, {0, 300}, {5000, 1}, {1500, 2}},
+        Chunks{{0, 2}, {131072, 33}, {131000, 1}, {131072, 33}},
+        Chunks{{3000, 16}, {3000, 17}, {3000, 32}, {3000, 31}, {3000, 33}}}) {
     Cut cut(chunks, 2, 2, 32);
     EXPECT_FALSE(cut.first_piece.empty());
     cut.check();
   }
   Chunks many(300, {100, 1});
   many[7] = {40000, 40};
-  many[250] = {30000, 2};
+  many[250] = {30000, 17};
+  many[251] = {30000, 16};  // decode's
   Cut cut(many, 1, 1, 32);
   EXPECT_FALSE(cut.first_piece.empty());
   cut.check();

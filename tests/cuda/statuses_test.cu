@@ -16,8 +16,10 @@ TEST(CudaStatuses, AttendRefusesDecodeWorkThatWasNotCutForThisStep) {
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
   model.step({{id, 100}}, Phase::kPrompt, 1);
-  model.begin({{id, 1}}, Phase::kDecode);
-  EXPECT_EQ(model.attend(0), StepStatus::kNotPlanned);
+  for (const std::int64_t n : {1, 3}) {
+    model.begin({{id, n}}, Phase::kDecode);
+    EXPECT_EQ(model.attend(0), StepStatus::kNotPlanned);
+  }
   ASSERT_EQ(model.attention().plan_work(model.stream()), StepStatus::kOk);
   model.begin({{id, 1}}, Phase::kDecode);  // another step: the former one's work is not its own
   EXPECT_EQ(model.attend(0), StepStatus::kNotPlanned);
@@ -25,7 +27,7 @@ TEST(CudaStatuses, AttendRefusesDecodeWorkThatWasNotCutForThisStep) {
   EXPECT_EQ(model.attend(0), StepStatus::kOk);
 }
 
-TEST(CudaStatuses, AttendNeedsNoPlanForChunks) {
+TEST(CudaStatuses, AttendNeedsNoPlanForPrefill) {
   DeviceModel<f16> model({.max_context = 300});
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
@@ -37,7 +39,7 @@ TEST(CudaStatuses, AttendRefusesALayerThatWasAttendedAndAStepThatIsNotOpen) {
   DeviceModel<f16> model({.max_context = 300});
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
-  model.begin({{id, 10}}, Phase::kPrompt);
+  model.begin({{id, 70}}, Phase::kPrompt);
   EXPECT_EQ(model.attend(0), StepStatus::kOk);
   EXPECT_EQ(model.attend(0), StepStatus::kAttended);
   EXPECT_EQ(model.cache().commit(model.open_step()), StepStatus::kOk);

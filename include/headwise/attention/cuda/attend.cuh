@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "headwise/attention/cuda/chunk_rule.cuh"
 #include "headwise/attention/cuda/head_dims.cuh"
 #include "headwise/attention/cuda/launches.cuh"
 #include "headwise/cache/cuda/device.cuh"
@@ -74,18 +75,19 @@ DeviceEstimate estimate_device(const ModelShape& shape, const HeadPlan& plan,
 ///     attention.attend(step, layer, q, k, v, out, stream); // once a layer
 ///     cache.commit(step);
 ///
-/// plan and attend may be captured in a graph, together and for steps of one token a sequence: a
-/// replay follows begin, reads what it sent and is followed by commit_replayed. q, k, v and out
-/// then need room for max_sequences rows, and may not move. A capture attends nothing yet: it may
-/// be made in any open step, again and again.
+/// plan and attend may be captured in a graph, together and for steps without prefill: a replay
+/// follows begin, reads what it sent and is followed by commit_replayed. It attends as many
+/// sequences as come, of the numbers of tokens that the captured step had. q, k, v and out may not
+/// move; they need room for all rows. A capture attends nothing yet: it may be made in any open
+/// step, again and again.
 ///
 /// @tparam Row, Dims, Io  as LayerLaunches'.
 template <DeviceRow Row, class Dims = AllHeadDims, DeviceIo Io = Row>
 class DeviceAttention {
  public:
-  /// @param max_converted_rows  where Io is not Row: tokens of any step that has a chunk of more
-  ///   than one token.
-  /// @throws ConfigError for a head width that is not one of Dims, a group of more than 64, or a
+  /// @param max_converted_rows  where Io is not Row: tokens of any step that has a chunk for
+  ///   prefill (see ChunkRule).
+  /// @throws ConfigError for a head width that is not one of Dims, a group of more than 128, or a
   ///   layer whose softmax has more than a scale (SoftmaxOptions).
   /// @throws CudaError when memory cannot be allocated.
   explicit DeviceAttention(const DeviceCache<Row>& cache, std::int64_t max_converted_rows = 0)
@@ -101,8 +103,9 @@ class DeviceAttention {
   const LayerLaunches<Row, Dims, Io>& launches() const { return launches_; }
 
   /// Cuts the open step's work into equal shares. A small launch, and another one for a step with
-  /// chunks; needed before attend wherever a sequence of the step has one new token, and for a step
-  /// of few long tiles to use the whole device (prefill/work.cuh).
+  /// several tokens of a sequence; needed before attend wherever a chunk of the step is decode's
+  /// (see ChunkRule): one token, or a few; and for a step of few long tiles to use the whole device
+  /// (prefill/work.cuh).
   /// @return kDeviceError where CUDA refused, see error().
   StepStatus plan_work(cudaStream_t stream) {
     StepStatus status = checked(launches_.plan_work(cache_.place().step(), stream));
@@ -111,11 +114,13 @@ class DeviceAttention {
     }
     if (status != StepStatus::kOk) return status;
     planned_ = cache_.place().num_sent();
+    follows_plan_ = true;
     return checked(capture_of(stream, planned_in_));
   }
 
-  /// Stores the step's K and V of one layer and attends its queries: sequences of one new token in
-  /// one launch over all heads, chunks in another.
+  /// Stores the step's K and V of one layer and attends its queries: sequences of one new token, or
+  /// a few, in one launch over all heads (one for each size of items, see DecodeSize), longer
+  /// chunks in another.
   /// @param q    [rows, num_qo_heads, dim], 16-byte aligned, strides multiples of 16 bytes
   /// @param k,v  [rows, num_kv_heads, dim], likewise; keys after RoPE
   /// @param out  [rows, num_qo_heads, dim], likewise; may not overlap the others
@@ -132,22 +137,34 @@ class DeviceAttention {
     if (capture == 0 && step.is_attended(layer, num_kv_heads)) return StepStatus::kAttended;
     std::int64_t growing = 0;
     std::int64_t tiles = 0;
-    bool decodes = false;
+    unsigned sizes = 0;
+    const ChunkRule rule = launches_.rule(layer);
     chunks_.clear();
     for (const StepChunk& chunk : step.chunks()) {
       growing += chunk.num_tokens() > 0 ? 1 : 0;
-      decodes = decodes || chunk.num_tokens() == 1;
-      tiles += launches_.num_tiles(layer, chunk.num_tokens());
-      if (chunk.num_tokens() > 1) add_chunk({chunk.first_row, chunk.num_tokens()});
+      const int size = rule.decode_size(chunk.num_tokens());
+      if (size != ChunkRule::kNone) sizes |= 1U << size;
+      const std::int64_t of_chunk = launches_.num_tiles(layer, chunk.num_tokens());
+      if (of_chunk > 0) add_chunk({chunk.first_row, chunk.num_tokens()});
+      tiles += of_chunk;
     }
     const bool is_planned = planned_ == cache_.place().num_sent() && planned_in_ == capture;
-    if (decodes && !is_planned) return StepStatus::kNotPlanned;
+    if (sizes != 0 && !is_planned) return StepStatus::kNotPlanned;
     if (tiles > 0 && !launches_.can_convert(step.num_rows())) {
       return checked(cudaErrorInvalidValue);
     }
     const DeviceStep on_device = cache_.place().step();
-    cudaError_t e = append(step, layer, k, v, stream);
-    if (e == cudaSuccess && decodes) e = launches_.decode(on_device, layer, q, out, stream);
+    // Decode stores what it attends; rings that move, and what prefill attends, are append's.
+    // Whether rings move is no graph's to know, unless all sequences get one token.
+    const bool stores = tiles == 0 && !cache_.place().moves_rows() &&
+                        (capture == 0 || cache_.place().most_rows_stored() <= 1);
+    cudaError_t e = cudaSuccess;
+    if (!stores) e = append(step, layer, k, v, capture != 0, stream);
+    if (e == cudaSuccess) {
+      e = launches_.decode(on_device, layer, sizes, q, k, v, stores, out, stream,
+                           stores && follows_plan_);
+    }
+    follows_plan_ = false;
     if (e == cudaSuccess && tiles > 0) {
       e = launches_.prefill(on_device, layer, tiles, step.num_rows(), chunks_, q, k, v, out, stream,
                             is_planned);
@@ -190,18 +207,20 @@ class DeviceAttention {
   }
 
   cudaError_t append(const Step& step, int layer, TensorView<const Io> k, TensorView<const Io> v,
-                     cudaStream_t stream) const {
-    const std::int64_t most_rows = std::max<std::int64_t>(1, cache_.place().most_rows_stored());
-    // A graph of one-token steps is captured once for every batch size.
-    const std::int64_t most_chunks = most_rows <= 1
-                                         ? cache_.geometry().options().max_sequences
-                                         : static_cast<std::int64_t>(step.chunks().size());
+                     bool in_graph, cudaStream_t stream) const {
+    std::int64_t most_rows = std::max<std::int64_t>(1, cache_.place().most_rows_stored());
+    std::int64_t most_chunks = static_cast<std::int64_t>(step.chunks().size());
+    if (in_graph) {  // for every batch size; several tokens may move a ring when they come again
+      if (most_rows > 1) most_rows = std::max(most_rows, cache_.place().most_rows_moved());
+      most_chunks = cache_.geometry().options().max_sequences;
+    }
     return launches_.append(cache_.place().step(), layer, k, v, most_rows, most_chunks, stream);
   }
 
   const DeviceCache<Row>& cache_;
   LayerLaunches<Row, Dims, Io> launches_;
   std::vector<RowRange> chunks_;       // of the call in progress
+  bool follows_plan_ = false;          // nothing was launched since plan_work()
   std::uint64_t planned_ = 0;          // DevicePlace::num_sent() when the work was cut
   unsigned long long planned_in_ = 0;  // the capture that plan was called in; 0: none
   cudaError_t error_ = cudaSuccess;

@@ -6,12 +6,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <span>
 #include <vector>
 
+#include "headwise/attention/cuda/chunk_rule.cuh"
 #include "headwise/attention/cuda/decode/decode.cuh"
 #include "headwise/attention/cuda/decode/work.cuh"
 #include "headwise/attention/cuda/head_dims.cuh"
@@ -27,6 +29,9 @@
 
 namespace headwise::inline v0::cuda {
 
+/// Query heads of a KV head that a prefill launch does; larger groups take several.
+inline constexpr int kMostPrefillGroup = 64;
+
 /// A layer as attention needs to know it.
 struct DeviceLayer {
   LayerShape shape;  ///< as the model has it
@@ -36,13 +41,13 @@ struct DeviceLayer {
 /// Where launches keep what they share, in one allocation: from layers, sequences and a device's
 /// limits alone, so that it can be planned before there is a device.
 struct LaunchLayout {
-  /// Of one kind of layer.
+  /// Of one kind of layer and size.
   struct Lists {
     std::size_t items = 0;       ///< offset, see DecodeWork
     std::size_t item_begin = 0;  ///< offset
     std::size_t pieces = 0;      ///< offset
     std::size_t places = 0;      ///< offset
-    std::size_t warps = 0;       ///< offset
+    std::size_t workers = 0;     ///< offset
   };
   /// Tensors of a step's chunks, as rows are stored: of the widest layer.
   struct Converted {
@@ -60,10 +65,12 @@ struct LaunchLayout {
     std::size_t pieces = 0;       ///< offset
   };
 
-  std::vector<LayerKind> kinds;             ///< different ones
-  std::vector<int> kind_of_layer;           ///< [layers]
+  std::vector<LayerKind> kinds;             ///< different ones, each with every size in turn
+  std::vector<int> kind_of_layer;           ///< [layers] the first size's
   std::vector<Lists> lists;                 ///< [kinds]
   std::size_t block_partials = 0;           ///< offset
+  std::size_t worker_floats = 0;            ///< of partial results, in the kind that has most
+  std::size_t worker_partials = 0;          ///< offset
   std::size_t arrived = 0;                  ///< offset
   std::size_t next_tile = 0;                ///< offset
   std::size_t overflows = 0;                ///< offset
@@ -84,7 +91,7 @@ struct LaunchLayout {
 
   /// @param max_converted_rows  tokens of a step with chunks, where they must be converted
   /// @param max_context  of a sequence with chunks; short ones are never cut
-  /// @throws ConfigError for a head width that is not one of Dims, a group of more than 64, or a
+  /// @throws ConfigError for a head width that is not one of Dims, a group of more than 128, or a
   ///   softmax that has more than a scale.
   template <class Dims>
   static LaunchLayout of(std::span<const DeviceLayer> layers, int max_sequences,
@@ -105,13 +112,16 @@ struct LaunchLayout {
     }
     const auto blocks = static_cast<std::size_t>(limits.num_sms);
     layout.block_partials = layout.section(
-        2 * blocks * static_cast<std::size_t>(detail::partial_floats(widest)) * sizeof(float));
-    layout.arrived = layout.section(blocks * sizeof(unsigned));
+        2 * blocks *
+        static_cast<std::size_t>(detail::partial_floats(widest, DecodeSize::kMostRows)) *
+        sizeof(float));
+    layout.worker_partials = layout.section(layout.worker_floats * sizeof(float));
+    layout.arrived = layout.section(kItemCounters * blocks * sizeof(unsigned));
     layout.next_tile = layout.section(sizeof(unsigned));
     layout.overflows = layout.section(sizeof(unsigned long long));
     int most_items = 0;
     for (const LayerKind& kind : layout.kinds) {
-      const int kind_items = max_sequences * kind.num_heads * kind.query_tiles;
+      const int kind_items = max_sequences * kind.num_heads * kind.rule.items_a_head(kind.size);
       most_items = std::max(most_items, kind_items);
       const auto items = static_cast<std::size_t>(kind_items);
       const auto pieces = static_cast<std::size_t>(DecodeWork::most_pieces(kind_items, kind.grid));
@@ -120,8 +130,8 @@ struct LaunchLayout {
       lists.item_begin = layout.section((items + 1) * sizeof(std::int32_t));
       lists.pieces = layout.section(pieces * sizeof(Piece));
       lists.places = layout.section(pieces * sizeof(std::int32_t));
-      lists.warps =
-          layout.section(static_cast<std::size_t>(kind.grid.num_workers()) * sizeof(WarpWork));
+      lists.workers =
+          layout.section(static_cast<std::size_t>(kind.grid.num_workers()) * sizeof(WorkerWork));
       layout.lists.push_back(lists);
     }
     layout.cut_items = layout.fits(most_items) ? most_items : 0;
@@ -165,10 +175,12 @@ struct LaunchLayout {
     int widest = 0;
     for (const DeviceLayer& layer : layers) {
       PrefillKind kind;
-      if (detail::has_warpgroup_kernel(layer.shape.k_dim)) {
+      if (detail::has_warpgroup_kernel(layer.shape.k_dim) &&
+          layer.shape.group_size <= kMostPrefillGroup) {
         widest = std::max(widest, layer.shape.k_dim);
         kind.num_heads = layer.heads.num_heads;
         kind.tile_tokens = detail::kGroupRows / layer.shape.group_size;
+        kind.group_size = layer.shape.group_size;
         std::copy_n(layer.heads.class_idx, kind.num_heads, kind.class_idx);
       }
       const auto same = [&](const PrefillKind& other) {
@@ -196,13 +208,13 @@ struct LaunchLayout {
   }
   template <class Dims>
   void add_layer(const DeviceLayer& layer, int l, const DeviceLimits& limits) {
-    DecodeKernel decode;
-    if (shape_decode<Dims>(layer.shape.k_dim, limits, decode) != cudaSuccess) {
+    std::array<DecodeKernel, DecodeSize::kCount> kernels;
+    if (shape_sizes<Dims>(layer.shape.k_dim, limits, kernels) != cudaSuccess) {
       fail<ConfigError>("layer ", l, ": no device kernel for head width ", layer.shape.k_dim);
     }
-    if (layer.shape.group_size > 64) {
-      fail<ConfigError>("layer ", l, ": at most 64 query heads a KV head on a device, got ",
-                        layer.shape.group_size);
+    if (layer.shape.group_size > kMostGroup) {
+      fail<ConfigError>("layer ", l, ": at most ", kMostGroup,
+                        " query heads a KV head on a device, got ", layer.shape.group_size);
     }
     const SoftmaxOptions& softmax = layer.shape.softmax;
     if (softmax.soft_cap != 0.0F) {
@@ -216,8 +228,8 @@ struct LaunchLayout {
     }
     LayerKind kind;
     kind.num_heads = layer.heads.num_heads;
-    kind.query_tiles = (layer.shape.group_size + kItemQueries - 1) / kItemQueries;
-    kind.grid = decode.grid;
+    kind.rule = rule_of(layer.shape.group_size, kernels);
+    kind.grid = kernels[0].grid;
     std::copy_n(layer.heads.class_idx, kind.num_heads, kind.class_idx);
     std::copy_n(layer.heads.kv_head, kind.num_heads, kind.kv_head);
     const auto same = [&](const LayerKind& other) {
@@ -225,7 +237,37 @@ struct LaunchLayout {
     };
     const auto found = std::find_if(kinds.begin(), kinds.end(), same);
     kind_of_layer.push_back(static_cast<int>(found - kinds.begin()));
-    if (found == kinds.end()) kinds.push_back(kind);
+    if (found != kinds.end()) return;
+    for (int size = 0; size <= kind.rule.largest_size; ++size) {
+      kind.size = size;
+      kind.grid = kernels[static_cast<std::size_t>(size)].grid;
+      const int floats = detail::partial_floats(layer.shape.k_dim, DecodeSize(size).rows);
+      worker_floats = std::max(worker_floats, static_cast<std::size_t>(kind.grid.num_workers()) *
+                                                  static_cast<std::size_t>(floats));
+      kinds.push_back(kind);
+    }
+  }
+  template <class Dims, int kSize = 0>
+  static cudaError_t shape_sizes(int dim, const DeviceLimits& limits,
+                                 std::array<DecodeKernel, DecodeSize::kCount>& kernels) {
+    if constexpr (kSize < DecodeSize::kCount) {
+      const cudaError_t e = shape_decode<kSize, Dims>(dim, limits, kernels[kSize]);
+      return e != cudaSuccess ? e : shape_sizes<Dims, kSize + 1>(dim, limits, kernels);
+    } else {
+      return cudaSuccess;
+    }
+  }
+
+ public:
+  /// Who attends which chunk of a layer on a device.
+  static ChunkRule rule_of(int group_size,
+                           const std::array<DecodeKernel, DecodeSize::kCount>& kernels) {
+    ChunkRule rule{group_size};
+    while (rule.largest_size > 1 &&
+           kernels[static_cast<std::size_t>(rule.largest_size)].grid.workers_per_block == 0) {
+      --rule.largest_size;
+    }
+    return rule;
   }
 };
 
@@ -259,7 +301,7 @@ class LayerLaunches {
                       reinterpret_cast<std::int32_t*>(base + l.item_begin),
                       reinterpret_cast<Piece*>(base + l.pieces),
                       reinterpret_cast<std::int32_t*>(base + l.places),
-                      reinterpret_cast<WarpWork*>(base + l.warps)});
+                      reinterpret_cast<WorkerWork*>(base + l.workers)});
     }
     std::vector<PrefillWork> prefill_work;
     for (const LaunchLayout::PrefillLists& l : layout_.prefill_lists) {
@@ -272,9 +314,12 @@ class LayerLaunches {
     for (std::size_t l = 0; l < layers.size(); ++l) {
       Layer layer{layers[l].shape, layers[l].heads, {}, {}, {}, {}};
       const int dim = layer.shape.k_dim;
-      require(prepare_decode<Row, Dims, Io>(dim, limits_, layer.decode), "decode kernel");
+      require(prepare_sizes(dim, limits_, layer.decode), "decode kernel");
       require(prepare_prefill<Row, Dims>(dim, layer.prefill), "prefill kernel");
-      layer.work = work[static_cast<std::size_t>(layout_.kind_of_layer[l])];
+      layer.rule = LaunchLayout::rule_of(layer.shape.group_size, layer.decode);
+      const auto kind = static_cast<std::size_t>(layout_.kind_of_layer[l]);
+      std::copy_n(work.begin() + static_cast<std::ptrdiff_t>(kind), layer.rule.largest_size + 1,
+                  layer.work.begin());
       if (cuts_prefill() && layer.prefill.cut_function != nullptr) {
         layer.prefill_work =
             prefill_work[static_cast<std::size_t>(layout_.prefill_kind_of_layer[l])];
@@ -338,31 +383,61 @@ class LayerLaunches {
                                  limits_.chains_launches, stream);
   }
 
-  /// Attends sequences of one new token whose rows are stored, all heads in one launch.
+  /// Who attends which chunk of a layer.
+  ChunkRule rule(int layer) const { return at(layer).rule; }
+
+  /// Attends one layer's chunks of the sizes named, all heads in one launch a size.
+  /// @param sizes  bit s: chunks that rule() says are decoded in items of size s
+  /// @param k,v  the step's own rows; null where all chunks are single tokens that are stored
+  /// @param stores  whether the launches store them, in a step that moves no ring; else append()
+  /// does,
+  ///   before or after.
   /// @pre the step's work was cut by plan_work().
   /// @param follows_plan  whether nothing but plan_work() comes before: the launch reads work
   /// before it
   ///   waits for the stream's last kernel, which must have waited for plan_work().
-  cudaError_t decode(const DeviceStep& step, int layer, TensorView<const Io> q, TensorView<Io> out,
-                     cudaStream_t stream, bool follows_plan = false) const {
+  cudaError_t decode(const DeviceStep& step, int layer, unsigned sizes, TensorView<const Io> q,
+                     TensorView<const Io> k, TensorView<const Io> v, bool stores,
+                     TensorView<Io> out, cudaStream_t stream, bool follows_plan = false) const {
     const Layer& of_layer = at(layer);
     DecodeArgs args{step,
-                    of_layer.work,
-                    {at<float>(layout_.block_partials), at<unsigned>(layout_.arrived)},
+                    {},
+                    {at<float>(layout_.block_partials), at<unsigned>(layout_.arrived),
+                     at<float>(layout_.worker_partials)},
                     rows_at(q),
+                    rows_at(k),
+                    rows_at(v),
                     rows_at(out),
                     of_layer.shape.group_size,
                     of_layer.shape.scale() * kLog2E,
+                    stores,
+                    at<unsigned long long>(layout_.overflows),
                     {}};
     for (int i = 0; i < of_layer.heads.num_heads; ++i) {
       args.idx_in_class[of_layer.heads.kv_head[i]] = of_layer.heads.idx_in_class[i];
     }
-    return cuda::decode(args, of_layer.decode, limits_.chains_launches && !follows_plan, stream);
+    cudaError_t e = cudaSuccess;
+    for (std::size_t s = 0; s < of_layer.decode.size() && e == cudaSuccess; ++s) {
+      if ((sizes >> s & 1U) == 0) continue;
+      args.work = of_layer.work[s];
+      e = cuda::decode(args, of_layer.decode[s], limits_.chains_launches && !follows_plan, stream);
+      follows_plan = false;
+    }
+    return e;
+  }
+  /// As above for single tokens alone, which are stored.
+  cudaError_t decode(const DeviceStep& step, int layer, TensorView<const Io> q, TensorView<Io> out,
+                     cudaStream_t stream, bool follows_plan = false) const {
+    return decode(step, layer, 1U << rule(layer).decode_size(1), q, {}, {}, false, out, stream,
+                  follows_plan);
   }
 
   /// Tiles that a chunk is cut into; the sum over a step is what prefill() takes.
   std::int64_t num_tiles(int layer, std::int64_t num_tokens) const {
-    return at(layer).prefill.num_tiles(num_tokens, at(layer).shape.group_size);
+    const int group = at(layer).shape.group_size;
+    return is_prefilled(num_tokens, group)
+               ? at(layer).prefill.num_tiles(num_tokens, group_share(group))
+               : 0;
   }
   /// Whether prefill() can take a step of so many rows.
   bool can_convert(std::int64_t num_rows) const {
@@ -373,7 +448,7 @@ class LayerLaunches {
     std::int64_t first = 0;  ///< the first row
     std::int64_t count = 0;  ///< rows
   };
-  /// Attends chunks of more than one token, before or after append.
+  /// Attends chunks that are not decode's, before or after append.
   /// @param num_rows  of the step, all sequences.
   /// @param chunks  the rows of chunks, which alone are written to `out`.
   /// @param is_planned  whether plan_prefill() has cut this step's work.
@@ -401,7 +476,7 @@ class LayerLaunches {
       args.k = bits(k);
       args.v = bits(v);
       args.out = bits(out);
-      return cuda::prefill(args, of_layer.prefill, tiles, limits_.num_sms, stream);
+      return prefill_heads(args, of_layer, tiles, stream);
     } else {
       if (!can_convert(num_rows)) return cudaErrorInvalidValue;
       const int dim = of_layer.shape.k_dim;
@@ -421,8 +496,7 @@ class LayerLaunches {
       if (e == cudaSuccess) e = convert(k, layout_.converted.k, kv_heads, args.k);
       if (e == cudaSuccess) e = convert(v, layout_.converted.v, kv_heads, args.v);
       args.out = dense(layout_.converted.out, qo_heads);
-      if (e == cudaSuccess)
-        e = cuda::prefill(args, of_layer.prefill, tiles, limits_.num_sms, stream);
+      if (e == cudaSuccess) e = prefill_heads(args, of_layer, tiles, stream);
       for (const RowRange& rows : chunks) {
         if (e != cudaSuccess) break;
         e = convert_rows<Io, Row>(
@@ -452,13 +526,58 @@ class LayerLaunches {
   struct Layer {
     LayerShape shape;
     LayerHeads heads;
-    DecodeWork work;
-    DecodeKernel decode;
+    ChunkRule rule;
+    std::array<DecodeWork, DecodeSize::kCount> work;
+    std::array<DecodeKernel, DecodeSize::kCount> decode;
     PrefillKernel prefill;
     PrefillWork prefill_work;  // none where tiles are never cut
   };
 
   bool cuts_prefill() const { return !layout_.prefill_lists.empty(); }
+
+  /// Query heads of a KV head that prefill does at a time: it takes up to 64.
+  static int group_share(int group_size) {
+    const int shares = (group_size + kMostPrefillGroup - 1) / kMostPrefillGroup;
+    return (group_size + shares - 1) / shares;
+  }
+  /// All heads in one launch; a share of one KV head's group in one where it is larger than that.
+  cudaError_t prefill_heads(const PrefillArgs& args, const Layer& layer, std::int64_t tiles,
+                            cudaStream_t stream) const {
+    const int share = group_share(args.group_size);
+    if (share == args.group_size) {
+      return cuda::prefill(args, layer.prefill, tiles, limits_.num_sms, stream);
+    }
+    cudaError_t e = cudaSuccess;
+    for (int i = 0; i < layer.heads.num_heads; ++i) {
+      const int kv_head = layer.heads.kv_head[i];
+      for (int begin = 0; begin < args.group_size && e == cudaSuccess; begin += share) {
+        // All shares alike, so that all kernels see the same chunks: the last one may do a head
+        // again.
+        const int first = std::min(begin, args.group_size - share);
+        PrefillArgs part = args;
+        part.heads = {
+            1, {layer.heads.idx_in_class[i]}, {layer.heads.kv_head[i]}, {layer.heads.class_idx[i]}};
+        part.group_size = share;
+        // Prefill looks for query heads from kv_head x group_size on.
+        const std::int64_t head = kv_head * (args.group_size - share) + first;
+        part.q.data += head * args.q.stride_h;
+        part.out.data += head * args.out.stride_h;
+        e = cuda::prefill(part, layer.prefill, tiles, limits_.num_sms, stream);
+      }
+    }
+    return e;
+  }
+
+  template <int kSize = 0>
+  static cudaError_t prepare_sizes(int dim, const DeviceLimits& limits,
+                                   std::array<DecodeKernel, DecodeSize::kCount>& kernels) {
+    if constexpr (kSize < DecodeSize::kCount) {
+      const cudaError_t e = prepare_decode<kSize, Row, Dims, Io>(dim, limits, kernels[kSize]);
+      return e != cudaSuccess ? e : prepare_sizes<kSize + 1>(dim, limits, kernels);
+    } else {
+      return cudaSuccess;
+    }
+  }
 
   static TensorView<const Bits<Io>> bits(TensorView<const Io> x) {
     return {reinterpret_cast<const Bits<Io>*>(x.data), x.stride_n, x.stride_h};

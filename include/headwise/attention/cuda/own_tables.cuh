@@ -108,7 +108,7 @@ class TableAttention {
   /// @param windows  [layers][num_kv_heads]; Window::everything() for a retrieval head
   /// @throws ConfigError for windows that are not one a head or have a `from`, a layer with a
   ///   sliding_window (`windows` say it, head by head), widths without a kernel, groups of more
-  ///   than 64, more than 128 KV heads, a softmax that has more than a scale.
+  ///   than 128, more than 128 KV heads, a softmax that has more than a scale.
   /// @throws CudaError when memory cannot be allocated.
   TableAttention(std::span<const LayerShape> layers, std::span<const std::vector<Window>> windows,
                  const PageTableShape& tables)

@@ -21,6 +21,7 @@
 #include "headwise/cache/geometry.hpp"
 #include "headwise/cache/place.hpp"
 #include "headwise/cache/step.hpp"
+#include "headwise/core/slot_map.hpp"
 
 namespace headwise::inline v0::cuda {
 
@@ -74,6 +75,10 @@ class DevicePlace {
         staging_{Staging{PinnedMemory(layout_.total_bytes), {}},
                  Staging{PinnedMemory(layout_.total_bytes), {}}} {
     changes_.reserve(num_sequences_ * num_classes_);
+    for (const HeadClass& heads : geometry.classes()) {
+      const SlotMap slots = std::visit([](const auto& rule) { return rule.slots({}); }, heads.rule);
+      if (slots.turn > 0) most_rows_moved_ = std::max(most_rows_moved_, slots.sink + slots.turn);
+    }
     require(cudaMemset(state_.data(), 0, layout_.ranges), "cudaMemset");
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
@@ -158,6 +163,10 @@ class DevicePlace {
   std::uint64_t num_sent() const { return num_sent_; }
   /// Most rows that one head of one sequence stores in the open step.
   std::int64_t most_rows_stored() const { return most_rows_stored_; }
+  /// Whether some head of the open step carries rows over to a second ring.
+  bool moves_rows() const { return moves_rows_; }
+  /// Most rows that one head stores in any step that moves a ring: every slot, once.
+  std::int64_t most_rows_moved() const { return most_rows_moved_; }
 
  private:
   struct Staging {
@@ -262,6 +271,7 @@ class DevicePlace {
 
   void write_step(const Books& books, const Step& step, std::byte* block) {
     most_rows_stored_ = 0;
+    moves_rows_ = false;
     auto* chunks = reinterpret_cast<ChunkState*>(block + layout_.chunks);
     auto* classes = reinterpret_cast<ClassState*>(block + layout_.classes);
     for (std::size_t e = 0; e < step.chunks().size(); ++e) {
@@ -277,6 +287,8 @@ class DevicePlace {
                                           cuda::most_rows_stored(rule, kept, chunk.lengths));
                              return class_state(rule, kept, chunk.lengths, chunk.phase);
                            });
+        moves_rows_ =
+            moves_rows_ || (chunk.num_tokens() > 0 && state.append_entry != state.read_entry);
         if (!books.tables().has_block(index)) continue;  // an empty sequence without new tokens
         state.table = books.tables().offset(index, c);
         state.head_stride = static_cast<std::int32_t>(books.tables().stride(index, c));
@@ -334,6 +346,8 @@ class DevicePlace {
   std::vector<Change> changes_;
   std::uint64_t num_sent_ = 0;
   std::int64_t most_rows_stored_ = 0;
+  std::int64_t most_rows_moved_ = 0;
+  bool moves_rows_ = false;
   cudaError_t error_ = cudaSuccess;
 };
 static_assert(CachePlace<DevicePlace>);

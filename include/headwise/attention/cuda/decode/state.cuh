@@ -5,8 +5,10 @@
 
 #include <cuda_runtime.h>
 
+#include <concepts>
 #include <cstdint>
 
+#include "headwise/attention/cuda/decode/args.cuh"
 #include "headwise/attention/cuda/decode/tile.cuh"
 #include "headwise/attention/cuda/decode/work.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
@@ -14,178 +16,351 @@
 
 namespace headwise::inline v0::cuda::detail {
 
-/// One partial result: (maximum, sum) of 8 queries, then 8 rows of unnormalised output.
-__host__ __device__ constexpr int partial_floats(int dim) { return kItemQueries * (dim + 4 + 2); }
+/// One partial result: (maximum, sum) of an item's query rows, then as many rows of unnormalised
+/// output.
+__host__ __device__ constexpr int partial_floats(int dim, int rows) { return rows * (dim + 4 + 2); }
 
-/// Where query `query`'s output begins in a partial result; 4 floats of padding a row keep the four
+/// Where row `row`'s output begins in a partial result; 4 floats of padding a row keep the four
 /// queries that lanes store at once in different banks.
-template <int kDim>
-__device__ constexpr int partial_row(int query) {
-  return 2 * kItemQueries + query * (kDim + 4);
+template <int kDim, class Size>
+__device__ constexpr int partial_row(int row) {
+  return 2 * Size::kRows + row * (kDim + 4);
 }
 
-/// Attention of up to 8 queries over the tiles of one piece, transposed: scores are [keys,
+/// Sixteen K and V rows in shared memory, and who sees them.
+struct TileRows {
+  std::uint32_t k = 0;           ///< address of K row 0
+  std::uint32_t v = 0;           ///< and of V row 0
+  int low = 0;                   ///< rows [low, high) exist and are seen
+  int high = 0;                  ///< see low
+  bool is_ragged = false;        ///< queries see different rows
+  std::int32_t position = 0;     ///< of row 0 where they do
+  const Piece* piece = nullptr;  ///< whose tile it is, in shared memory
+  int group_size = 1;
+};
+
+/// Attention of a warp's query rows over the tiles of one piece, transposed: scores are [keys,
 /// queries], the output [dims, queries], so that 16 keys or dims fill a tensor core's rows and the
-/// few queries of a group its 8 columns. Lane 4g + t has queries 2t and 2t + 1.
+/// few queries its 8 columns, once or twice. Lane 4g + t has queries 2t and 2t + 1 of each 8.
+///
+/// Weights are relative to a score that grows when one exceeds it by kSlack powers of two: most
+/// tiles need neither the maximum over lanes nor new factors.
 /// @tparam Io  of q and out. What q holds is rounded to Row, once; f32 outputs are not rounded.
-template <DeviceRow Row, DeviceIo Io, int kDim>
+template <DeviceRow Row, DeviceIo Io, int kDim, class Size>
 class DecodeState {
  public:
-  /// Reads the queries that the next start() takes.
-  /// @param q  the first query row of a piece; `count` of them, `stride` elements apart.
-  __device__ void fetch(const Bits<Io>* q, std::int64_t stride, int count) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const int query = lane / 4;
-    const Bits<Io>* row = q + query * stride + lane % 4 * 2;
+  /// Reads the queries that the next start() takes. Only where registers allow to read ahead.
+  static constexpr bool kFetchesAhead = !Size::kChunks;
+  __device__ void fetch(const DecodeArgs& args, const PieceRows& rows) {
+    if constexpr (kFetchesAhead) load(args, rows, next_q_);
+  }
+
+  /// Begins a piece, with the queries fetched before where they were.
+  __device__ void start(const DecodeArgs& args, const Piece& piece) {
+    if constexpr (kFetchesAhead) {
 #pragma unroll
-    for (int b = 0; b < kDim / 16; ++b) {
-      next_q_[b][0] = query < count ? load_pair<Row, Io>(row + b * 16) : 0U;
-      next_q_[b][1] = query < count ? load_pair<Row, Io>(row + b * 16 + 8) : 0U;
+      for (int b = 0; b < kBlocks; ++b) {
+        q_[0][b][0] = next_q_[0][b][0];
+        q_[0][b][1] = next_q_[0][b][1];
+      }
+    } else {
+      const PieceRows rows = rows_of<Size>(args, piece);
+      is_idle_ = first_row() >= rows.count;
+      if (is_idle()) return;
+      load(args, rows, q_);
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out_[n][b][i] = 0.0F;
+      }
+      max_[n][0] = max_[n][1] = kLowest;
+      sum_[n][0] = sum_[n][1] = 0.0F;
     }
   }
 
-  /// Begins a piece with the queries fetched before.
-  __device__ void start() {
-#pragma unroll
-    for (int b = 0; b < kDim / 16; ++b) {
-      q_[b][0] = next_q_[b][0];
-      q_[b][1] = next_q_[b][1];
-    }
-#pragma unroll
-    for (int b = 0; b < kDim / 16; ++b) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out_[b][i] = 0.0F;
-    }
-    max_[0] = max_[1] = kLowest;
-    sum_[0] = sum_[1] = 0.0F;
-  }
-
-  /// Adds the rows [low, high) of a tile at shared-memory address `k`.
-  __device__ void add(std::uint32_t k, int low, int high, float scale_log2) {
+  /// Adds a tile.
+  __device__ void add(const TileRows& tile, float scale_log2) {
+    if (is_idle()) return;
     const int lane = static_cast<int>(threadIdx.x % 32);
-    using Layout = TileLayout<kDim>;
-    const std::uint32_t k_at = k + Layout::at(lane % 16, lane / 16);
-    float even[4] = {};
-    float odd[4] = {};  // two chains of products: half the latency
-#pragma unroll
-    for (int b = 0; b < kDim / 16; ++b) {
-      std::uint32_t rows[4];
-      load_matrices(rows, Layout::pairs_on(k_at, b));
-      TensorCore<Row>::multiply(b % 2 == 0 ? even : odd, rows, q_[b][0], q_[b][1]);
-    }
-    float score[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) score[i] = (even[i] + odd[i]) * scale_log2;
-    if (low > 0 || high < kTileRows) {
-      const int g = lane / 4;
-      if (g < low || g >= high) score[0] = score[1] = kHidden;
-      if (g + 8 < low || g + 8 >= high) score[2] = score[3] = kHidden;
-    }
+    float score[kColumns][4];
+    multiply_keys(tile.k + Layout::at(lane % 16, lane / 16), scale_log2, score);
+    if (tile.low > 0 || tile.high < 16 || (Size::kChunks && tile.is_ragged)) hide(tile, score);
 
-    float top[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
+    bool grows = false;
 #pragma unroll
-    for (int d = 4; d < 32; d *= 2) {
-      top[0] = fmaxf(top[0], __shfl_xor_sync(kWholeWarp, top[0], d));
-      top[1] = fmaxf(top[1], __shfl_xor_sync(kWholeWarp, top[1], d));
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        grows = grows || fmaxf(score[n][c], score[n][c + 2]) > max_[n][c] + kSlack;
+      }
     }
-    top[0] = fmaxf(top[0], max_[0]);
-    top[1] = fmaxf(top[1], max_[1]);
-    if (__any_sync(kWholeWarp, top[0] > max_[0] || top[1] > max_[1])) rescale(top);
+    if (__any_sync(kWholeWarp, grows)) rescale(score);
 
-    float p[4];
+    std::uint32_t p[kColumns][2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      p[i] = exp2_fast(score[i] - max_[i % 2] - TensorCore<Row>::kHeadroom);
-    sum_[0] += p[0] + p[2];
-    sum_[1] += p[1] + p[3];
-    const std::uint32_t p0 = transposed(Pair<Row>::pack(p[0], p[1]));
-    const std::uint32_t p1 = transposed(Pair<Row>::pack(p[2], p[3]));
-    const std::uint32_t v_at = k + Layout::at(kTileRows + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    for (int n = 0; n < kColumns; ++n) {
+      float weight[4];
 #pragma unroll
-    for (int b = 0; b < kDim / 16; ++b) {
+      for (int i = 0; i < 4; ++i) {
+        weight[i] = exp2_fast(score[n][i] - max_[n][i % 2] - TensorCore<Row>::kHeadroom);
+      }
+      sum_[n][0] += weight[0] + weight[2];
+      sum_[n][1] += weight[1] + weight[3];
+      p[n][0] = transposed(Pair<Row>::pack(weight[0], weight[1]));
+      p[n][1] = transposed(Pair<Row>::pack(weight[2], weight[3]));
+    }
+    const std::uint32_t v_at = tile.v + Layout::at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    if constexpr (Size::kChunks) {
+      if (tile.is_ragged && !are_finite(v_at)) {
+        multiply_values_one_by_one(tile, v_at, p);
+        return;
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
       std::uint32_t columns[4];
       load_matrices_transposed(columns, Layout::pairs_on(v_at, b));
-      TensorCore<Row>::multiply(out_[b], columns, p0, p1);
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        TensorCore<Row>::multiply(out_[n][b], columns, p[n][0], p[n][1]);
+      }
     }
   }
 
   /// Sums over the keys that other lanes have; after the last add().
   __device__ void finish() {
+    if (is_idle()) return;
 #pragma unroll
-    for (int d = 4; d < 32; d *= 2) {
-      sum_[0] += __shfl_xor_sync(kWholeWarp, sum_[0], d);
-      sum_[1] += __shfl_xor_sync(kWholeWarp, sum_[1], d);
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int d = 4; d < 32; d *= 2) {
+        sum_[n][0] += __shfl_xor_sync(kWholeWarp, sum_[n][0], d);
+        sum_[n][1] += __shfl_xor_sync(kWholeWarp, sum_[n][1], d);
+      }
     }
   }
 
-  /// The finished output of `count` queries, `stride` elements apart.
-  __device__ void store(Bits<Io>* out, std::int64_t stride, int count) const {
+  /// The finished output.
+  __device__ void store(const DecodeArgs& args, const PieceRows& rows) const {
+    if (is_idle()) return;
     const int lane = static_cast<int>(threadIdx.x % 32);
-    const float inverse[2] = {sum_[0] > 0.0F ? 1.0F / sum_[0] : 0.0F,
-                              sum_[1] > 0.0F ? 1.0F / sum_[1] : 0.0F};
 #pragma unroll
-    for (int b = 0; b < kDim / 16; ++b) {
+    for (int n = 0; n < kColumns; ++n) {
+      const float inverse[2] = {sum_[n][0] > 0.0F ? 1.0F / sum_[n][0] : 0.0F,
+                                sum_[n][1] > 0.0F ? 1.0F / sum_[n][1] : 0.0F};
+      const int row = first_row() + n * 8 + lane / 4;
+      Bits<Io>* out = output_row(args, rows, row) + lane % 4 * 2;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float low = out_[b][2 * half] * inverse[0];
-        const float high = out_[b][2 * half + 1] * inverse[1];
-        Bits<Io>* to = out + lane / 4 * stride + b * 16 + half * 8 + lane % 4 * 2;
-        if constexpr (std::same_as<Io, f32>) {
-          // Upper and lower halves of a float are two matrices of two-byte elements.
-          const std::uint32_t bits[2] = {__float_as_uint(low), __float_as_uint(high)};
-          const std::uint32_t upper = transposed(__byte_perm(bits[0], bits[1], 0x7632));
-          const std::uint32_t lower = transposed(__byte_perm(bits[0], bits[1], 0x5410));
-          if (lane / 4 < count) {
-            *reinterpret_cast<float2*>(to) =
-                make_float2(__uint_as_float(__byte_perm(lower, upper, 0x5410)),
-                            __uint_as_float(__byte_perm(lower, upper, 0x7632)));
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float low = out_[n][b][2 * half] * inverse[0];
+          const float high = out_[n][b][2 * half + 1] * inverse[1];
+          Bits<Io>* to = out + b * 16 + half * 8;
+          if constexpr (std::same_as<Io, f32>) {
+            // Upper and lower halves of a float are two matrices of two-byte elements.
+            const std::uint32_t bits[2] = {__float_as_uint(low), __float_as_uint(high)};
+            const std::uint32_t upper = transposed(__byte_perm(bits[0], bits[1], 0x7632));
+            const std::uint32_t lower = transposed(__byte_perm(bits[0], bits[1], 0x5410));
+            if (row < rows.count) {
+              *reinterpret_cast<float2*>(to) =
+                  make_float2(__uint_as_float(__byte_perm(lower, upper, 0x5410)),
+                              __uint_as_float(__byte_perm(lower, upper, 0x7632)));
+            }
+          } else {
+            const std::uint32_t pair = transposed(Pair<Io>::pack(low, high));
+            if (row < rows.count) *reinterpret_cast<std::uint32_t*>(to) = pair;
           }
-        } else {
-          const std::uint32_t pair = transposed(Pair<Io>::pack(low, high));
-          if (lane / 4 < count) *reinterpret_cast<std::uint32_t*>(to) = pair;
         }
       }
     }
   }
 
-  /// The state itself, as partial_floats() lays it out.
+  /// The state itself, as partial_floats() lays it out; rows that the item has not are left out.
   __device__ void store_partial(float* partial) const {
+    if (is_idle()) return;
     const int lane = static_cast<int>(threadIdx.x % 32);
     const int g = lane / 4;
     const int t = lane % 4;
-    if (g < 2) {
-      *reinterpret_cast<float2*>(partial + 2 * (2 * t + g)) =
-          g == 0 ? make_float2(max_[0], sum_[0]) : make_float2(max_[1], sum_[1]);
-    }
 #pragma unroll
-    for (int b = 0; b < kDim / 16; ++b) {
+    for (int n = 0; n < kColumns; ++n) {
+      const int row = first_row() + n * 8 + 2 * t;
+      if (g < 2) {
+        *reinterpret_cast<float2*>(partial + 2 * (row + g)) =
+            g == 0 ? make_float2(max_[n][0], sum_[n][0]) : make_float2(max_[n][1], sum_[n][1]);
+      }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        partial[partial_row<kDim>(2 * t + i % 2) + b * 16 + g + i / 2 * 8] = out_[b][i];
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          partial[partial_row<kDim, Size>(row + i % 2) + b * 16 + g + i / 2 * 8] = out_[n][b][i];
+        }
       }
     }
   }
 
  private:
-  __device__ void rescale(const float (&top)[2]) {
-    const float factor[2] = {exp2_fast(max_[0] - top[0]), exp2_fast(max_[1] - top[1])};
+  using Layout = TileLayout<kDim, Size::kTileRows>;
+  static constexpr int kBlocks = kDim / 16;
+  static constexpr int kColumns = Size::kColumns;
+  /// Powers of two that weights may exceed 1 by; none where that could overflow the sums.
+  static constexpr float kSlack = TensorCore<Row>::kHeadroom > 0.0F ? 0.0F : 8.0F;
+
+  /// The warp's, of the item's rows.
+  static __device__ int first_row() { return Size::warp() * 8 * kColumns; }
+  /// Whether the warp has no query rows, and only copies.
+  __device__ bool is_idle() const { return Size::kWarps > 1 && is_idle_; }
+  static __device__ Bits<Io>* output_row(const DecodeArgs& args, const PieceRows& rows, int row) {
+    if constexpr (Size::kChunks) return rows.output<Io>(args, row);
+    return output_at<Io>(args, rows.query_row, rows.first_head + row);
+  }
+
+  static __device__ void load(const DecodeArgs& args, const PieceRows& rows,
+                              std::uint32_t (&q)[kColumns][kBlocks][2]) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      max_[i] = top[i];
-      sum_[i] *= factor[i];
-    }
+    for (int n = 0; n < kColumns; ++n) {
+      const int row = first_row() + n * 8 + lane / 4;
+      const Bits<Io>* from = nullptr;
+      if constexpr (Size::kChunks) {
+        from = rows.query<Io>(args, row) + lane % 4 * 2;
+      } else {
+        from = query_at<Io>(args, rows.query_row, rows.first_head + row) + lane % 4 * 2;
+      }
 #pragma unroll
-    for (int b = 0; b < kDim / 16; ++b) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out_[b][i] *= factor[i % 2];
+      for (int b = 0; b < kBlocks; ++b) {
+        q[n][b][0] = row < rows.count ? load_pair<Row, Io>(from + b * 16) : 0U;
+        q[n][b][1] = row < rows.count ? load_pair<Row, Io>(from + b * 16 + 8) : 0U;
+      }
     }
   }
 
-  std::uint32_t q_[kDim / 16][2];
-  std::uint32_t next_q_[kDim / 16][2];
-  float out_[kDim / 16][4];
-  float max_[2];
-  float sum_[2];
+  __device__ void multiply_keys(std::uint32_t k_at, float scale_log2,
+                                float (&score)[kColumns][4]) const {
+    constexpr int kChains = kColumns == 1 ? 2 : 1;  // of products, two at least: half the latency
+    float sums[kChains][kColumns][4] = {};
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      std::uint32_t rows[4];
+      load_matrices(rows, Layout::pairs_on(k_at, b));
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+        TensorCore<Row>::multiply(sums[b % kChains][n], rows, q_[n][b][0], q_[n][b][1]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float sum = kChains == 1 ? sums[0][n][i] : sums[0][n][i] + sums[kChains - 1][n][i];
+        score[n][i] = sum * scale_log2;
+      }
+    }
+  }
+
+  /// Whether the warp's query `query` sees row `row` of a ragged tile.
+  static __device__ bool sees(const TileRows& tile, int query, int row) {
+    const int token = (tile.piece->first_row + first_row() + query) / tile.group_size;
+    const int position = tile.position + row;
+    return row >= tile.low && row < tile.high && position <= token &&
+           (token - position < tile.piece->recent || position < tile.piece->sink_end);
+  }
+
+  __device__ void hide(const TileRows& tile, float (&score)[kColumns][4]) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8;
+        bool seen = row >= tile.low && row < tile.high;
+        if constexpr (Size::kChunks) {
+          if (tile.is_ragged) seen = sees(tile, n * 8 + lane % 4 * 2 + i % 2, row);
+        }
+        if (!seen) score[n][i] = kHidden;
+      }
+    }
+  }
+
+  __device__ void rescale(const float (&score)[kColumns][4]) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float top = fmaxf(score[n][c], score[n][c + 2]);
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(kWholeWarp, top, d));
+        top = fmaxf(top, max_[n][c]);
+        const float factor = exp2_fast(max_[n][c] - top);
+        max_[n][c] = top;
+        sum_[n][c] *= factor;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          out_[n][b][c] *= factor;
+          out_[n][b][c + 2] *= factor;
+        }
+      }
+    }
+  }
+
+  /// Whether all values of a tile are.
+  static __device__ bool are_finite(std::uint32_t v_at) {
+    std::uint32_t zeros = 0;
+#pragma unroll 1
+    for (int b = 0; b < kBlocks; ++b) {
+      std::uint32_t columns[4];
+      load_matrices_transposed(columns, Layout::pairs_on(v_at, b));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) TensorCore<Row>::note(columns[i], zeros);
+    }
+    return !__any_sync(kWholeWarp, !are_zeros(zeros));
+  }
+
+  /// As the products of a tile's values at once; but 0 times infinity is NaN: for each query the
+  /// rows that it does not see become zeros first.
+  __device__ void multiply_values_one_by_one(const TileRows& tile, std::uint32_t v_at,
+                                             const std::uint32_t (&p)[kColumns][2]) {
+    const int t = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll 1
+      for (int query = 0; query < 8; ++query) {
+        const auto seen = [&](int row) {
+          return (sees(tile, n * 8 + query, row) ? 0x0000FFFFU : 0U) |
+                 (sees(tile, n * 8 + query, row + 1) ? 0xFFFF0000U : 0U);
+        };
+        const std::uint32_t first = seen(2 * t);
+        const std::uint32_t second = seen(2 * t + 8);
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          std::uint32_t columns[4];
+          load_matrices_transposed(columns, Layout::pairs_on(v_at, b));
+          columns[0] &= first;
+          columns[1] &= first;
+          columns[2] &= second;
+          columns[3] &= second;
+          float sums[4] = {};
+          TensorCore<Row>::multiply(sums, columns, p[n][0], p[n][1]);
+          if (query / 2 == t) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (i % 2 == query % 2) out_[n][b][i] += sums[i];
+            }
+          }
+        }
+      }
+    }
+  }
+
+  std::uint32_t q_[kColumns][kBlocks][2];
+  std::uint32_t next_q_[kColumns][kBlocks][2];
+  float out_[kColumns][kBlocks][4];
+  float max_[kColumns][2];
+  float sum_[kColumns][2];
+  bool is_idle_ = false;
 };
 
 }  // namespace headwise::inline v0::cuda::detail

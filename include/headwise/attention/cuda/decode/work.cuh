@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: MIT
 /// @file work.cuh
 /// Cuts one decode step into equal shares of unequal heads, on the device: a share a block, and in
-/// it a share a warp.
+/// it a share a worker.
 ///
-/// An *item* is one KV head of one sequence (for up to 8 query heads); it costs as many *tiles* of
-/// 16 rows as it sees. All items lie end to end on a line, which is cut into one interval for each
-/// block of the grid. What an interval has of an item is a *piece*. A whole item that is small
-/// beside a warp's share is *narrow*: one warp does it and nobody merges, as most streaming heads
-/// of a large batch. All other pieces are *wide*: the block's warps read their tiles in turn, so
-/// that a block streams through one stretch of memory at a time. A warp with narrow pieces does
-/// those first and joins in later.
+/// An *item* is one KV head of one sequence and up to DecodeSize::rows query rows (token, head of
+/// the group); it costs as many *tiles* of K and V rows as they see. All items of a size lie end to
+/// end on a line, which is cut into one interval for each block of the grid. What an interval has
+/// of an item is a *piece*. A *worker* is one warp, or a few that share what they read. A whole
+/// item of no more than a worker's share is *narrow*: one worker does it and nobody merges, as
+/// most streaming heads of a large batch. All other pieces are *wide*: the block's workers read
+/// their tiles in turn, so that a block streams through one stretch of memory at a time. A worker
+/// with narrow pieces does those first and joins in later.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,30 +18,39 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "headwise/attention/cuda/chunk_rule.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 
 namespace headwise::inline v0::cuda {
 
-/// Rows of K and V that a warp handles at once: the M of mma.m16n8k16.
-inline constexpr int kTileRows = 16;
-/// Query heads of one item: the N of mma.m16n8k16. Larger groups are cut, and read K and V again.
-inline constexpr int kItemQueries = 8;
-/// Most worker warps of a decode block: those that stream rows.
+/// Most workers of a decode block: those that stream rows.
 inline constexpr int kMostWorkers = 12;
-/// What an item costs a warp besides its tiles, in tiles: its queries' load and its output's store.
+/// What an item costs a worker besides its tiles, in tiles: its queries' load and its output's
+/// store.
 inline constexpr int kItemOverhead = 1;
 
 /// What one block has of one item.
+///
+/// The rows that its queries see are up to three runs of slots. The own row of a single token is in
+/// one of them; those of several tokens are not, they come from the step's k and v. Positions count
+/// from the step's first token: -1 is the newest row before the step, i the step's token i.
 struct alignas(16) Piece {
   std::int64_t table = 0;           ///< page-table index of slot 0 of the class's first head
   std::int32_t head_stride = 0;     ///< page-table entries from one head of the class to the next
-  std::int32_t query_row = 0;       ///< of q and out
+  std::int32_t query_row = 0;       ///< of the step's first token in q, k, v and out
   std::int16_t kv_head = 0;         ///< in the layer
-  std::int16_t query_tile = 0;      ///< which 8 query heads of the group
-  std::int32_t slot_begin[2] = {};  ///< the rows seen: two runs of slots
-  std::int32_t slot_end[2] = {};    ///< one after the last of each
-  std::int32_t new_slot = 0;        ///< of the step's own row
+  std::int16_t first_row = 0;       ///< of the item's query rows
+  std::int16_t num_tokens = 0;      ///< of the sequence's step
+  std::int16_t own_rows = 0;        ///< that come from k and v behind the runs: none, or num_tokens
+  std::int32_t slot_begin[3] = {};  ///< of each run; all queries see the first one's rows
+  std::int32_t slot_end[3] = {};    ///< one after the last of each
+  std::int32_t position[2] = {};    ///< of the second and third run: position less slot
+  std::int32_t recent = 0;          ///< newest positions that a query sees, its own counted
+  std::int32_t sink_end = 0;        ///< positions before this one are always seen
+  std::int32_t own_slot = 0;        ///< of the step's first row
+  std::int32_t ring_begin = 0;      ///< slot that follows the one before ring_end
+  std::int32_t ring_end = 0;        ///< where slots go round
   std::int32_t first_tile = 0;      ///< of the item's
   std::int32_t num_tiles = 0;       ///< 0: no piece
   // Blocks that share the item, numbered among those that have any work.
@@ -48,17 +58,17 @@ struct alignas(16) Piece {
   std::int16_t first_rank = 0;  ///< that of the first block that shares the item
   std::int16_t num_blocks = 1;  ///< 1: nobody else
 };
-static_assert(sizeof(Piece) == 64);
+static_assert(sizeof(Piece) == 96);
 
-/// What one warp does: its narrow pieces, then its tiles of the block's wide ones.
+/// What one worker does: its narrow pieces, then its tiles of the block's wide ones.
 ///
-/// Those tiles are dealt in rounds, one to each warp that takes part, in the order of warps.
-struct alignas(16) WarpWork {
+/// Those tiles are dealt in rounds, one to each worker that takes part, in their order.
+struct alignas(16) WorkerWork {
   std::int32_t first_narrow = 0;  ///< in DecodeWork::pieces
-  std::int32_t num_narrow = 0;    ///< the warp's own
+  std::int32_t num_narrow = 0;    ///< the worker's own
   std::int32_t first_wide = 0;    ///< likewise
   std::int32_t num_wide = 0;      ///< the block's
-  std::int32_t first_round = 0;   ///< in which the warp takes part
+  std::int32_t first_round = 0;   ///< in which the worker takes part
   /// Of both kinds.
   __host__ __device__ int num_pieces() const { return num_narrow + num_wide; }
 };
@@ -66,15 +76,17 @@ struct alignas(16) WarpWork {
 /// The grid of a decode launch.
 struct DecodeGrid {
   int num_blocks = 0;         ///< of the launch
-  int workers_per_block = 0;  ///< warps that stream rows; merging ones come on top
-  /// Worker warps of the launch.
+  int workers_per_block = 0;  ///< those that stream rows; merging warps come on top
+  /// Workers of the launch.
   constexpr __host__ __device__ int num_workers() const { return num_blocks * workers_per_block; }
 };
 
-/// One kind of layer: layers whose heads keep alike, one by one, share one list of work.
+/// One kind of layer and a size of items: layers whose heads keep alike, one by one, share one list
+/// of work a size.
 struct LayerKind {
   std::int32_t num_heads = 0;              ///< KV heads
-  std::int32_t query_tiles = 1;            ///< ceil(group_size / 8)
+  ChunkRule rule;                          ///< who attends which chunk
+  std::int32_t size = 0;                   ///< of the items, see DecodeSize
   DecodeGrid grid;                         ///< of its launches
   std::int16_t class_idx[kMaxHeads] = {};  ///< [num_heads] in DeviceStep::classes
   std::int16_t kv_head[kMaxHeads] = {};    ///< [num_heads] in the layer
@@ -86,7 +98,7 @@ struct DecodeWork {
   std::int32_t* item_begin = nullptr;  ///< [most items + 1] where each begins on the line
   Piece* pieces = nullptr;             ///< [most pieces] block by block: narrow ones, wide ones
   std::int32_t* places = nullptr;      ///< [most pieces] scratch of the cut
-  WarpWork* warps = nullptr;           ///< [num_workers]
+  WorkerWork* workers = nullptr;       ///< [num_workers]
 
   /// Only an item that goes on in the next block makes a piece more.
   static constexpr int most_pieces(int most_items, const DecodeGrid& grid) {
@@ -99,8 +111,9 @@ namespace detail {
 /// Threads of a cut, and most blocks of a decode launch: one thread numbers one block.
 inline constexpr int kCutThreads = 1024;
 
-__host__ __device__ constexpr int tiles_of(int begin, int end) {
-  return begin < end ? (end + kTileRows - 1) / kTileRows - begin / kTileRows : 0;
+/// Tiles of `tile_rows` slots that a run of slots touches.
+__host__ __device__ constexpr int tiles_of(int begin, int end, int tile_rows) {
+  return begin < end ? (end + tile_rows - 1) / tile_rows - begin / tile_rows : 0;
 }
 
 /// Sums over a block of kCutThreads threads: what all lower threads hold, and the total.
@@ -128,27 +141,71 @@ __device__ inline BlockScan block_scan(int value, int* warp_sums) {
   return {inclusive - value + (warp > 0 ? lower_warps : 0), __shfl_sync(0xFFFFFFFFU, sum, 31)};
 }
 
-/// Item `i` of the step: sequence by sequence, head by head, query tile by query tile. It has no
-/// tiles where the sequence's chunk is not one token: such chunks are prefill's.
+/// The rows before the step that some of several tokens see. What touches becomes one run where all
+/// of them see it: sinks and ring do more often than not.
+__device__ inline void set_past(const ClassState& state, const ChunkState& chunk, Piece& piece) {
+  const auto length = static_cast<std::int32_t>(chunk.length);
+  const std::int32_t first[2] = {state.older_pos - length,
+                                 state.older_pos - length + state.older_count};
+  const std::int32_t slot[2] = {state.older_slot, state.newer_slot};
+  const std::int32_t count[2] = {state.older_count, state.newer_count};
+  // What the last token sees, all see.
+  const std::int32_t seen_by_all = static_cast<std::int32_t>(chunk.num_tokens) - state.recent;
+  piece.slot_end[0] = state.first_count;
+#pragma unroll
+  for (int r = 1; r >= 0; --r) {  // rather what wrapped around
+    if (count[r] > 0 && first[r] >= seen_by_all && slot[r] == piece.slot_end[0]) {
+      piece.slot_end[0] += count[r];
+    } else {
+      piece.slot_begin[r + 1] = slot[r];
+      piece.slot_end[r + 1] = slot[r] + count[r];
+      piece.position[r] = first[r] - slot[r];
+    }
+  }
+  piece.recent = state.recent;
+  piece.sink_end = state.sink - length;
+}
+
+/// Item `i` of the step: sequence by sequence, head by head, query rows by query rows. It has no
+/// tiles where the sequence's chunk is not of the kind's size.
 __device__ inline Piece whole_item(const DeviceStep& step, const LayerKind& kind, int i) {
-  const int per_entry = kind.num_heads * kind.query_tiles;
+  const DecodeSize size(kind.size);
+  const int items_a_head = kind.rule.items_a_head(kind.size);
+  const int per_entry = kind.num_heads * items_a_head;
   const int e = i / per_entry;
-  const int head = i % per_entry / kind.query_tiles;
+  const int head = i % per_entry / items_a_head;
   const ChunkState chunk = step.chunks[e];
   Piece piece;
-  if (chunk.num_tokens != 1) return piece;
+  const int first_row = i % items_a_head * size.rows;
+  if (kind.rule.decode_size(chunk.num_tokens) != kind.size ||
+      first_row >= chunk.num_tokens * kind.rule.group_size) {
+    return piece;
+  }
   const ClassState state = step.classes[e * step.num_classes + kind.class_idx[head]];
-  piece.table = state.table + state.append_entry;
   piece.head_stride = state.head_stride;
   piece.query_row = static_cast<std::int32_t>(chunk.first_row);
   piece.kv_head = kind.kv_head[head];
-  piece.query_tile = static_cast<std::int16_t>(i % kind.query_tiles);
-  for (int r = 0; r < 2; ++r) {
-    piece.slot_begin[r] = state.slot_begin[r];
-    piece.slot_end[r] = state.slot_end[r];
-    piece.num_tiles += tiles_of(state.slot_begin[r], state.slot_end[r]);
+  piece.first_row = static_cast<std::int16_t>(first_row);
+  piece.num_tokens = static_cast<std::int16_t>(chunk.num_tokens);
+  piece.own_slot = static_cast<std::int32_t>(append_map(state).slot(Pos{chunk.length}).value);
+  piece.ring_begin = state.sink_slots;
+  piece.ring_end = state.turn > 0 ? state.sink_slots + state.turn : 0x7FFFFFFF;
+  if (chunk.num_tokens == 1) {
+    piece.recent = 0x7FFFFFFF;  // it sees all that its runs have
+    piece.table = state.table + state.append_entry;
+    for (int r = 0; r < 2; ++r) {
+      piece.slot_begin[r] = state.slot_begin[r];
+      piece.slot_end[r] = state.slot_end[r];
+    }
+  } else {
+    piece.table = state.table + state.read_entry;
+    piece.own_rows = piece.num_tokens;
+    set_past(state, chunk, piece);
   }
-  piece.new_slot = static_cast<std::int32_t>(append_map(state).slot(Pos{chunk.length}).value);
+  for (int r = 0; r < 3; ++r) {
+    piece.num_tiles += tiles_of(piece.slot_begin[r], piece.slot_end[r], size.tile_rows());
+  }
+  piece.num_tiles += tiles_of(0, piece.own_rows, size.tile_rows());
   return piece;
 }
 
@@ -182,42 +239,43 @@ struct CutMemory {
         places(most_items > 0 ? item_begin + most_items + 1 : work.places) {}
 };
 
-/// A block's pieces, dealt to its warps; one thread.
+/// A block's pieces, dealt to its workers; one thread.
 class BlockDeal {
  public:
-  /// @param places  [num_pieces] in line order; the warp of a narrow piece, then its place.
+  /// @param places  [num_pieces] in line order; the worker of a narrow piece, then its place.
   __device__ BlockDeal(int num_workers, int* places, int num_pieces)
       : num_workers_(num_workers), places_(places), num_pieces_(num_pieces) {}
 
   /// @param num_tiles  of the i-th piece
-  /// @param is_narrow  whether one warp may do it
+  /// @param is_narrow  whether one worker may do it
   template <class NumTiles, class IsNarrow>
   __device__ void deal(NumTiles num_tiles, IsNarrow is_narrow) {
     for (int i = 0; i < num_pieces_; ++i) {
-      int warp = kWide;
+      int worker = kWide;
       if (is_narrow(i)) {
-        warp = 0;
+        worker = 0;
         for (int w = 1; w < num_workers_; ++w) {
-          if (load_[w] < load_[warp]) warp = w;
+          if (load_[w] < load_[worker]) worker = w;
         }
-        load_[warp] += num_tiles(i) + kItemOverhead;
+        load_[worker] += num_tiles(i) + kItemOverhead;
       } else {
         wide_tiles_ += num_tiles(i);
       }
-      places_[i] = warp;
+      places_[i] = worker;
     }
-    // No warp may have more than its share: the wide tiles must fill all others' time.
+    // No worker may have more than its share: the wide tiles must fill all others' time.
     for (int i = num_pieces_ - 1; room_beside_narrow() > wide_tiles_; --i) {
-      const int warp = places_[i];
-      if (warp == kWide) continue;
-      load_[warp] -= num_tiles(i) + kItemOverhead;
+      const int worker = places_[i];
+      if (worker == kWide) continue;
+      load_[worker] -= num_tiles(i) + kItemOverhead;
       wide_tiles_ += num_tiles(i);
       places_[i] = kWide;
     }
   }
 
-  /// Lays the pieces out from `first_piece` on, the narrow ones warp by warp, then the wide ones.
-  __device__ void lay_out(int first_piece, WarpWork* warps) {
+  /// Lays the pieces out from `first_piece` on, the narrow ones worker by worker, then the wide
+  /// ones.
+  __device__ void lay_out(int first_piece, WorkerWork* workers) {
     int next[kMostWorkers + 1] = {};  // the last one: wide
     for (int i = 0; i < num_pieces_; ++i) ++next[index_of(places_[i])];
     int place = first_piece;
@@ -226,8 +284,8 @@ class BlockDeal {
       const int count = next[index];
       next[index] = place;
       if (w < num_workers_) {
-        warps[w].first_narrow = place;
-        warps[w].num_narrow = count;
+        workers[w].first_narrow = place;
+        workers[w].num_narrow = count;
       }
       place += count;
     }
@@ -238,23 +296,23 @@ class BlockDeal {
     int rounds = 0;
     for (int w = 0; w < num_workers_; ++w) rounds = max(rounds, rounds_of(w));
     for (int w = 0; w < num_workers_; ++w) {
-      warps[w].first_wide = next[kMostWorkers];
-      warps[w].num_wide = place - next[kMostWorkers];
-      warps[w].first_round = rounds - rounds_of(w);
+      workers[w].first_wide = next[kMostWorkers];
+      workers[w].num_wide = place - next[kMostWorkers];
+      workers[w].first_round = rounds - rounds_of(w);
     }
     for (int i = 0; i < num_pieces_; ++i) places_[i] = next[index_of(places_[i])]++;
   }
 
  private:
   static constexpr int kWide = -1;
-  static __device__ int index_of(int warp) { return warp == kWide ? kMostWorkers : warp; }
+  static __device__ int index_of(int worker) { return worker == kWide ? kMostWorkers : worker; }
 
   __device__ int most_load() const {
     int most = 0;
     for (int w = 0; w < num_workers_; ++w) most = max(most, load_[w]);
     return most;
   }
-  /// Tiles that the other warps have time for while the busiest one does its narrow pieces.
+  /// Tiles that the other workers have time for while the busiest one does its narrow pieces.
   __device__ int room_beside_narrow() const {
     const int most = most_load();
     int room = 0;
@@ -265,13 +323,13 @@ class BlockDeal {
   int num_workers_;
   int* places_;
   int num_pieces_;
-  int load_[kMostWorkers] = {};  // narrow tiles of each warp, and overhead
+  int load_[kMostWorkers] = {};  // narrow tiles of each worker, and overhead
   int wide_tiles_ = 0;
 };
 
 }  // namespace detail
 
-/// One block a kind of layer. Costs tens of microseconds once a step, nothing a layer.
+/// One block a kind of layer and size. Costs tens of microseconds once a step, nothing a layer.
 /// @param kinds, work  [gridDim.x]
 /// @param most_items  room for so many items' places in shared memory; 0: they lie in `work`.
 /// Dynamic shared memory: cut_decode_bytes().
@@ -287,7 +345,8 @@ __global__ void __launch_bounds__(detail::kCutThreads)
   const DecodeWork lists = work[blockIdx.x];
   const detail::CutMemory memory(shared, lists, grid, most_items);
   const int thread = static_cast<int>(threadIdx.x);
-  const int num_items = step.header->num_chunks * kind.num_heads * kind.query_tiles;
+  const int num_items =
+      step.header->num_chunks * kind.num_heads * kind.rule.items_a_head(kind.size);
   const int per_thread = (num_items + detail::kCutThreads - 1) / detail::kCutThreads;
   const int begin = min(num_items, thread * per_thread);
   const int end = min(num_items, begin + per_thread);
@@ -317,8 +376,8 @@ __global__ void __launch_bounds__(detail::kCutThreads)
   __syncthreads();
 
   // Equal intervals; a cut close to an item's end moves there, which saves a merge: a microsecond
-  // or two. Every block waits for the one with the longest interval: a cut moves by one tile a warp
-  // at most.
+  // or two. Every block waits for the one with the longest interval: a cut moves by one tile a
+  // worker at most.
   const auto begin_of = [&](int k) { return memory.item_begin[k]; };
   const auto tiles_of_item = [&](int k) { return begin_of(k + 1) - begin_of(k) - kItemOverhead; };
   const auto item_at_cut = [&](int cut) {
@@ -337,7 +396,7 @@ __global__ void __launch_bounds__(detail::kCutThreads)
   }
   __syncthreads();
 
-  // Every block's pieces, dealt to its warps.
+  // Every block's pieces, dealt to its workers.
   const bool has_block = thread < grid.num_blocks;
   const int cut_begin = has_block ? memory.cut[thread] : 0;
   const int cut_end = has_block ? memory.cut[thread + 1] : 0;
@@ -363,12 +422,12 @@ __global__ void __launch_bounds__(detail::kCutThreads)
       return piece_end(first_item + i, cut_end) - piece_begin(first_item + i, cut_begin);
     };
     detail::BlockDeal deal(grid.workers_per_block, memory.places + piece_scan.before, num_pieces);
-    // Half of a warp's share: what is left over when all are dealt stays small beside the share.
-    const int most_narrow = line_total / grid.num_workers() / 2;
+    // A worker's share: what wide tiles cannot level out becomes wide, too, see deal().
+    const int most_narrow = line_total / grid.num_workers();
     deal.deal(num_tiles, [&](int i) {
       return num_tiles(i) == tiles_of_item(first_item + i) && num_tiles(i) <= most_narrow;
     });
-    deal.lay_out(piece_scan.before, lists.warps + thread * grid.workers_per_block);
+    deal.lay_out(piece_scan.before, lists.workers + thread * grid.workers_per_block);
   }
   __syncthreads();
 

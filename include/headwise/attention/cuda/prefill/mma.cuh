@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kDim <= 128 ? 2 : 1)
   if (warp == 0) {
     const int tile_tokens = kRows / group.size;
     // The last tokens see most: they start first.
-    const ChunkTile chunk =
-        find_chunk(args.step, static_cast<int>(gridDim.x - 1 - blockIdx.x), tile_tokens);
+    const ChunkTile chunk = find_chunk(args.step, static_cast<int>(gridDim.x - 1 - blockIdx.x),
+                                       tile_tokens, args.group_size);
     if (threadIdx.x == 0) {
       tile.num_tokens = 0;
       tile.piece.chunk = -1;  // nothing has been described yet

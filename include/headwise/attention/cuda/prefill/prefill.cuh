@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "headwise/attention/cuda/chunk_rule.cuh"
 #include "headwise/attention/cuda/head_dims.cuh"
 #include "headwise/attention/cuda/prefill/mma.cuh"
 #include "headwise/attention/cuda/prefill/tile.cuh"
@@ -32,10 +33,10 @@ struct PrefillKernel {
   std::size_t smem_bytes = 0;  ///< of a block
   bool draws_tiles = false;    ///< blocks stay and draw tiles; else one block a tile and head
 
-  /// Tiles of a chunk; single tokens are decode's.
+  /// Tiles of a chunk, if it is not decode's.
   std::int64_t num_tiles(std::int64_t num_tokens, int group_size) const {
     const std::int64_t tokens = tile_rows / group_size;
-    return num_tokens > 1 ? (num_tokens + tokens - 1) / tokens : 0;
+    return is_prefilled(num_tokens, group_size) ? (num_tokens + tokens - 1) / tokens : 0;
   }
 };
 

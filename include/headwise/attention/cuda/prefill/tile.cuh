@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "headwise/attention/cuda/chunk_rule.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
@@ -141,13 +142,14 @@ struct ChunkTile {
   int index = 0;
   int num_tiles = 0;  // of the chunk
 };
-__device__ inline ChunkTile find_chunk(const DeviceStep& step, int index, int tile_tokens) {
+__device__ inline ChunkTile find_chunk(const DeviceStep& step, int index, int tile_tokens,
+                                       int group_size) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int base = 0; base < step.max_sequences; base += 32) {
     const int e = base + lane;
     // Read before num_chunks is known: one latency less.
     const int tokens = e < step.max_sequences ? static_cast<int>(step.chunks[e].num_tokens) : 0;
-    const bool counts = e < step.header->num_chunks && tokens > 1;
+    const bool counts = e < step.header->num_chunks && is_prefilled(tokens, group_size);
     int tiles = counts ? (tokens + tile_tokens - 1) / tile_tokens : 0;
     const int own = tiles;
     for (int d = 1; d < 32; d *= 2) {

@@ -146,7 +146,7 @@ class TileDraw {
     head_ = static_cast<int>(number / num_tiles_);
     index_ = static_cast<int>(num_tiles_ - 1 - number % num_tiles_);
     if (index_ >= chunk_begin_ && index_ < chunk_begin_ + chunk_.num_tiles) return;
-    chunk_ = find_chunk(args_.step, index_, kGroupRows / args_.group_size);
+    chunk_ = find_chunk(args_.step, index_, kGroupRows / args_.group_size, args_.group_size);
     chunk_begin_ = index_ - chunk_.index;
     is_found_ = chunk_.chunk >= 0;
   }

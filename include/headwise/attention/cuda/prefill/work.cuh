@@ -19,6 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "headwise/attention/cuda/chunk_rule.cuh"
 #include "headwise/attention/cuda/prefill/tile.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
@@ -28,7 +29,8 @@ namespace headwise::inline v0::cuda {
 /// Layers whose heads keep alike and whose tiles have as many tokens share one cut.
 struct PrefillKind {
   std::int32_t num_heads = 0;              ///< KV heads
-  std::int32_t tile_tokens = 0;            ///< of a tile
+  std::int32_t tile_tokens = 0;            ///< of a tile; 0: nothing is cut
+  std::int32_t group_size = 1;             ///< query heads per KV head
   std::int16_t class_idx[kMaxHeads] = {};  ///< [num_heads] in DeviceStep::classes
 };
 
@@ -81,7 +83,7 @@ inline constexpr std::size_t cut_prefill_bytes(const PrefillCut& cut) {
 
 /// Lists the tiles of the step's chunks, for one head; one warp.
 /// @return how many, or -1 for more than `most`.
-__device__ inline int list_tiles(const DeviceStep& step, int tile_tokens, int most,
+__device__ inline int list_tiles(const DeviceStep& step, int tile_tokens, int group_size, int most,
                                  CutTile* tiles) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   int count = 0;
@@ -89,7 +91,7 @@ __device__ inline int list_tiles(const DeviceStep& step, int tile_tokens, int mo
     const int e = base + lane;
     const int tokens =
         e < step.header->num_chunks ? static_cast<int>(step.chunks[e].num_tokens) : 0;
-    const int own = tokens > 1 ? (tokens + tile_tokens - 1) / tile_tokens : 0;
+    const int own = is_prefilled(tokens, group_size) ? (tokens + tile_tokens - 1) / tile_tokens : 0;
     int behind = own;
     for (int d = 1; d < 32; d *= 2) {
       const int below = __shfl_up_sync(kWholeWarp, behind, static_cast<unsigned>(d));
@@ -236,9 +238,9 @@ __global__ void __launch_bounds__(detail::kCutPrefillThreads)
   const PrefillWork work = all_work[blockIdx.x];
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < 32) {
-    const int listed = kind.tile_tokens > 0
-                           ? list_tiles(step, kind.tile_tokens, most / kind.num_heads, tiles)
-                           : -1;
+    const int listed = kind.tile_tokens > 0 ? list_tiles(step, kind.tile_tokens, kind.group_size,
+                                                         most / kind.num_heads, tiles)
+                                            : -1;
     if (thread == 0) num_listed = listed;
   }
   __syncthreads();

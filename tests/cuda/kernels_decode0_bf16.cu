@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT
+#include "cuda/kernels.cuh"
+
+namespace headwise::inline v0::cuda {
+
+HEADWISE_DECODE_KERNELS(0, bf16);
+
+}  // namespace headwise::inline v0::cuda
