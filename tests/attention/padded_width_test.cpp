@@ -14,7 +14,7 @@ namespace headwise {
 namespace {
 
 constexpr int kHeads = 2;
-constexpr int kGroup = 2;
+constexpr int kPaddedGroup = 2;
 
 /// Token `t`'s row of a head, of the model's own width.
 std::vector<float> row_of(std::int64_t t, int head, int what, int dim) {
@@ -65,31 +65,32 @@ std::vector<double> attention_in_double(std::int64_t query, int head, int kv_hea
 void padding_equals_the_models_own_width(int dim) {
   const int padded = (dim + 15) / 16 * 16;
   const float scale = 1.0F / std::sqrt(static_cast<float>(dim));
-  const ModelShape shape({{kHeads, kGroup, padded, padded, scale}});
+  const ModelShape shape({{kHeads, kPaddedGroup, padded, padded, scale}});
   HeadPlan plan(shape);
   const Window window{3, 20};
   plan.set(0, 1, KeepWindow{window});
   SingleSequence<f32> sequence(shape, plan, {.max_context = 200});
   for (const std::int64_t tokens : {70, 1, 3, 1}) {
     const std::int64_t first = sequence.length();
-    const auto q = padded_rows(first, tokens, kHeads * kGroup, 1, dim, padded);
+    const auto q = padded_rows(first, tokens, kHeads * kPaddedGroup, 1, dim, padded);
     const auto k = padded_rows(first, tokens, kHeads, 2, dim, padded);
     const auto v = padded_rows(first, tokens, kHeads, 3, dim, padded);
     std::vector<float> out(q.size(), 7.0F);
     ASSERT_EQ(sequence.begin(tokens), StepStatus::kOk);
-    ASSERT_EQ(sequence.attend(0, TensorView<const float>::nhd(q.data(), kHeads * kGroup, padded),
-                              TensorView<const float>::nhd(k.data(), kHeads, padded),
-                              TensorView<const float>::nhd(v.data(), kHeads, padded),
-                              TensorView<float>::nhd(out.data(), kHeads * kGroup, padded)),
-              StepStatus::kOk);
+    ASSERT_EQ(
+        sequence.attend(0, TensorView<const float>::nhd(q.data(), kHeads * kPaddedGroup, padded),
+                        TensorView<const float>::nhd(k.data(), kHeads, padded),
+                        TensorView<const float>::nhd(v.data(), kHeads, padded),
+                        TensorView<float>::nhd(out.data(), kHeads * kPaddedGroup, padded)),
+        StepStatus::kOk);
     ASSERT_EQ(sequence.commit(), StepStatus::kOk);
 
-    for (int head = 0; head < kHeads * kGroup; ++head) {
+    for (int head = 0; head < kHeads * kPaddedGroup; ++head) {
       for (std::int64_t i = 0; i < tokens; ++i) {
-        const int kv_head = head / kGroup;
+        const int kv_head = head / kPaddedGroup;
         const std::vector<double> exact =
             attention_in_double(first + i, head, kv_head, dim, kv_head == 1 ? window : Window{});
-        const float* got = out.data() + (i * kHeads * kGroup + head) * padded;
+        const float* got = out.data() + (i * kHeads * kPaddedGroup + head) * padded;
         for (int d = 0; d < padded; ++d) {
           const double want = d < dim ? exact[static_cast<std::size_t>(d)] : 0.0;
           ASSERT_NEAR(static_cast<double>(got[d]), want, 5e-6)

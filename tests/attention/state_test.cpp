@@ -16,11 +16,11 @@
 namespace headwise::test {
 namespace {
 
-constexpr int kDim = 16;
+constexpr int kStateDim = 16;
 
 /// A state with memory of its own.
 struct Owned {
-  std::array<float, kDim> out{};
+  std::array<float, kStateDim> out{};
   SoftmaxState state{kNoScore, 0.0F, nullptr};
   SoftmaxState& get() {
     state.out = out.data();
@@ -57,10 +57,10 @@ TYPED_TEST(SoftmaxStateMerge, IsOrderFree) {
     Owned left, right;  // grouped as well as ordered
     for (std::size_t i = 0; i < rows.size(); ++i) {
       Owned row = one_row(rows[i].first, rows[i].second);
-      merge<TypeParam>((i % 3 == 0 ? left : right).get(), row.get(), kDim);
+      merge<TypeParam>((i % 3 == 0 ? left : right).get(), row.get(), kStateDim);
     }
-    merge<TypeParam>(left.get(), right.get(), kDim);
-    write_output<TypeParam>(left.get(), left.out.data(), kDim);
+    merge<TypeParam>(left.get(), right.get(), kStateDim);
+    write_output<TypeParam>(left.get(), left.out.data(), kStateDim);
     for (const float x : left.out) EXPECT_NEAR(static_cast<double>(x), weighted / sum, 1e-5);
     EXPECT_NEAR(static_cast<double>(left.state.lse()), std::log(sum), 1e-5);
   }
@@ -70,7 +70,7 @@ TYPED_TEST(SoftmaxStateMerge, LeavesAStateAloneWhenNothingIsAdded) {
   Owned row = one_row(-3.0F, 2.5F);
   Owned nothing;
   nothing.out.fill(std::numeric_limits<float>::quiet_NaN());  // never read
-  merge<TypeParam>(row.get(), nothing.get(), kDim);
+  merge<TypeParam>(row.get(), nothing.get(), kStateDim);
   EXPECT_EQ(row.state.max, -3.0F);
   EXPECT_EQ(row.state.sum, 1.0F);
   EXPECT_EQ(row.out[7], 2.5F);
@@ -78,18 +78,18 @@ TYPED_TEST(SoftmaxStateMerge, LeavesAStateAloneWhenNothingIsAdded) {
 
 TYPED_TEST(SoftmaxStateMerge, OfNothingIntoNothingIsEmpty) {
   Owned a, b;
-  merge<TypeParam>(a.get(), b.get(), kDim);
+  merge<TypeParam>(a.get(), b.get(), kStateDim);
   EXPECT_TRUE(a.state.empty());
   EXPECT_EQ(a.state.lse(), -std::numeric_limits<float>::infinity());
-  write_output<TypeParam>(a.get(), a.out.data(), kDim);
+  write_output<TypeParam>(a.get(), a.out.data(), kStateDim);
   EXPECT_EQ(a.out[0], 0.0F);
 }
 
 TYPED_TEST(SoftmaxStateMerge, SurvivesScoresAtBothEndsOfTheRange) {
   Owned low = one_row(-1e30F, 1.0F);
   Owned high = one_row(1e30F, 2.0F);
-  merge<TypeParam>(low.get(), high.get(), kDim);
-  write_output<TypeParam>(low.get(), low.out.data(), kDim);
+  merge<TypeParam>(low.get(), high.get(), kStateDim);
+  write_output<TypeParam>(low.get(), low.out.data(), kStateDim);
   EXPECT_EQ(low.out[0], 2.0F);
 }
 
@@ -97,7 +97,7 @@ TYPED_TEST(SoftmaxStateMerge, OfOutputsAsLargeAsFloatsGetDoesNotOverflow) {
   Owned all = one_row(0.0F, 3e38F);
   for (int i = 0; i < 100; ++i) {
     Owned row = one_row(0.0F, 3e38F);
-    merge<TypeParam>(all.get(), row.get(), kDim);
+    merge<TypeParam>(all.get(), row.get(), kStateDim);
   }
   EXPECT_NEAR(static_cast<double>(all.out[3]) * 1e-38, 3.0, 1e-5);
   EXPECT_EQ(all.state.sum, 101.0F);
@@ -108,9 +108,9 @@ TYPED_TEST(SoftmaxStateMerge, KeepsANan) {
   Owned nan = one_row(std::numeric_limits<float>::infinity(), 1.0F);
   nan.state.sum = std::numeric_limits<float>::quiet_NaN();
   Owned into = one_row(1.0F, 2.0F);
-  merge<TypeParam>(into.get(), nan.get(), kDim);
+  merge<TypeParam>(into.get(), nan.get(), kStateDim);
   EXPECT_TRUE(std::isnan(into.out[0]));
-  merge<TypeParam>(nan.get(), row.get(), kDim);
+  merge<TypeParam>(nan.get(), row.get(), kStateDim);
   EXPECT_TRUE(std::isnan(nan.out[0]));
   EXPECT_FALSE(nan.state.empty());
 }

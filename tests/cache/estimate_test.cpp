@@ -35,13 +35,13 @@ class CountingResource : public std::pmr::memory_resource {
 };
 
 /// Half of the heads of two unlike layers stream.
-struct Model {
+struct SizedModel {
   ModelShape shape{{{4, 2, 64, 64}, {2, 4, 128, 96}}};
   HeadPlan plan{shape};
   CacheOptions options{
       .max_sequences = 3, .max_context = 5000, .max_chunk = 512, .max_rollback = 8};
 
-  Model() {
+  SizedModel() {
     for (const int head : {0, 3}) plan.set(0, head, KeepWindow{{4, 60}});
     plan.set(1, 1, KeepWindow{{16, 64}});
   }
@@ -52,7 +52,7 @@ constexpr std::size_t kFirst = std::size_t{64} * (64 + 64) * 2;
 constexpr std::size_t kSecond = std::size_t{64} * (128 + 96) * 2;
 
 TEST(Estimate, EqualsWhatTheAllocatorIsAskedForOnce) {
-  Model model;
+  SizedModel model;
   CountingResource counted;
   model.options.resource = &counted;
   for (const std::size_t max_bytes : {std::size_t{0}, std::size_t{9} << 20}) {
@@ -67,7 +67,7 @@ TEST(Estimate, EqualsWhatTheAllocatorIsAskedForOnce) {
 }
 
 TEST(Estimate, CallersPageMemoryIsNotAskedFor) {
-  Model model;
+  SizedModel model;
   alignas(64) static std::byte memory[4 << 20];
   CountingResource counted;
   model.options.resource = &counted;
@@ -80,7 +80,7 @@ TEST(Estimate, CallersPageMemoryIsNotAskedFor) {
 }
 
 TEST(Estimate, ResidentBytesAreTheClosedForm) {
-  const Model model;
+  const SizedModel model;
   const Estimate e = estimate<f16>(model.shape, model.plan, model.options);
   // ceil(5000 / 64) = 79 pages for each of 3 retrieval heads, 2 of them in the first layer; rings
   // of round_up(4 + 60 + 8) = 2 and round_up(16 + 64 + 8) = 2 pages.
@@ -95,7 +95,7 @@ TEST(Estimate, ResidentBytesAreTheClosedForm) {
 }
 
 TEST(Estimate, BytesOfASequenceFollowItsLength) {
-  const Model model;
+  const SizedModel model;
   const auto bytes = [&](std::int64_t length) {
     return sequence_bytes<f16>(model.shape, model.plan, model.options, length);
   };
@@ -109,7 +109,7 @@ TEST(Estimate, BytesOfASequenceFollowItsLength) {
 }
 
 TEST(Estimate, BytesOfHeadsAreThoseOfTheSequenceAndShardEvenly) {
-  const Model model;
+  const SizedModel model;
   const auto bytes = head_bytes<f16>(model.shape, model.plan, model.options, 5000);
   const auto first = static_cast<std::int64_t>(kFirst);
   const auto second = static_cast<std::int64_t>(kSecond);
@@ -128,14 +128,14 @@ TEST(Estimate, BytesOfHeadsAreThoseOfTheSequenceAndShardEvenly) {
 }
 
 TEST(Estimate, SaysNoGainWhereWindowsAreNoSmallerThanTheContext) {
-  Model model;
+  SizedModel model;
   model.options.max_context = 128;
   const Estimate e = estimate<f16>(model.shape, model.plan, model.options);
   EXPECT_FALSE(e.gains());
 }
 
 TEST(Estimate, InversesAreTheLargestThatFit) {
-  Model model;
+  SizedModel model;
   constexpr std::size_t kBytes = std::size_t{64} << 20;
   const auto beside = [](const CacheOptions& options) {  // some engine's own, 8 bytes a token
     return static_cast<std::size_t>(options.max_context * options.max_sequences) * 8;
@@ -168,7 +168,7 @@ TEST(Estimate, InversesAreTheLargestThatFit) {
 }
 
 TEST(Estimate, StreamingHeadsLengthenTheContextThatFits) {
-  const Model model;
+  const SizedModel model;
   const HeadPlan dense(model.shape);
   constexpr std::size_t kBytes = std::size_t{256} << 20;
   EXPECT_GT(longest_context<f16>(model.shape, model.plan, model.options, kBytes),
@@ -196,7 +196,7 @@ TEST(Estimate, AnEngineOfOneTokenStepsPaysForNoSecondRing) {
 }
 
 TEST(Estimate, InversesHoldForEveryOptionAndFormat) {
-  const Model model;
+  const SizedModel model;
   const auto holds = [&]<class Rows>(const CacheOptions& given) {
     constexpr std::size_t kBytes = std::size_t{16} << 20;
     CacheOptions options = given;
@@ -233,7 +233,7 @@ TEST(Estimate, InversesHoldForEveryOptionAndFormat) {
 }
 
 TEST(Estimate, BytesByContextAreWhatASequenceHolds) {
-  const Model model;
+  const SizedModel model;
   const std::vector<std::int64_t> contexts{5000, 0, 1, 64, 65, 128, 129, 600, 640, 641};
   const auto rows = bytes_by_context<f16>(model.shape, model.plan, model.options, contexts);
   ASSERT_EQ(rows.size(), contexts.size());
@@ -259,7 +259,7 @@ TEST(Estimate, BytesByContextAreWhatASequenceHolds) {
 }
 
 TEST(Estimate, BytesByContextAreThoseThatACacheTakes) {
-  const Model model;
+  const SizedModel model;
   KvCache<f16> cache(model.shape, model.plan, model.options);
   const SequenceId id = *cache.add_sequence();
   const std::size_t all = cache.free_bytes();
@@ -277,7 +277,7 @@ TEST(Estimate, BytesByContextAreThoseThatACacheTakes) {
 }
 
 TEST(Estimate, ShortChunksNeedNoSecondRings) {
-  Model model;
+  SizedModel model;
   model.options.max_chunk = 1;
   EXPECT_EQ(estimate<f16>(model.shape, model.plan, model.options).transient_bytes, 0U);
 }
@@ -330,7 +330,7 @@ TEST(Estimate, RollbackBeyondTheContextCostsNoMoreThanTheContext) {
 }
 
 TEST(Estimate, RefusesWhatMakesNoSense) {
-  Model model;
+  SizedModel model;
   model.options.max_chunk = -1;
   EXPECT_THROW((void)estimate<f16>(model.shape, model.plan, model.options), ConfigError);
   model.options.max_chunk = 0;

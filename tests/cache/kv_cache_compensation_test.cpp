@@ -73,8 +73,8 @@ class CompensationOf : public ::testing::Test {
   SequenceId sequence_;
   Step step_;
 };
-using Formats = ::testing::Types<TiledRows<f32>, PlainRows<bf16>, Int8Rows>;
-TYPED_TEST_SUITE(CompensationOf, Formats, test::FormatNames);
+using CompensatedFormats = ::testing::Types<TiledRows<f32>, PlainRows<bf16>, Int8Rows>;
+TYPED_TEST_SUITE(CompensationOf, CompensatedFormats, test::FormatNames);
 
 TYPED_TEST(CompensationOf, AMillionEqualRowsIsThatRow) {
   this->expect_means([](std::int64_t, int) { return 0.1F; },

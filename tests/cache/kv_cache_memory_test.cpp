@@ -24,7 +24,7 @@ using test::ModelledCache;
 using test::new_tokens;
 using Model = ModelledCache<f16>;
 
-std::int64_t pages_for(std::int64_t rows, std::int64_t page_tokens) {
+std::int64_t pages_held_for(std::int64_t rows, std::int64_t page_tokens) {
   return (rows + page_tokens - 1) / page_tokens;
 }
 
@@ -41,27 +41,27 @@ Held closed_form(const HeadPlan& plan, const CacheOptions& options, std::int64_t
   const ModelShape& shape = test::mixed_shape();
   for (int l = 0; l < shape.num_layers(); ++l) {
     for (int h = 0; h < shape.layer(l).num_kv_heads; ++h) {
-      std::int64_t pages = pages_for(length, size);
+      std::int64_t pages = pages_held_for(length, size);
       const HeadBudget& budget = plan.budget(l, h);
       if (const auto* keep = std::get_if<KeepWindow>(&budget)) {
         const std::int64_t rows = keep->window.sink +
                                   std::max(keep->window.recent, keep->prompt_recent) +
                                   options.max_rollback;
-        pages = std::min(pages, pages_for(rows, size));
+        pages = std::min(pages, pages_held_for(rows, size));
       } else if (const auto* late = std::get_if<KeepWindowFrom>(&budget)) {
         const std::int64_t lowest = std::max<std::int64_t>(0, high_water - options.max_rollback);
         const KeepWindow& window = late->keep;
         const std::int64_t recent = std::max(window.window.recent, window.prompt_recent);
         const std::int64_t gone =
             lowest < late->from ? 0 : std::max<std::int64_t>(0, lowest - recent + 1) / size;
-        pages -= std::max<std::int64_t>(0, gone - pages_for(window.window.sink, size));
+        pages -= std::max<std::int64_t>(0, gone - pages_held_for(window.window.sink, size));
       } else if (const auto* growing = std::get_if<KeepGrowingWindow>(&budget)) {
         const std::int64_t lowest = std::max<std::int64_t>(0, high_water - options.max_rollback);
         const std::int64_t gone =
             std::max<std::int64_t>(
                 0, lowest - std::max(growing->min_recent, lowest / growing->divisor)) /
             size;
-        pages -= std::max<std::int64_t>(0, gone - pages_for(growing->sink, size));
+        pages -= std::max<std::int64_t>(0, gone - pages_held_for(growing->sink, size));
       }
       held.pages += pages;
       held.bytes +=
@@ -140,7 +140,7 @@ TEST(KvCache, AMillionTokensChangeOnlyTheRetrievalHeadsShare) {
   while (cache.length(id) < 1'000'000 && !HasFatalFailure()) {
     for (int i = 0; i < 3; ++i) add(1);
     add(std::min<std::int64_t>(4096, 1'000'500 - cache.length(id)));
-    ASSERT_EQ(in_use(), pages_for(cache.length(id), 64) + 2);
+    ASSERT_EQ(in_use(), pages_held_for(cache.length(id), 64) + 2);
   }
   EXPECT_GT(in_use(), 15'600);
   // The same plan without a retrieval head holds next to nothing.

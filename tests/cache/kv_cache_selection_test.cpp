@@ -29,7 +29,7 @@ using test::Token;
 using Model = ModelledCache<f16>;
 using Kind = SelectionFault::Kind;
 
-constexpr std::int64_t kPage = 16;
+constexpr std::int64_t kSelectionPage = 16;
 
 /// Heads of mixed_plan that are selected from, counted layer by layer.
 constexpr std::array<int, 2> kSelected{4, 9};
@@ -41,7 +41,9 @@ auto at_random(std::mt19937& random) {
   };
 }
 
-std::int64_t ceil_pages(std::int64_t tokens) { return (tokens + kPage - 1) / kPage; }
+std::int64_t ceil_pages(std::int64_t tokens) {
+  return (tokens + kSelectionPage - 1) / kSelectionPage;
+}
 
 // What is kept -----------------------------------------------------------------------------------
 
@@ -55,7 +57,7 @@ TYPED_TEST(SelectionOfFormat, KeepsNamedRowsBitForBitAtEveryBoundaryLength) {
   options.max_context = 700;
   ModelledCache<TypeParam> model(test::mixed_shape(), test::mixed_plan(PrefillMode::kWindowed),
                                  options);
-  for (const std::int64_t length : test::boundary_lengths(4, 29, 48, kPage)) {
+  for (const std::int64_t length : test::boundary_lengths(4, 29, 48, kSelectionPage)) {
     const SequenceId id = model.add();
     model.add_tokens(id, new_tokens(length), Phase::kPrompt);
     for (int round = 0; round < 3; ++round) {
@@ -132,7 +134,7 @@ TEST(KvCacheSelection, HoldsItsClosedFormAndFreesTheRestAtOnce) {
     for (std::int64_t length = n; length < n + 40; ++length) {
       std::int64_t pages = ceil_pages(length);  // the retrieval head
       for (const int h : {0, 1}) {
-        pages += ceil_pages(length) - (n - std::ssize(kept.of_head(h))) / kPage;
+        pages += ceil_pages(length) - (n - std::ssize(kept.of_head(h))) / kSelectionPage;
       }
       ASSERT_EQ(model.cache.pages_in_use(), pages) << n << " to " << length;
       ASSERT_EQ(model.cache.held_bytes(id), static_cast<std::size_t>(pages) * page);

@@ -30,26 +30,26 @@ CacheOptions options_of(std::int64_t context) {
   return options;
 }
 
-CacheGeometry geometry_of(const CacheOptions& options) {
+CacheGeometry placed_geometry(const CacheOptions& options) {
   const ModelShape shape = ModelShape::uniform(1, 2, 2, 16);
   return CacheGeometry(shape, HeadPlan(shape), options, &FormatOf<f16>::page_bytes);
 }
 
 TEST(HostPlace, OwnsAsManyBytesAsThePoolHas) {
-  const CacheGeometry geometry = geometry_of(options_of(100));
+  const CacheGeometry geometry = placed_geometry(options_of(100));
   const HostPlace place(geometry);
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(place.pages()) % kCacheLine, 0U);
   std::fill_n(place.pages(), geometry.pool_bytes(), std::byte{1});  // all of it is writable
 }
 
 TEST(HostPlace, LiesOnHugePagesWhereItIsLargeEnough) {
-  const HostPlace place(geometry_of(options_of(100'000)));
+  const HostPlace place(placed_geometry(options_of(100'000)));
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(place.pages()) % Allocation::kHugePage, 0U);
 }
 
 TEST(HostPlace, TakesTheCallersMemory) {
   CacheOptions options = options_of(100);
-  const std::size_t bytes = geometry_of(options).pool_bytes();
+  const std::size_t bytes = placed_geometry(options).pool_bytes();
   std::vector<std::byte> memory(bytes + 128);
   void* aligned = memory.data();
   std::size_t space = memory.size();
@@ -57,19 +57,19 @@ TEST(HostPlace, TakesTheCallersMemory) {
   auto* first = static_cast<std::byte*>(aligned);
 
   options.page_memory = {first, bytes};
-  EXPECT_EQ(HostPlace(geometry_of(options)).pages(), first);
+  EXPECT_EQ(HostPlace(placed_geometry(options)).pages(), first);
 
   options.page_memory = {first, bytes - 1};
-  EXPECT_THAT([&] { HostPlace{geometry_of(options)}; },
+  EXPECT_THAT([&] { HostPlace{placed_geometry(options)}; },
               ThrowsMessage<ConfigError>(
                   AllOf(HasSubstr(std::to_string(bytes - 1)), HasSubstr(std::to_string(bytes)))));
   options.page_memory = {first + 32, bytes};
-  EXPECT_THAT([&] { HostPlace{geometry_of(options)}; },
+  EXPECT_THAT([&] { HostPlace{placed_geometry(options)}; },
               ThrowsMessage<ConfigError>(HasSubstr("aligned to 64")));
 }
 
 TEST(HostPlace, CopiesWholePagesByTheirNumbers) {
-  const CacheGeometry geometry = geometry_of(options_of(100));
+  const CacheGeometry geometry = placed_geometry(options_of(100));
   const HostPlace place(geometry);
   const std::size_t page = geometry.pool().page_bytes(0);
   std::fill_n(place.pages(), geometry.pool_bytes(), std::byte{0});

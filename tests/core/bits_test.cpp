@@ -10,8 +10,8 @@ namespace headwise {
 namespace {
 
 template <class T>
-class Bits : public testing::Test {};
-using Floats = testing::Types<float, double>;
+class Bits : public ::testing::Test {};
+using Floats = ::testing::Types<float, double>;
 TYPED_TEST_SUITE(Bits, Floats);
 
 TYPED_TEST(Bits, TellNumbersFromWhatIsNone) {

@@ -45,7 +45,7 @@ TEST(Tsv, ReadsQueryHeadTablesAsSuch) {
   EXPECT_EQ(reduce_max(scores, 2), HeadScores::dense(1, 2, std::vector<double>{2, 4}));
 }
 
-struct Hostile {
+struct HostileTable {
   std::string text;
   const char* message;
 };
@@ -55,7 +55,7 @@ TEST(Tsv, RefusesDamagedFilesWithFileLineAndValue) {
   const std::string many_lines = std::string(1 << 20, '\n').append("1");
   const std::string many_tabs = std::string(1 << 20, '\t').append("1");
   const std::string many_digits = std::string(100, '9').append("z");
-  const Hostile cases[] = {
+  const HostileTable cases[] = {
       {"", "f.tsv:1: no values, expected a line for every layer"},
       {" \r\n\n", "f.tsv:1: no values, expected a line for every layer"},
       {"\n1\t2\n", "f.tsv:1: an empty line, expected one for every layer"},
@@ -88,7 +88,7 @@ TEST(Tsv, RefusesDamagedFilesWithFileLineAndValue) {
       {"layer0\n", "f.tsv:1: 'layer0' is not a number"},
       {many_digits, "f.tsv:1: '9999999999999999999999999999999999999999...' is not a number"},
   };
-  for (const Hostile& hostile : cases) {
+  for (const HostileTable& hostile : cases) {
     EXPECT_EQ(message_of<FormatError>([&] { (void)parse_tsv(hostile.text, "f.tsv"); }),
               hostile.message);
   }
@@ -193,7 +193,7 @@ TEST(Tsv, RefusesToWriteUnequalLayers) {
 
 // What was measured on the published files: range and mean of the raw values, then counts of the
 // clipped ones.
-struct Published {
+struct PublishedTable {
   const char* file;
   int num_layers;
   int num_heads;
@@ -205,10 +205,10 @@ struct Published {
   int above_half;
 };
 
-class PublishedTsv : public ::testing::TestWithParam<Published> {};
+class PublishedTsv : public ::testing::TestWithParam<PublishedTable> {};
 
 TEST_P(PublishedTsv, HasTheMeasuredStatistics) {
-  const Published& expected = GetParam();
+  const PublishedTable& expected = GetParam();
   const std::string path = published(expected.file);
   HEADWISE_SKIP_WITHOUT(path);
   const HeadScores scores = load_tsv(path);
@@ -237,19 +237,20 @@ TEST_P(PublishedTsv, IsWrittenBackByteForByte) {
 INSTANTIATE_TEST_SUITE_P(
     Files, PublishedTsv,
     ::testing::Values(
-        Published{"duo_attention/Llama-2-7B-32K-Instruct/full_attention_heads.tsv", 32, 32,
-                  -1.40e-3, 1, .4189, 274, 145, 444},
-        Published{"duo_attention/Llama-3-8B-Instruct-Gradient-1048k/full_attention_heads.tsv", 32,
-                  8, -2.4e-4, 1, .7689, 18, 82, 207},
-        Published{"duo_attention/Meta-Llama-3.1-8B-Instruct/full_attention_heads.tsv", 32, 8, 0, 1,
-                  .8518, 7, 57, 234},
-        Published{"duo_attention/Mistral-7B-Instruct-v0.2/full_attention_heads.tsv", 32, 8, -1.2e-4,
-                  1, .9231, 5, 110, 244},
-        Published{"duo_attention/Qwen-2.5-7B-R1/full_attention_heads.tsv", 28, 4, .4453, 1, .9642,
-                  0, 32, 111},
-        Published{"rlkv/Llama-3.1-8B-R1/adapter_weights.tsv", 32, 8, -4.8e-3, 1, .5822, 18, 7, 166},
-        Published{"rlkv/Qwen-2.5-7B-R1/adapter_weights.tsv", 28, 4, .1152, 1.0078, .7747, 0, 6,
-                  100}),
+        PublishedTable{"duo_attention/Llama-2-7B-32K-Instruct/full_attention_heads.tsv", 32, 32,
+                       -1.40e-3, 1, .4189, 274, 145, 444},
+        PublishedTable{"duo_attention/Llama-3-8B-Instruct-Gradient-1048k/full_attention_heads.tsv",
+                       32, 8, -2.4e-4, 1, .7689, 18, 82, 207},
+        PublishedTable{"duo_attention/Meta-Llama-3.1-8B-Instruct/full_attention_heads.tsv", 32, 8,
+                       0, 1, .8518, 7, 57, 234},
+        PublishedTable{"duo_attention/Mistral-7B-Instruct-v0.2/full_attention_heads.tsv", 32, 8,
+                       -1.2e-4, 1, .9231, 5, 110, 244},
+        PublishedTable{"duo_attention/Qwen-2.5-7B-R1/full_attention_heads.tsv", 28, 4, .4453, 1,
+                       .9642, 0, 32, 111},
+        PublishedTable{"rlkv/Llama-3.1-8B-R1/adapter_weights.tsv", 32, 8, -4.8e-3, 1, .5822, 18, 7,
+                       166},
+        PublishedTable{"rlkv/Qwen-2.5-7B-R1/adapter_weights.tsv", 28, 4, .1152, 1.0078, .7747, 0, 6,
+                       100}),
     [](const auto& test) {
       std::string name = test.param.file;
       name = name.substr(0, name.rfind('/'));

@@ -19,7 +19,7 @@ namespace headwise {
 namespace {
 
 using test::GoldenLayer;
-using test::Kept;
+using test::KeptLists;
 
 TokenScores snap_scores(const snap_kv::Policy& policy) {
   const GoldenLayer layer;
@@ -35,9 +35,10 @@ TEST(AdaKv, SharesSnapKvsScoresAsKvpress) {
   const TokenScores scores = snap_scores(policy);
   const KeepCounts counts = ada_kv::Policy{}.counts(scores, policy.protection(), 16);
   EXPECT_EQ(counts, (KeepCounts{13, 19}));
-  EXPECT_EQ(test::lists_of(select_tokens(scores, policy.protection(), counts)),
-            (Kept{{5, 9, 12, 15, 16, 17, 18, 19, 20, 28, 29, 30, 31},
-                  {7, 8, 10, 11, 13, 14, 15, 16, 17, 18, 20, 21, 22, 23, 24, 28, 29, 30, 31}}));
+  EXPECT_EQ(
+      test::lists_of(select_tokens(scores, policy.protection(), counts)),
+      (KeptLists{{5, 9, 12, 15, 16, 17, 18, 19, 20, 28, 29, 30, 31},
+                 {7, 8, 10, 11, 13, 14, 15, 16, 17, 18, 20, 21, 22, 23, 24, 28, 29, 30, 31}}));
 }
 
 TEST(AdaKv, SharesScoresOfKeysAsKvpress) {
@@ -53,7 +54,7 @@ TEST(AdaKv, SharesScoresOfKeysAsKvpress) {
   const auto expected = test::golden("adakv_keydiff");
   if (!expected.empty()) {
     EXPECT_EQ(test::lists_of(select_tokens(by_direction, {}, KeepCounts{17, 15})),
-              expected.at("kept").get<Kept>());
+              expected.at("kept").get<KeptLists>());
   }
 }
 
@@ -65,7 +66,7 @@ TEST(AdaKv, RoundsAsItsReleasedCode) {
   const auto expected = test::golden("adakv_ffy0_max");
   if (!expected.empty()) {
     EXPECT_EQ(test::lists_of(select_tokens(scores, max_group.protection(), counts)),
-              expected.at("kept").get<Kept>());
+              expected.at("kept").get<KeptLists>());
   }
   const snap_kv::Policy mean_group{.window = 4, .kernel = 5};
   EXPECT_EQ((ada_kv::ReleasedPolicy{.floor = 0.5, .normalize = true})

@@ -32,12 +32,12 @@ TEST(ChunkKv, KeepsTheChunksOfKvpress) {
   KeptPositions kept;
   chunk_kv::select_chunks({.chunk = 5}, by_attention, snap.protection(), 3, kept);
   const List expected{15, 16, 17, 18, 19, 25, 26, 27, 28, 29, 30, 31};
-  EXPECT_EQ(test::lists_of(kept), (test::Kept{expected, expected}));
+  EXPECT_EQ(test::lists_of(kept), (test::KeptLists{expected, expected}));
   kept.clear();
   chunk_kv::select_chunks({.chunk = 5}, by_norm, {}, 3, kept);
   List middle(15);
   std::iota(middle.begin(), middle.end(), 15);
-  EXPECT_EQ(test::lists_of(kept), (test::Kept{middle, middle}));
+  EXPECT_EQ(test::lists_of(kept), (test::KeptLists{middle, middle}));
 }
 
 TEST(ChunkKv, ProtectedChunksStayAndThoseThatAreNotFiniteGoFirst) {

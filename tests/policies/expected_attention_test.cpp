@@ -19,7 +19,7 @@ namespace {
 using expected_attention::Pairs;
 using expected_attention::Policy;
 using test::GoldenLayer;
-using test::Kept;
+using test::KeptLists;
 
 std::vector<QueryMoments> moments_of(const GoldenLayer& layer, int head, std::int64_t sink) {
   std::vector<QueryMoments> moments;
@@ -39,7 +39,7 @@ TokenScores scores_of(const Policy& policy) {
   }
   return scores;
 }
-Kept kept_of(const Policy& policy) {
+KeptLists kept_of(const Policy& policy) {
   const TokenScores scores = scores_of(policy);
   return test::lists_of(select_tokens(scores, policy.protection(), uniform_counts(scores, 16)));
 }
@@ -50,8 +50,9 @@ TEST(ExpectedAttention, ScoresAndKeepsAsKvpress) {
   EXPECT_NEAR(scores.scores(0)[4], 0.167831, 1e-6);
   EXPECT_NEAR(scores.scores(0)[5], 0.101463, 1e-6);
   test::expect_scores("expected_attention", scores, policy.protection());
-  EXPECT_EQ(kept_of(policy), (Kept{{0, 1, 2, 3, 4, 6, 7, 12, 13, 18, 20, 21, 24, 25, 29, 30},
-                                   {0, 1, 2, 3, 9, 10, 11, 13, 16, 17, 19, 21, 25, 26, 27, 30}}));
+  EXPECT_EQ(kept_of(policy),
+            (KeptLists{{0, 1, 2, 3, 4, 6, 7, 12, 13, 18, 20, 21, 24, 25, 29, 30},
+                       {0, 1, 2, 3, 9, 10, 11, 13, 16, 17, 19, 21, 25, 26, 27, 30}}));
 }
 
 TEST(ExpectedAttention, ScoresByTheMeanAloneAsKvpress) {

@@ -15,7 +15,7 @@ namespace headwise {
 namespace {
 
 using test::GoldenLayer;
-using test::Kept;
+using test::KeptLists;
 using List = std::vector<std::int32_t>;
 
 /// One head of a sequence of 24 prompt tokens, cut to heavy 6 and recent 4 after the prompt and
@@ -97,13 +97,13 @@ TokenScores prompt_scores(bool means) {
 TEST(H2o, ScoresAPromptAsKvCacheFactoryAndKvpress) {
   const TokenScores sums = prompt_scores(false);
   EXPECT_EQ(test::lists_of(select_tokens(sums, {0, 4}, uniform_counts(sums, 16))),
-            (Kept{{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 14, 28, 29, 30, 31},
-                  {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 28, 29, 30, 31}}));
+            (KeptLists{{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 14, 28, 29, 30, 31},
+                       {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 28, 29, 30, 31}}));
   const TokenScores means = prompt_scores(true);
   test::expect_scores("observed_attention", means);
   EXPECT_EQ(test::lists_of(select_tokens(means, {}, uniform_counts(means, 16))),
-            (Kept{{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 17, 18},
-                  {0, 1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 14, 21, 22, 30}}));
+            (KeptLists{{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 17, 18},
+                       {0, 1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 14, 21, 22, 30}}));
 }
 
 TEST(H2o, RefusesRowsThatItDoesNotKnow) {

@@ -15,7 +15,7 @@ namespace headwise {
 namespace {
 
 using test::GoldenLayer;
-using test::Kept;
+using test::KeptLists;
 using List = std::vector<std::int32_t>;
 
 TEST(KeyDiff, ScoresAndKeepsAsKvpress) {
@@ -25,15 +25,15 @@ TEST(KeyDiff, ScoresAndKeepsAsKvpress) {
   EXPECT_NEAR(scores.scores(0)[15], -0.09172, 1e-6);
   test::expect_scores("keydiff", scores);
   EXPECT_EQ(test::lists_of(select_tokens(scores, {}, uniform_counts(scores, 16))),
-            (Kept{{1, 2, 6, 9, 13, 14, 15, 16, 18, 19, 20, 23, 24, 25, 28, 31},
-                  {0, 1, 4, 8, 11, 12, 14, 17, 18, 20, 21, 22, 26, 27, 29, 31}}));
+            (KeptLists{{1, 2, 6, 9, 13, 14, 15, 16, 18, 19, 20, 23, 24, 25, 28, 31},
+                       {0, 1, 4, 8, 11, 12, 14, 17, 18, 20, 21, 22, 26, 27, 29, 31}}));
 }
 
 /// The paper's streaming prefill: what is kept so far and the next block, cut again and again.
 TEST(KeyDiff, KeepsOtherTokensBlockByBlock) {
   const GoldenLayer layer;
-  const Kept expected{{2, 8, 9, 10, 14, 15, 16, 18, 19, 20, 21, 23, 25, 28, 30, 31},
-                      {0, 4, 8, 9, 11, 12, 14, 17, 18, 20, 21, 22, 24, 27, 29, 31}};
+  const KeptLists expected{{2, 8, 9, 10, 14, 15, 16, 18, 19, 20, 21, 23, 25, 28, 30, 31},
+                           {0, 4, 8, 9, 11, 12, 14, 17, 18, 20, 21, 22, 24, 27, 29, 31}};
   for (int h = 0; h < 2; ++h) {
     List stored(layer.first(16).begin(), layer.first(16).end());
     for (std::int32_t block = 16; block < 32; block += 8) {

@@ -15,7 +15,7 @@ namespace headwise {
 namespace {
 
 using test::GoldenLayer;
-using test::Kept;
+using test::KeptLists;
 
 TEST(Knorm, ScoresAndKeepsAsKvpress) {
   const GoldenLayer layer;
@@ -24,8 +24,8 @@ TEST(Knorm, ScoresAndKeepsAsKvpress) {
   EXPECT_NEAR(scores.scores(0)[0], -3.336587, 1e-6);
   test::expect_scores("knorm", scores);
   EXPECT_EQ(test::lists_of(select_tokens(scores, {}, uniform_counts(scores, 16))),
-            (Kept{{1, 2, 5, 10, 15, 16, 17, 19, 20, 21, 22, 23, 24, 27, 29, 31},
-                  {2, 3, 4, 5, 6, 7, 12, 15, 17, 18, 19, 21, 23, 25, 28, 31}}));
+            (KeptLists{{1, 2, 5, 10, 15, 16, 17, 19, 20, 21, 22, 23, 24, 27, 29, 31},
+                       {2, 3, 4, 5, 6, 7, 12, 15, 17, 18, 19, 21, 23, 25, 28, 31}}));
 }
 
 /// DMS: a threshold instead of a count, a token judged when it leaves the last 8.

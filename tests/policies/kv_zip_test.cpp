@@ -14,7 +14,7 @@ namespace headwise {
 namespace {
 
 using test::GoldenLayer;
-using test::Kept;
+using test::KeptLists;
 
 /// A context of 24 tokens, 2 of them prefix, repeated by the 26 tokens behind it; two layers.
 TokenScores scores_of(std::int64_t chunk) {
@@ -52,10 +52,10 @@ TEST(KvZip, ScoresAndCutsAllLayersAtOnceAsKvpress) {
   const Protection prefix{2, 0};
   const KeepCounts counts = shared_counts(scores, prefix, 48);
   EXPECT_EQ(test::lists_of(select_tokens(scores, prefix, counts)),
-            (Kept{{0, 1, 3, 6, 7, 10, 13, 14, 16, 17, 18, 19, 21},
-                  {0, 1, 6, 8, 9, 10, 11, 12, 14, 15, 19, 22},
-                  {0, 1, 4, 7, 8, 9, 12, 13, 16, 17, 21},
-                  {0, 1, 3, 8, 11, 12, 15, 17, 18, 21, 22, 23}}));
+            (KeptLists{{0, 1, 3, 6, 7, 10, 13, 14, 16, 17, 18, 19, 21},
+                       {0, 1, 6, 8, 9, 10, 11, 12, 14, 15, 19, 22},
+                       {0, 1, 4, 7, 8, 9, 12, 13, 16, 17, 21},
+                       {0, 1, 3, 8, 11, 12, 15, 17, 18, 21, 22, 23}}));
 }
 
 TEST(KvZip, ChunksHaveMaximaOfTheirOwn) {

@@ -15,7 +15,7 @@ namespace headwise {
 namespace {
 
 using test::GoldenLayer;
-using test::Kept;
+using test::KeptLists;
 
 TokenScores scores_of(const lag_kv::Policy& policy) {
   const GoldenLayer layer;
@@ -30,8 +30,8 @@ TEST(LagKv, RanksAndKeepsAsKvpress) {
   const TokenScores scores = scores_of({.sink = 2, .lag = 6});
   test::expect_scores("lagkv", scores);
   EXPECT_EQ(test::lists_of(select_tokens(scores, {}, uniform_counts(scores, 16))),
-            (Kept{{0, 1, 3, 4, 11, 13, 14, 18, 20, 25, 26, 27, 28, 29, 30, 31},
-                  {0, 1, 3, 7, 9, 10, 16, 17, 21, 25, 26, 27, 28, 29, 30, 31}}));
+            (KeptLists{{0, 1, 3, 4, 11, 13, 14, 18, 20, 25, 26, 27, 28, 29, 30, 31},
+                       {0, 1, 3, 7, 9, 10, 16, 17, 21, 25, 26, 27, 28, 29, 30, 31}}));
 }
 
 TEST(LagKv, ComparesScoresAcrossPartitionsWhereAsked) {

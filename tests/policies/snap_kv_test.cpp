@@ -17,7 +17,7 @@ namespace {
 
 using test::golden_value;
 using test::GoldenLayer;
-using test::Kept;
+using test::KeptLists;
 
 TokenScores scores_of(const snap_kv::Policy& policy, const GoldenLayer& layer) {
   TokenScores scores(layer.n);
@@ -27,7 +27,7 @@ TokenScores scores_of(const snap_kv::Policy& policy, const GoldenLayer& layer) {
   }
   return scores;
 }
-Kept kept_of(const snap_kv::Policy& policy, const TokenScores& scores, std::int64_t count) {
+KeptLists kept_of(const snap_kv::Policy& policy, const TokenScores& scores, std::int64_t count) {
   return test::lists_of(select_tokens(scores, policy.protection(), uniform_counts(scores, count)));
 }
 
@@ -53,8 +53,8 @@ TEST(SnapKv, ScoresAndKeepsAsKvpress) {
   EXPECT_NEAR(scores.scores(1)[15], 0.037825, 1e-6);
   test::expect_scores("snapkv_kvpress", scores, policy.protection());
   EXPECT_EQ(kept_of(policy, scores, 16),
-            (Kept{{2, 3, 5, 6, 9, 12, 15, 16, 17, 18, 19, 20, 28, 29, 30, 31},
-                  {7, 8, 10, 11, 13, 14, 15, 16, 17, 21, 22, 24, 28, 29, 30, 31}}));
+            (KeptLists{{2, 3, 5, 6, 9, 12, 15, 16, 17, 18, 19, 20, 28, 29, 30, 31},
+                       {7, 8, 10, 11, 13, 14, 15, 16, 17, 21, 22, 24, 28, 29, 30, 31}}));
 }
 
 TEST(SnapKv, PoolsMaximaAndReducesGroupsAsKvCacheFactory) {
@@ -62,13 +62,13 @@ TEST(SnapKv, PoolsMaximaAndReducesGroupsAsKvCacheFactory) {
   using snap_kv::Reduce;
   const snap_kv::Policy max7{.window = 4, .kernel = 7, .pool = Pool::kMax};
   EXPECT_EQ(kept_of(max7, scores_of(max7, GoldenLayer()), 11),
-            (Kept{{14, 15, 16, 17, 18, 19, 20, 28, 29, 30, 31},
-                  {19, 20, 21, 22, 23, 24, 25, 28, 29, 30, 31}}));
+            (KeptLists{{14, 15, 16, 17, 18, 19, 20, 28, 29, 30, 31},
+                       {19, 20, 21, 22, 23, 24, 25, 28, 29, 30, 31}}));
   const snap_kv::Policy max_group{.window = 4, .kernel = 5, .reduce = Reduce::kMax};
   const TokenScores scores = scores_of(max_group, GoldenLayer());
   EXPECT_EQ(kept_of(max_group, scores, 17),
-            (Kept{{1, 2, 3, 4, 5, 9, 12, 15, 16, 17, 18, 19, 20, 28, 29, 30, 31},
-                  {5, 6, 7, 8, 9, 10, 11, 14, 15, 21, 22, 23, 24, 28, 29, 30, 31}}));
+            (KeptLists{{1, 2, 3, 4, 5, 9, 12, 15, 16, 17, 18, 19, 20, 28, 29, 30, 31},
+                       {5, 6, 7, 8, 9, 10, 11, 14, 15, 21, 22, 23, 24, 28, 29, 30, 31}}));
 }
 
 TEST(SnapKv, SelectsForOneQueryHeadAsTheOriginal) {
@@ -79,7 +79,7 @@ TEST(SnapKv, SelectsForOneQueryHeadAsTheOriginal) {
   TokenScores scores(layer.n);
   snap_kv::add_head(policy, one, layer.keys(0), layer.positions, scores);
   EXPECT_EQ(kept_of(policy, scores, 16),
-            (Kept{{2, 5, 6, 8, 9, 10, 11, 12, 16, 17, 18, 19, 28, 29, 30, 31}}));
+            (KeptLists{{2, 5, 6, 8, 9, 10, 11, 12, 16, 17, 18, 19, 28, 29, 30, 31}}));
 }
 
 TEST(SnapKv, PoolsAtTheEndsWithZerosOrNothing) {
@@ -108,7 +108,7 @@ TEST(SnapKv, PlateausOfMaximaAreCutByTheUnpooledScores) {
   std::ranges::copy(pooled, out.begin());
   scores.set_tie_scores(raw);
   EXPECT_EQ(test::lists_of(select_tokens(scores, {0, 2}, uniform_counts(scores, 6))),
-            (Kept{{0, 1, 2, 4, 6, 7}}));
+            (KeptLists{{0, 1, 2, 4, 6, 7}}));
 }
 
 TEST(SnapKv, APromptNoLongerThanTheWindowStaysWhole) {
@@ -120,7 +120,7 @@ TEST(SnapKv, APromptNoLongerThanTheWindowStaysWhole) {
       snap_kv::add_head(policy, layer.queries(h, std::max<std::int64_t>(0, n - 4), n),
                         layer.keys(h), layer.positions, scores);
     }
-    const Kept kept = kept_of(policy, scores, n);
+    const KeptLists kept = kept_of(policy, scores, n);
     EXPECT_EQ(kept[0].size(), static_cast<std::size_t>(n));
     EXPECT_EQ(kept[1].size(), static_cast<std::size_t>(n));
   }

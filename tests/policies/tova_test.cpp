@@ -15,7 +15,7 @@ namespace headwise {
 namespace {
 
 using test::GoldenLayer;
-using test::Kept;
+using test::KeptLists;
 
 TEST(Tova, ScoresAndKeepsAsKvpress) {
   const GoldenLayer layer;
@@ -28,7 +28,7 @@ TEST(Tova, ScoresAndKeepsAsKvpress) {
   const std::vector<std::int32_t> expected{1,  5,  9,  12, 14, 15, 16, 17,
                                            18, 19, 20, 21, 22, 28, 30, 31};
   EXPECT_EQ(test::lists_of(select_tokens(scores, policy.protection(), uniform_counts(scores, 16))),
-            (Kept{expected, expected}));
+            (KeptLists{expected, expected}));
 }
 
 /// The released code: after the prompt and after every step, 16 tokens, the newest competing.

@@ -89,10 +89,10 @@ struct GoldenLayer {
   }
 };
 
-using Kept = std::vector<std::vector<std::int32_t>>;
+using KeptLists = std::vector<std::vector<std::int32_t>>;
 
-inline Kept lists_of(const KeptPositions& kept) {
-  Kept lists;
+inline KeptLists lists_of(const KeptPositions& kept) {
+  KeptLists lists;
   for (std::int64_t h = 0; h < kept.num_heads(); ++h) {
     lists.emplace_back(kept.of_head(h).begin(), kept.of_head(h).end());
   }

@@ -89,7 +89,11 @@ TYPED_TEST_SUITE(OwnRowsTest, AllKernels, KernelNames);
 /// and the oracle's answer.
 template <class Isa, class Format, class E>
 void expect_as_floats(double bound) {
+  // Types are read and written row by row: what a long history adds is the scalar kernels' time
+  // under sanitizers.
+  constexpr std::int64_t kMostProducts = 1 << 21;
   for (const AttentionCase& c : attention_cases()) {
+    if (c.queries * c.group_size * c.k_dim * (c.past + c.queries) > kMostProducts) continue;
     PagedHead<Format> head(c);
     auto problem = head.problem();
     Typed<E> q(problem.q, c.queries, c.group_size, c.k_dim);

@@ -19,7 +19,8 @@ using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::ThrowsMessage;
 
-KeepLimits limits_of(std::int64_t context, std::int64_t rollback, std::int64_t page_tokens = 16) {
+KeepLimits growing_limits(std::int64_t context, std::int64_t rollback,
+                          std::int64_t page_tokens = 16) {
   return {.page_tokens = page_tokens,
           .max_context = context,
           .max_rollback = rollback,
@@ -34,7 +35,7 @@ TEST(GrowingWindowRule, FoldsThePublishedNumbersInWholePages) {
     std::int64_t dropped;
   } published[] = {{4000, 0}, {8192, 4188}, {20000, 15996}, {100000, 79996}};
   for (const int page_tokens : {16, 64}) {
-    const auto rule = GrowingWindowRule::make({}, limits_of(131072, 8, page_tokens));
+    const auto rule = GrowingWindowRule::make({}, growing_limits(131072, 8, page_tokens));
     for (const auto& [length, dropped] : published) {
       const std::int64_t folded = rule.folded({}, length).count;
       EXPECT_LE(folded, dropped) << length;
@@ -47,7 +48,7 @@ TEST(GrowingWindowRule, FoldsThePublishedNumbersInWholePages) {
 }
 
 TEST(GrowingWindowRule, FoldsNothingBeforeTheBufferIsFull) {
-  const auto rule = GrowingWindowRule::make({}, limits_of(131072, 0));
+  const auto rule = GrowingWindowRule::make({}, growing_limits(131072, 0));
   for (std::int64_t length = 0; length <= 4004; ++length) {
     ASSERT_EQ(rule.folded({}, length).count, 0) << length;
     ASSERT_EQ(rule.runs({}, length, Phase::kDecode).num_rows(), length);
@@ -58,7 +59,7 @@ TEST(GrowingWindowRule, FoldNeverGoesBackAndStaysWithinAPageOfThePaper) {
   for (const KeepGrowingWindow budget :
        {KeepGrowingWindow{4, 50, 5}, KeepGrowingWindow{0, 16, 2}, KeepGrowingWindow{33, 20, 3},
         KeepGrowingWindow{4, 9, 1}}) {
-    const auto rule = GrowingWindowRule::make(budget, limits_of(4000, 0));
+    const auto rule = GrowingWindowRule::make(budget, growing_limits(4000, 0));
     std::int64_t last = 0;
     for (std::int64_t length = 0; length <= 3000; ++length) {
       const std::int64_t folded = rule.folded({}, length).count;
@@ -139,7 +140,7 @@ TEST(GrowingWindowRule, EveryLengthInReachHasItsCompensationRowOnARandomWalk) {
     for (const KeepGrowingWindow budget :
          {KeepGrowingWindow{4, 40, 3}, KeepGrowingWindow{0, 40, 2}, KeepGrowingWindow{16, 40, 1},
           KeepGrowingWindow{33, 64, 7}}) {
-      FoldedRowsOf rows(GrowingWindowRule::make(budget, limits_of(3000, rollback)));
+      FoldedRowsOf rows(GrowingWindowRule::make(budget, growing_limits(3000, rollback)));
       while (rows.length() < 600 && !HasFatalFailure()) {
         rows.grow_to(rows.length() +
                      static_cast<std::int64_t>(random() % 3 == 0 ? random() % 150 : random() % 4));
@@ -154,7 +155,7 @@ TEST(GrowingWindowRule, EveryLengthInReachHasItsCompensationRowOnARandomWalk) {
 }
 
 TEST(GrowingWindowRule, AStepThatFoldsNothingMakesNoRow) {
-  const auto rule = GrowingWindowRule::make({4, 40, 3}, limits_of(3000, 0));
+  const auto rule = GrowingWindowRule::make({4, 40, 3}, growing_limits(3000, 0));
   int moves = 0;
   for (std::int64_t length = 0; length < 45; ++length) {
     rule.for_each_fold({}, {length, length, length + 1}, [&](const FoldMove&) { ++moves; });
@@ -164,7 +165,7 @@ TEST(GrowingWindowRule, AStepThatFoldsNothingMakesNoRow) {
 
 TEST(GrowingWindowRule, SharesNoPageThatAnAppendOrARollbackReaches) {
   for (const std::int64_t rollback : {0, 1, 15, 16, 17, 40}) {
-    const auto rule = GrowingWindowRule::make({4, 40, 3}, limits_of(3000, rollback));
+    const auto rule = GrowingWindowRule::make({4, 40, 3}, growing_limits(3000, rollback));
     for (std::int64_t high_water = 0; high_water < 500; ++high_water) {
       const std::int64_t lowest = std::max<std::int64_t>(0, high_water - rollback);
       EXPECT_LE(rule.frozen({}, high_water) * 16, lowest);
@@ -176,14 +177,14 @@ TEST(GrowingWindowRule, SharesNoPageThatAnAppendOrARollbackReaches) {
 TEST(GrowingWindowRule, RefusesRollbackBehindItsBuffer) {
   EXPECT_THAT(
       [] {
-        GrowingWindowRule::make({4, 40, 5}, limits_of(3000, 41));
+        GrowingWindowRule::make({4, 40, 5}, growing_limits(3000, 41));
       },
       ThrowsMessage<ConfigError>(AllOf(HasSubstr("40"), HasSubstr("41"))));
-  EXPECT_NO_THROW(GrowingWindowRule::make({4, 40, 5}, limits_of(3000, 40)));
+  EXPECT_NO_THROW(GrowingWindowRule::make({4, 40, 5}, growing_limits(3000, 40)));
 }
 
 TEST(GrowingWindowRule, PrefillsChunkCausalOnly) {
-  KeepLimits limits = limits_of(3000, 0);
+  KeepLimits limits = growing_limits(3000, 0);
   limits.prefill = PrefillMode::kWindowed;
   EXPECT_THAT([&] { GrowingWindowRule::make({}, limits); },
               ThrowsMessage<ConfigError>(HasSubstr("kChunkCausal")));
@@ -194,7 +195,7 @@ TEST(GrowingWindowRule, EndlessNumbersAreAsGoodAsTheContext) {
   for (const KeepGrowingWindow budget :
        {KeepGrowingWindow{kEndless, kEndless, kEndless}, KeepGrowingWindow{kEndless, 5, 2},
         KeepGrowingWindow{4, kEndless, 1}}) {
-    const auto rule = GrowingWindowRule::make(budget, limits_of(2000, 5));
+    const auto rule = GrowingWindowRule::make(budget, growing_limits(2000, 5));
     const auto held = rule.held({}, 2000, 2000);
     EXPECT_EQ(held[0].count() + held[1].count(), 125);
     EXPECT_EQ(rule.peak_entries(2000), 125);

@@ -12,11 +12,11 @@
 namespace headwise {
 namespace {
 
-constexpr std::int64_t kPage = 16;
+constexpr std::int64_t kRowsAPage = 16;
 
 SelectedRule rule_of(std::int64_t rollback) {
-  return SelectedRule::make({},
-                            {.page_tokens = kPage, .max_context = 400, .max_rollback = rollback});
+  return SelectedRule::make(
+      {}, {.page_tokens = kRowsAPage, .max_context = 400, .max_rollback = rollback});
 }
 
 TEST(SelectedRule, HoldsEveryPageUntilItIsSelectedFrom) {
@@ -51,7 +51,7 @@ TEST(SelectedRule, AllHeadsCrossPagesAtOnceWhateverEachKept) {
     const auto state = rule.after_selection(50, rule.first_after(50, count));
     for (std::int64_t length = 50; length < 120; ++length) {
       const auto changes = rule.changes(state, {length, length, length + 1});
-      ASSERT_EQ(changes.take.count(), length % kPage == 0 ? 1 : 0);
+      ASSERT_EQ(changes.take.count(), length % kRowsAPage == 0 ? 1 : 0);
       ASSERT_EQ(changes.release.count(), 0);
       ASSERT_EQ(changes.next, state);
     }
@@ -61,11 +61,11 @@ TEST(SelectedRule, AllHeadsCrossPagesAtOnceWhateverEachKept) {
 TEST(SelectedRule, SharesWhatLiesBehindTheSelectionToo) {
   for (const std::int64_t rollback : {0, 7, 40}) {
     const SelectedRule rule = rule_of(rollback);
-    EXPECT_EQ(rule.frozen({}, 64), std::max<std::int64_t>(0, 64 - rollback) / kPage);
+    EXPECT_EQ(rule.frozen({}, 64), std::max<std::int64_t>(0, 64 - rollback) / kRowsAPage);
     // Nothing is rolled back behind 60: its page is the first that anybody may write to.
     const auto state = rule.after_selection(60, 30);
-    EXPECT_EQ(rule.frozen(state, 60), 60 / kPage);
-    EXPECT_EQ(rule.frozen(state, 64), std::max<std::int64_t>(60, 64 - rollback) / kPage);
+    EXPECT_EQ(rule.frozen(state, 60), 60 / kRowsAPage);
+    EXPECT_EQ(rule.frozen(state, 64), std::max<std::int64_t>(60, 64 - rollback) / kRowsAPage);
   }
 }
 

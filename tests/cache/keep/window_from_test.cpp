@@ -11,11 +11,11 @@
 namespace headwise {
 namespace {
 
-constexpr std::int64_t kPage = 16;
+constexpr std::int64_t kPageRows = 16;
 
 WindowFromRule rule_of(const KeepWindowFrom& budget, std::int64_t context, std::int64_t rollback,
                        PrefillMode prefill = PrefillMode::kWindowed) {
-  return WindowFromRule::make(budget, {.page_tokens = kPage,
+  return WindowFromRule::make(budget, {.page_tokens = kPageRows,
                                        .max_context = context,
                                        .max_rollback = rollback,
                                        .max_chunk = context,
@@ -42,8 +42,8 @@ TEST(WindowFromRule, HoldsSinksAndAWindowAfterwards) {
   for (const std::int64_t rollback : {0, 1, 15, 16, 40}) {
     const WindowFromRule rule = rule_of({{{4, 12}}, 100}, 1000, rollback);
     for (std::int64_t length = 100 + rollback; length <= 1000; ++length) {
-      const std::int64_t first = (length - rollback - 11) / kPage;
-      EXPECT_EQ(pages_held(rule, length, length), 1 + (length + 15) / kPage - first) << length;
+      const std::int64_t first = (length - rollback - 11) / kPageRows;
+      EXPECT_EQ(pages_held(rule, length, length), 1 + (length + 15) / kPageRows - first) << length;
     }
   }
 }

@@ -14,8 +14,8 @@
 namespace headwise {
 namespace {
 
-KeepLimits limits_of(std::int64_t context, std::int64_t rollback,
-                     PrefillMode prefill = PrefillMode::kWindowed) {
+KeepLimits window_limits(std::int64_t context, std::int64_t rollback,
+                         PrefillMode prefill = PrefillMode::kWindowed) {
   return {.page_tokens = 16,
           .max_context = context,
           .max_rollback = rollback,
@@ -33,16 +33,16 @@ std::vector<KeepWindow> windows() {
           {{4, 12}, 5}, {{4, 12}, 13}, {{4, 12}, 40}, {{17, 30}, 1}};
 }
 
-struct RuleCase {
+struct WindowCase {
   KeepWindow keep;
   KeepLimits limits;
 };
-std::vector<RuleCase> rule_cases() {
-  std::vector<RuleCase> cases;
+std::vector<WindowCase> window_cases() {
+  std::vector<WindowCase> cases;
   for (const std::int64_t rollback : {0, 1, 7, 16, 40}) {
     for (const PrefillMode prefill : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
       for (const KeepWindow& keep : windows()) {
-        cases.push_back({keep, limits_of(400, rollback, prefill)});
+        cases.push_back({keep, window_limits(400, rollback, prefill)});
       }
     }
   }
@@ -50,23 +50,23 @@ std::vector<RuleCase> rule_cases() {
 }
 
 TEST(WindowRule, RowsAreSinkRecentAndRollbackInWholePages) {
-  EXPECT_EQ(rule_of({{16, 64}}, limits_of(1000, 0)).rows, 80);
-  EXPECT_EQ(rule_of({{16, 64}}, limits_of(1000, 1)).rows, 96);
-  EXPECT_EQ(rule_of({{4, 12}}, limits_of(1000, 0)).rows, 16);
-  EXPECT_EQ(rule_of({{4, 13}}, limits_of(1000, 0)).rows, 32);
-  EXPECT_EQ(rule_of({{0, 1}}, limits_of(1000, 15)).rows, 16);
+  EXPECT_EQ(rule_of({{16, 64}}, window_limits(1000, 0)).rows, 80);
+  EXPECT_EQ(rule_of({{16, 64}}, window_limits(1000, 1)).rows, 96);
+  EXPECT_EQ(rule_of({{4, 12}}, window_limits(1000, 0)).rows, 16);
+  EXPECT_EQ(rule_of({{4, 13}}, window_limits(1000, 0)).rows, 32);
+  EXPECT_EQ(rule_of({{0, 1}}, window_limits(1000, 15)).rows, 16);
   // Both prefill modes need the same rows.
-  EXPECT_EQ(rule_of({{4, 12}}, limits_of(1000, 0, PrefillMode::kChunkCausal)).rows, 16);
+  EXPECT_EQ(rule_of({{4, 12}}, window_limits(1000, 0, PrefillMode::kChunkCausal)).rows, 16);
 }
 
 TEST(WindowRule, TheRingHoldsTheWiderOfPromptAndDecode) {
-  EXPECT_EQ(rule_of({{4, 12}, 28}, limits_of(1000, 0)).rows, 32);
-  EXPECT_EQ(rule_of({{4, 28}, 12}, limits_of(1000, 0)).rows, 32);
-  EXPECT_EQ(rule_of({{4, 28}, 0}, limits_of(1000, 0)).rows, 32);  // 0: the same
+  EXPECT_EQ(rule_of({{4, 12}, 28}, window_limits(1000, 0)).rows, 32);
+  EXPECT_EQ(rule_of({{4, 28}, 12}, window_limits(1000, 0)).rows, 32);
+  EXPECT_EQ(rule_of({{4, 28}, 0}, window_limits(1000, 0)).rows, 32);  // 0: the same
 }
 
 TEST(WindowRule, EachPhaseSeesItsOwnWindow) {
-  for (const RuleCase& rule_case : rule_cases()) {
+  for (const WindowCase& rule_case : window_cases()) {
     const WindowRule rule = rule_of(rule_case.keep, rule_case.limits);
     const PrefillMode prefill = rule_case.limits.prefill;
     for (const Phase phase : {Phase::kPrompt, Phase::kDecode}) {
@@ -101,7 +101,7 @@ TEST(WindowRule, NeverHoldsMoreThanTheContext) {
   for (const KeepWindow keep :
        {KeepWindow{{4, 4000}}, KeepWindow{{4000, 4}}, KeepWindow{{50, 60}},
         KeepWindow{Window::everything()}, KeepWindow{{4, 4}, Window::kUnbounded}}) {
-    const WindowRule rule = rule_of(keep, limits_of(100, 8));
+    const WindowRule rule = rule_of(keep, window_limits(100, 8));
     EXPECT_EQ(rule.rows, 112);
     EXPECT_EQ(rule.peak_entries(100), 7);
     for (std::int64_t length = 0; length <= 100; ++length) {
@@ -114,7 +114,7 @@ TEST(WindowRule, NeverHoldsMoreThanTheContext) {
 }
 
 TEST(WindowRule, WritesInPlaceOnlyOverRowsThatNobodyMayAskFor) {
-  for (const RuleCase& rule_case : rule_cases()) {
+  for (const WindowCase& rule_case : window_cases()) {
     const WindowRule rule = rule_of(rule_case.keep, rule_case.limits);
     const std::int64_t rollback = rule_case.limits.max_rollback;
     const SlotMap slots = rule.slots({});
@@ -145,7 +145,7 @@ TEST(WindowRule, WritesInPlaceOnlyOverRowsThatNobodyMayAskFor) {
 }
 
 TEST(WindowRule, DecodeNeverNeedsASecondRing) {
-  for (const RuleCase& rule_case : rule_cases()) {
+  for (const WindowCase& rule_case : window_cases()) {
     const WindowRule rule = rule_of(rule_case.keep, rule_case.limits);
     for (std::int64_t high_water = 0; high_water < 300; ++high_water) {
       const std::int64_t lowest =
@@ -160,7 +160,7 @@ TEST(WindowRule, DecodeNeverNeedsASecondRing) {
 
 TEST(WindowRule, AChunkNeedsASecondRingFromOneTokenMoreThanTheSlack) {
   // 16 + 64 + 8 of 96 rows: 8 rows of slack beyond what rollback needs, and the token just seen.
-  const WindowRule rule = rule_of({{16, 64}}, limits_of(1000, 8));
+  const WindowRule rule = rule_of({{16, 64}}, window_limits(1000, 8));
   EXPECT_EQ(rule.peak_entries(9), 6);
   EXPECT_EQ(rule.peak_entries(10), 12);
   EXPECT_TRUE(rule.in_place({500, 500, 509}));
@@ -174,7 +174,7 @@ TEST(WindowRule, AChunkNeedsASecondRingFromOneTokenMoreThanTheSlack) {
 }
 
 TEST(WindowRule, AStepThatSwitchesRingsWritesTheOtherBankAndGivesItsOwnBack) {
-  const WindowRule rule = rule_of({{4, 12}}, limits_of(1000, 0));
+  const WindowRule rule = rule_of({{4, 12}}, window_limits(1000, 0));
   for (const std::uint8_t bank : {std::uint8_t{0}, std::uint8_t{1}}) {
     const std::int64_t here = bank;
     const std::int64_t there = 1 - bank;
@@ -189,7 +189,7 @@ TEST(WindowRule, AStepThatSwitchesRingsWritesTheOtherBankAndGivesItsOwnBack) {
 }
 
 TEST(WindowRule, NoPageOfARingIsEverShared) {
-  for (const RuleCase& rule_case : rule_cases()) {
+  for (const WindowCase& rule_case : window_cases()) {
     const WindowRule rule = rule_of(rule_case.keep, rule_case.limits);
     for (const std::uint8_t bank : {std::uint8_t{0}, std::uint8_t{1}}) {
       for (std::int64_t length = 0; length <= 200; length += 7) {
@@ -200,7 +200,7 @@ TEST(WindowRule, NoPageOfARingIsEverShared) {
 }
 
 TEST(WindowRule, TablesDoNotGrowWithTheContext) {
-  const WindowRule rule = rule_of({{16, 64}}, limits_of(std::int64_t{1} << 40, 8));
+  const WindowRule rule = rule_of({{16, 64}}, window_limits(std::int64_t{1} << 40, 8));
   EXPECT_EQ(rule.table_entries(3), 3);
   EXPECT_EQ(rule.table_entries(5), 5);
   EXPECT_EQ(rule.table_entries(6), 12);  // two banks
@@ -209,7 +209,7 @@ TEST(WindowRule, TablesDoNotGrowWithTheContext) {
 
 TEST(WindowRule, CountsBeyond32Bits) {
   const std::int64_t far = std::int64_t{1} << 39;
-  const WindowRule rule = rule_of({{16, 64}}, limits_of(2 * far, 8));
+  const WindowRule rule = rule_of({{16, 64}}, window_limits(2 * far, 8));
   EXPECT_EQ(rule.rows, 96);
   EXPECT_TRUE(rule.in_place({far, far, far + 1}));
   EXPECT_FALSE(rule.in_place({far, far, far + 40}));

@@ -21,7 +21,7 @@
 namespace headwise {
 namespace {
 
-constexpr PageShape kShapes[] = {{16, 16, 16}, {64, 32, 32}, {32, 80, 96}, {48, 256, 48}};
+constexpr PageShape kRowShapes[] = {{16, 16, 16}, {64, 32, 32}, {32, 80, 96}, {48, 256, 48}};
 
 template <class Types>
 class RowFormats : public ::testing::Test {
@@ -43,7 +43,7 @@ TEST(FormatOf, AnElementIsItsTiledRowsAndAFormatItself) {
 
 TYPED_TEST(RowFormats, ReadsBackWhatRoundRowSays) {
   using Format = typename TypeParam::Format;
-  for (const PageShape& shape : kShapes) {
+  for (const PageShape& shape : kRowShapes) {
     std::vector<std::byte> page(Format::page_bytes(shape), std::byte{0xFF});
     const std::vector<float> k = this->floats(shape.k_dim);
     const std::vector<float> v = this->floats(shape.v_dim);
@@ -60,7 +60,7 @@ TYPED_TEST(RowFormats, ReadsBackWhatRoundRowSays) {
 TYPED_TEST(RowFormats, CopiesRowsBitForBitAndNoOthers) {
   using Format = typename TypeParam::Format;
   using Rows = std::vector<std::int32_t>;
-  for (const PageShape& shape : kShapes) {
+  for (const PageShape& shape : kRowShapes) {
     const std::size_t bytes = Format::page_bytes(shape);
     std::vector<std::byte> page(bytes);
     std::vector<std::vector<float>> k, v;
@@ -102,7 +102,7 @@ TYPED_TEST(RowFormats, CopiesRowsBitForBitAndNoOthers) {
 
 TYPED_TEST(RowFormats, AddsExactlyTheRowsAskedFor) {
   using Format = typename TypeParam::Format;
-  for (const PageShape& shape : kShapes) {
+  for (const PageShape& shape : kRowShapes) {
     const auto tokens = static_cast<std::size_t>(shape.page_tokens);
     for (const auto& [first, last] : std::initializer_list<std::pair<std::size_t, std::size_t>>{
              {0, tokens}, {0, 1}, {4, 7}, {4, tokens}, {15, 16}, {7, tokens - 1}, {3, 3}}) {
@@ -139,7 +139,7 @@ TYPED_TEST(RowFormats, AddsExactlyTheRowsAskedFor) {
 
 TYPED_TEST(RowFormats, HasPagesOfWholeCacheLinesThatHoldAllRows) {
   using Format = typename TypeParam::Format;
-  for (const PageShape& shape : kShapes) {
+  for (const PageShape& shape : kRowShapes) {
     const std::size_t bytes = Format::page_bytes(shape);
     EXPECT_EQ(bytes % 64, 0U);
     // Rows that are written last change no row that was written before.
