@@ -25,7 +25,7 @@ namespace {
 using headwise::HeadPlan;
 using headwise::PrefillMode;
 
-constexpr double kBound = 2e-3;
+constexpr double kGoldenBound = 2e-3;
 const std::string kFolder = NEEDLE_LM_DIR;
 
 class GoldenTest : public ::testing::Test {
@@ -95,7 +95,7 @@ TEST_F(GoldenTest, FullCacheEqualsTheFloat64Forward) {
     for (const std::size_t prompt : {tokens.size(), tokens.size() / 2}) {
       const Matrix got = logits<headwise::f32>(plan, {.chunk = 100}, tokens, prompt);
       const double worst = difference(got, document + ".logits.full", rows);
-      EXPECT_LE(worst, kBound) << document << ", prompt " << prompt;
+      EXPECT_LE(worst, kGoldenBound) << document << ", prompt " << prompt;
       std::printf("%s, prompt of %zu: %.1e\n", document.c_str(), prompt, worst);
     }
   }
@@ -124,8 +124,8 @@ TEST_F(GoldenTest, HardMasksEqualTheFloat64ForwardInBothPrefillModes) {
                                     std::size_t prompt_length) {
         const Matrix got = logits<headwise::f32>(plan, run, tokens, prompt_length);
         const double worst = difference(got, document + ".logits." + name + "." + mode, rows);
-        EXPECT_LE(worst, kBound) << document << ", " << name << ", " << mode << ", chunk "
-                                 << run.chunk << ", prompt " << prompt_length;
+        EXPECT_LE(worst, kGoldenBound) << document << ", " << name << ", " << mode << ", chunk "
+                                       << run.chunk << ", prompt " << prompt_length;
         std::printf("%s, %s, %s: %.1e\n", document.c_str(), name.c_str(), mode.c_str(), worst);
       };
       expect_equal("windowed", {.chunk = 512}, prompt);
