@@ -91,7 +91,7 @@ template <class Isa, class Format, class E>
 void expect_as_floats(double bound) {
   // Types are read and written row by row: what a long history adds is the scalar kernels' time
   // under sanitizers.
-  constexpr std::int64_t kMostProducts = 1 << 21;
+  constexpr std::int64_t kMostProducts = 1 << 20;
   for (const AttentionCase& c : attention_cases()) {
     if (c.queries * c.group_size * c.k_dim * (c.past + c.queries) > kMostProducts) continue;
     PagedHead<Format> head(c);
