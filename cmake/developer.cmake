@@ -5,7 +5,7 @@ option(HEADWISE_NATIVE "Compile for this host, so that every vector ISA it has i
 option(HEADWISE_FUZZ "Build the fuzz targets: clang++ only" OFF)
 option(HEADWISE_HARDENED "Keep the library's checks in optimised builds" OFF)
 option(HEADWISE_CHECK_ONLY "Look for warnings alone: no object is made, nothing is linked" OFF)
-option(HEADWISE_UNITY "Compile tests several files at a time: half the time where everything is built" OFF)
+option(HEADWISE_UNITY "Compile the tests several files at a time" OFF)
 set(HEADWISE_SANITIZE "" CACHE STRING "Sanitizers, as in -fsanitize=: address,undefined")
 
 if(PROJECT_IS_TOP_LEVEL AND NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
