@@ -233,7 +233,7 @@ TEST(ModelGeometryOf, AWindowThatTheContextNeverPassesChangesNothing) {
   options.max_context = 701;
   const CacheGeometry passed(ModelShape({local}), HeadPlan(global), options,
                              &FormatOf<f16>::page_bytes);
-  EXPECT_TRUE(std::holds_alternative<WindowRule>(passed.classes()[0].rule));
+  EXPECT_NE(passed.classes()[0].rule.get_if<WindowRule>(), nullptr);
 }
 
 TEST(ModelGeometryOf, RefusesWhatDoesNotGoTogether) {

@@ -203,10 +203,7 @@ TEST(CacheGeometry, NoStepHoldsMorePagesThanItsPeak) {
         const StepLengths step{length, length, length + chunk};
         std::vector<std::int64_t> pages = geometry.pages_held(length, length);
         for (const HeadClass& heads : geometry.classes()) {
-          pages[heads.page_size] +=
-              heads.num_heads *
-              std::visit([&](const auto& rule) { return rule.changes({}, step).take.count(); },
-                         heads.rule);
+          pages[heads.page_size] += heads.num_heads * heads.rule.changes({}, step).take.count();
         }
         for (std::size_t size = 0; size < 2; ++size) most[size] = std::max(most[size], pages[size]);
       }
@@ -286,8 +283,7 @@ TEST(CacheGeometry, HeadsShareNoMetadata) {
           ++entries.at(
               static_cast<std::size_t>(level.first[c] + head.idx_in_class * level.per_head[c] + i));
         }
-        const std::int64_t rows = std::visit(
-            [](const auto& rule) { return rule.compensation_rows(); }, geometry.classes()[c].rule);
+        const std::int64_t rows = geometry.classes()[c].rule.compensation_rows();
         const std::size_t size =
             static_cast<std::size_t>(rows) * CacheGeometry::compensation_row_bytes(layer.page);
         for (std::size_t i = 0; i < size; ++i) {

@@ -13,7 +13,7 @@ using Budget = headwise::KeepWindow;
 #endif
 
 int main() {
-  const auto rule = headwise::detail::RuleFor<Budget, headwise::AnyKeepRule>::type::make(
+  const auto rule = headwise::detail::RuleFor<Budget, headwise::KeepRules>::type::make(
       Budget{}, {.page_tokens = 16, .max_context = 100, .max_chunk = 100});
   return rule == rule ? 0 : 1;
 }

@@ -265,7 +265,7 @@ class Books {
                           std::span<const AnyKeepState> states, SequenceId& id) {
     if (num_free_sequences_ == 0) return StepStatus::kOutOfSequences;
     std::fill(demand_.begin(), demand_.end(), 0);
-    for_each_class(states, [&](std::size_t c, const auto& rule, const auto& kept) {
+    for_each_class(states, [&](std::size_t c, const AnyKeepRule& rule, const AnyKeepState& kept) {
       for (const EntryRange held : rule.held(kept, length, high_water)) {
         demand_of(c) += heads_of(c) * held.count();
       }
@@ -275,7 +275,7 @@ class Books {
     if (!reserve_tables(index, high_water)) return StepStatus::kOutOfTables;
     id = *add_sequence();
     std::copy(states.begin(), states.end(), &state_of(index, 0));
-    for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
+    for_each_class(index, [&](std::size_t c, const AnyKeepRule& rule, const AnyKeepState& kept) {
       for (const EntryRange held : rule.held(kept, length, high_water)) take(index, c, held);
     });
     SequenceState& sequence = state(id);
@@ -290,7 +290,7 @@ class Books {
   template <class Fn>
   void for_each_page(SequenceId id, Fn&& fn) const {
     const SequenceState& sequence = state(id);
-    for_each_class(id.index, [&](std::size_t c, const auto& rule, const auto& kept) {
+    for_each_class(id.index, [&](std::size_t c, const AnyKeepRule& rule, const AnyKeepState& kept) {
       for (const EntryRange held : rule.held(kept, sequence.length, sequence.high_water)) {
         if (held.count() == 0) continue;
         for (std::int64_t h = 0; h < heads_of(c); ++h) {
@@ -332,7 +332,7 @@ class Books {
       return StepStatus::kTooFarBack;
     }
     drop_checkpoints(id.index, new_length);
-    for_each_class(id.index, [&](std::size_t c, const auto& rule, const auto& kept) {
+    for_each_class(id.index, [&](std::size_t c, const AnyKeepRule& rule, const AnyKeepState& kept) {
       give_back(id.index, c, rule.rolled_back(kept, sequence.length, new_length));
     });
     sequence.length = new_length;
@@ -392,14 +392,14 @@ class Books {
                         first_slots_[first_slot_idx(head.index, head.c, head.h)] =
                             static_cast<std::int32_t>(moves.first);
                       });
-    for_each_class(id.index, [&]<class Rule>(std::size_t c, const Rule& rule, const auto&) {
-      if constexpr (Rule::kSelects) {
+    for_each_class(id.index, [&](std::size_t c, const AnyKeepRule& any, const AnyKeepState& was) {
+      any.visit_selecting(was, [&](const auto& rule, const auto&) {
         std::int32_t first = first_slot(id.index, c, 0);
         for (std::int64_t h = 1; h < heads_of(c); ++h) {
           first = std::min(first, first_slot(id.index, c, h));
         }
         state_of(id.index, c) = rule.after_selection(sequence.length, first);
-      }
+      });
     });
     return StepStatus::kOk;
   }
@@ -407,14 +407,13 @@ class Books {
   /// `fn(position)` for every stored row of a head that is selected from, ascending.
   template <class Fn>
   void for_each_position(std::int32_t index, std::size_t c, std::int64_t h, Fn&& fn) const {
-    visit_head(index, c, h, [&]<class Rule>(const Rule& rule, const auto& kept) {
-      if constexpr (Rule::kSelects) {
-        walk_positions({index, c, h}, rule, kept, [&](std::int64_t, std::int32_t position) {
-          fn(position);
-          return true;
+    geometry_.classes()[c].rule.visit_selecting(
+        head_state(index, c, h), [&](const auto& rule, const auto& kept) {
+          walk_positions({index, c, h}, rule, kept, [&](std::int64_t, std::int32_t position) {
+            fn(position);
+            return true;
+          });
         });
-      }
-    });
   }
 
   /// Slot of the first row of a head that is selected from.
@@ -427,15 +426,15 @@ class Books {
     if (!is_live(id)) return 0;
     const SequenceState& sequence = state(id);
     std::size_t bytes = 0;
-    for_each_class(id.index, [&]<class Rule>(std::size_t c, const Rule& rule, const auto& kept) {
+    for_each_class(id.index, [&](std::size_t c, const AnyKeepRule& rule, const AnyKeepState& kept) {
       std::int64_t pages = 0;
-      const auto count = [&](const auto& of_head) {
+      const auto count = [&](const AnyKeepState& of_head) {
         const auto held = rule.held(of_head, sequence.length, sequence.high_water);
         return held[0].count() + held[1].count();
       };
-      if constexpr (Rule::kSelects) {
+      if (rule.selects()) {
         for (std::int64_t h = 0; h < heads_of(c); ++h) {
-          pages += count(rule.of_head(kept, first_slot(id.index, c, h)));
+          pages += count(head_state(id.index, c, h));
         }
       } else {
         pages = heads_of(c) * count(kept);
@@ -472,7 +471,7 @@ class Books {
     for (const StepChunk& chunk : step.chunks_) {
       const std::int32_t index = chunk.sequence.index;
       if (needs_checkpoint(index, chunk.num_tokens())) make_checkpoint(index, copy);
-      for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
+      for_each_class(index, [&](std::size_t c, const AnyKeepRule& rule, const AnyKeepState& kept) {
         take(index, c, rule.changes(kept, chunk.lengths).take);
       });
     }
@@ -505,8 +504,7 @@ class Books {
     }
     for (const StepChunk& chunk : open_chunks_) {
       const std::int32_t index = chunk.sequence.index;
-      for_each_class(index, [&]<class Rule>(std::size_t c, const Rule& rule,
-                                            const typename Rule::State& kept) {
+      for_each_class(index, [&](std::size_t c, const AnyKeepRule& rule, const AnyKeepState& kept) {
         const auto changes = rule.changes(kept, chunk.lengths);
         give_back(index, c, changes.release);
         state_of(index, c) = changes.next;
@@ -571,8 +569,10 @@ class Books {
   /// which each selection would leave a copy of every row that it moved.
   bool is_selected_from(std::int32_t index) const {
     bool is_selected = false;
-    for_each_class(index, [&]<class Rule>(std::size_t, const Rule&, const auto& kept) {
-      if constexpr (Rule::kSelects) is_selected |= kept != typename Rule::State{};
+    for_each_class(index, [&](std::size_t, const AnyKeepRule& rule, const AnyKeepState& kept) {
+      rule.visit_selecting(kept, [&]<class State>(const auto&, const State& state) {
+        is_selected |= state != State{};
+      });
     });
     return is_selected;
   }
@@ -589,17 +589,11 @@ class Books {
   std::span<const AnyKeepState> keep_states(std::int32_t index) const {
     return {&keep_state(index, 0), geometry_.classes().size()};
   }
-  /// `fn(rule, state)` of head `h` of class `c`.
-  template <class Fn>
-  decltype(auto) visit_head(std::int32_t index, std::size_t c, std::int64_t h, Fn&& fn) const {
-    return visit_rule(geometry_.classes()[c].rule, keep_state(index, c),
-                      [&]<class Rule>(const Rule& rule, const auto& kept) -> decltype(auto) {
-                        if constexpr (Rule::kSelects) {
-                          return fn(rule, rule.of_head(kept, first_slot(index, c, h)));
-                        } else {
-                          return fn(rule, kept);
-                        }
-                      });
+  /// The same of head `h` of the class.
+  AnyKeepState head_state(std::int32_t index, std::size_t c, std::int64_t h) const {
+    const HeadClass& heads = geometry_.classes()[c];
+    const AnyKeepState& kept = keep_state(index, c);
+    return heads.selects() ? heads.rule.of_head(kept, first_slot(index, c, h)) : kept;
   }
   /// Compensation rows of one sequence, as HeadGeometry::compensation_offset counts.
   std::byte* compensation(std::int32_t index) const {
@@ -641,8 +635,7 @@ class Books {
   template <class Fn>
   void for_each_class(std::span<const AnyKeepState> states, Fn&& fn) const {
     for (std::size_t c = 0; c < geometry_.classes().size(); ++c) {
-      visit_rule(geometry_.classes()[c].rule, states[c],
-                 [&](const auto& rule, const auto& kept) { fn(c, rule, kept); });
+      fn(c, geometry_.classes()[c].rule, states[c]);
     }
   }
   /// The same with a sequence's states.
@@ -656,7 +649,7 @@ class Books {
   void for_each_head(std::int32_t index, Fn&& fn) const {
     for (std::size_t c = 0; c < geometry_.classes().size(); ++c) {
       for (std::int64_t h = 0; h < heads_of(c); ++h) {
-        visit_head(index, c, h, [&](const auto& rule, const auto& kept) { fn(c, h, rule, kept); });
+        fn(c, h, geometry_.classes()[c].rule, head_state(index, c, h));
       }
     }
   }
@@ -681,7 +674,8 @@ class Books {
   }
   void give_back_all(std::int32_t index) {
     const SequenceState& sequence = sequences_[static_cast<std::size_t>(index)];
-    for_each_head(index, [&](std::size_t c, std::int64_t h, const auto& rule, const auto& kept) {
+    for_each_head(index, [&](std::size_t c, std::int64_t h, const AnyKeepRule& rule,
+                             const AnyKeepState& kept) {
       for (const EntryRange held : rule.held(kept, sequence.length, sequence.high_water)) {
         for (const std::int32_t page : entries({index, c, h}, held)) pool_.give_back(page);
       }
@@ -689,9 +683,7 @@ class Books {
   }
   /// The rules remember an empty sequence.
   void forget(std::int32_t index) {
-    for (std::size_t c = 0; c < geometry_.classes().size(); ++c) {
-      state_of(index, c) = empty_state(geometry_.classes()[c].rule);
-    }
+    std::fill_n(&state_of(index, 0), geometry_.classes().size(), AnyKeepState{});
     std::ranges::fill(first_slots_of(index), 0);
   }
   void vacate(std::int32_t index) {
@@ -706,7 +698,7 @@ class Books {
 
   std::int64_t lowest_kept(std::int32_t index) const {
     std::int64_t lowest = 0;
-    for_each_class(index, [&](std::size_t, const auto& rule, const auto& kept) {
+    for_each_class(index, [&](std::size_t, const AnyKeepRule& rule, const AnyKeepState& kept) {
       lowest = std::max(lowest, rule.lowest_kept(kept, place(index).high_water));
     });
     return lowest;
@@ -728,7 +720,8 @@ class Books {
   }
   /// Adds the pages that a fork takes to the demand.
   void add_demand(const Past& past) {
-    for_each_head(past.index, [&](std::size_t c, std::int64_t, const auto& rule, const auto& kept) {
+    for_each_head(past.index, [&](std::size_t c, std::int64_t, const AnyKeepRule& rule,
+                                  const AnyKeepState& kept) {
       const std::int64_t frozen = rule.frozen(kept, past.high_water);
       for (const EntryRange held : rule.held(kept, past.length, past.high_water)) {
         demand_of(c) += EntryRange{std::max(held.first, frozen), held.last}.count();
@@ -755,7 +748,8 @@ class Books {
     std::copy_n(&state_of(past.index, 0), geometry_.classes().size(), &state_of(index, 0));
     std::memcpy(compensation(index), compensation(past.index), geometry_.compensation_bytes());
     std::ranges::copy(first_slots_of(past.index), first_slots_of(index).begin());
-    for_each_head(index, [&](std::size_t c, std::int64_t h, const auto& rule, const auto& kept) {
+    for_each_head(index, [&](std::size_t c, std::int64_t h, const AnyKeepRule& rule,
+                             const AnyKeepState& kept) {
       const std::int64_t frozen = rule.frozen(kept, past.high_water);
       for (const EntryRange held : rule.held(kept, past.length, past.high_water)) {
         if (held.count() == 0) continue;
@@ -838,9 +832,10 @@ class Books {
     const SequenceState& sequence = state(chunk.sequence);
     const StepLengths lengths{sequence.length, sequence.high_water,
                               sequence.length + chunk.num_tokens};
-    for_each_class(chunk.sequence.index, [&](std::size_t c, const auto& rule, const auto& kept) {
-      demand_of(c) += heads_of(c) * rule.changes(kept, lengths).take.count();
-    });
+    for_each_class(chunk.sequence.index,
+                   [&](std::size_t c, const AnyKeepRule& rule, const AnyKeepState& kept) {
+                     demand_of(c) += heads_of(c) * rule.changes(kept, lengths).take.count();
+                   });
     if (needs_checkpoint(chunk.sequence.index, chunk.num_tokens)) {
       add_demand(as_it_is(chunk.sequence.index));
     }
@@ -895,7 +890,7 @@ class Books {
     if (open_epoch_ == 0) return;
     for (const StepChunk& chunk : open_chunks_) {
       const std::int32_t index = chunk.sequence.index;
-      for_each_class(index, [&](std::size_t c, const auto& rule, const auto& kept) {
+      for_each_class(index, [&](std::size_t c, const AnyKeepRule& rule, const AnyKeepState& kept) {
         give_back(index, c, rule.changes(kept, chunk.lengths).take);
       });
       if (std::exchange(place(index).has_new_checkpoint, false)) {
@@ -972,34 +967,39 @@ class Books {
     return {from, to, geometry_.pool().page_bytes(size_of(c))};
   }
 
-  /// Whether a layer's rows are its own: where layers share them, one of them is selected from.
-  bool owns_rows(int layer) const { return geometry_.layer(layer).shape.owns_kv(); }
-
-  /// `fn(layer, kv_head, head, rule, state)` for every head, layer by layer, until it says false.
+  /// `fn(layer, kv_head, head)` for every head, layer by layer, until it says false.
   template <class Fn>
   void for_each_in_layers(std::int32_t index, Fn&& fn) const {
     const int num_layers = static_cast<int>(geometry_.layers().size());
     for (int l = 0; l < num_layers; ++l) {
       for (int h = 0; h < geometry_.layer(l).shape.num_kv_heads; ++h) {
         const HeadGeometry& at = geometry_.head(l, h);
-        const HeadPlace head{index, static_cast<std::size_t>(at.class_idx), at.idx_in_class};
-        const bool goes_on = visit_head(
-            index, head.c, head.h,
-            [&](const auto& rule, const auto& kept) -> bool { return fn(l, h, head, rule, kept); });
-        if (!goes_on) return;
+        if (!fn(l, h, HeadPlace{index, static_cast<std::size_t>(at.class_idx), at.idx_in_class})) {
+          return;
+        }
       }
     }
+  }
+  /// Whether the rows of a layer's head are selected from: where layers share rows, in one of them.
+  bool is_selected_from(int layer, const HeadPlace& head) const {
+    return geometry_.classes()[head.c].selects() && geometry_.layer(layer).shape.owns_kv();
+  }
+  /// `fn(rule, state)` of a head that is selected from.
+  template <class Fn>
+  void visit_selected(const HeadPlace& head, Fn&& fn) const {
+    geometry_.classes()[head.c].rule.visit_selecting(head_state(head.index, head.c, head.h), fn);
   }
   /// `fn(layer, head, rule, state, kept positions)` for every head that is selected from.
   template <class Fn>
   void for_each_selected(std::int32_t index, const KeptPositions& kept, Fn&& fn) const {
     std::int64_t at = 0;
-    for_each_in_layers(index, [&]<class Rule>(int layer, int, const HeadPlace& head,
-                                              const Rule& rule, const auto& was) {
-      if constexpr (Rule::kSelects) {
-        if (owns_rows(layer)) fn(layer, head, rule, was, kept.of_head(at));
+    for_each_in_layers(index, [&](int layer, int, const HeadPlace& head) {
+      const Positions positions = kept.of_head(at++);
+      if (is_selected_from(layer, head)) {
+        visit_selected(head, [&](const auto& rule, const auto& was) {
+          fn(layer, head, rule, was, positions);
+        });
       }
-      ++at;
       return true;
     });
   }
@@ -1014,34 +1014,30 @@ class Books {
     const std::int64_t length = sequences_[static_cast<std::size_t>(index)].length;
     SelectionFault fault;
     std::int64_t at = 0;
-    for_each_in_layers(index, [&]<class Rule>(int layer, int kv_head, const HeadPlace& head,
-                                              const Rule& rule, const auto& was) {
+    for_each_in_layers(index, [&](int layer, int kv_head, const HeadPlace& head) {
       const Positions positions = kept.of_head(at++);
       const auto refuse = [&](Kind kind, std::int64_t value, std::int64_t limit) {
         fault = {kind, layer, kv_head, value, limit};
         return false;
       };
-      const auto given = static_cast<std::int64_t>(positions.size());
-      if constexpr (!Rule::kSelects) {
-        return given == 0 || refuse(Kind::kNotSelectable, given, 0);
-      } else {
-        if (!owns_rows(layer)) return given == 0 || refuse(Kind::kNotSelectable, given, 0);
-        std::int64_t last = -1;
-        for (const std::int32_t position : positions) {
-          if (position < 0 || position >= length) {
-            return refuse(Kind::kOutOfRange, position, length);
-          }
-          if (position <= last) return refuse(Kind::kNotAscending, position, last);
-          last = position;
-        }
-        auto next = positions.begin();
+      if (!is_selected_from(layer, head)) {
+        return positions.empty() || refuse(Kind::kNotSelectable, std::ssize(positions), 0);
+      }
+      std::int64_t last = -1;
+      for (const std::int32_t position : positions) {
+        if (position < 0 || position >= length) return refuse(Kind::kOutOfRange, position, length);
+        if (position <= last) return refuse(Kind::kNotAscending, position, last);
+        last = position;
+      }
+      auto next = positions.begin();
+      visit_selected(head, [&](const auto& rule, const auto& was) {
         walk_positions(head, rule, was, [&](std::int64_t, std::int32_t stored) {
           if (next != positions.end() && *next == stored) ++next;
           return next != positions.end() && *next > stored;
         });
-        if (next != positions.end()) return refuse(Kind::kNotStored, *next, was.selected);
-        return true;
-      }
+        if (next != positions.end()) refuse(Kind::kNotStored, *next, was.selected);
+      });
+      return next == positions.end();
     });
     return fault;
   }

@@ -96,7 +96,7 @@ inline int split_heads(const CacheGeometry& geometry, int layer, std::span<int> 
   HEADWISE_ASSERT(heads.size() >= static_cast<std::size_t>(num_heads), "too few places for heads");
   const auto keeps_everything = [&](int h) {
     const auto class_idx = static_cast<std::size_t>(geometry.head(layer, h).class_idx);
-    return std::holds_alternative<EverythingRule>(geometry.classes()[class_idx].rule);
+    return geometry.classes()[class_idx].rule.get_if<EverythingRule>() != nullptr;
   };
   std::size_t num_split = 0;
   for (int h = 0; h < num_heads; ++h) {
@@ -149,11 +149,11 @@ class LayerExporter {
     const LayerShape& shape = geometry.layer(layer).shape;
     for (const int head : heads) detail::checked_range(head, 0, shape.num_kv_heads - 1, "KV head");
     for (int i = 0; i < num_heads(); ++i) {
-      if (std::visit([](const auto& rule) { return rule.compensation_rows(); }, rule_of(i)) > 0) {
+      if (rule_of(i).compensation_rows() > 0) {
         fail<ConfigError>("layer ", layer, ", KV head ", head_of(i),
                           ": a compensation row (RazorAttention) is no row of a page table");
       }
-      if (std::visit([]<class Rule>(const Rule&) { return Rule::kSelects; }, rule_of(i))) {
+      if (rule_of(i).selects()) {
         fail<ConfigError>("layer ", layer, ", KV head ", head_of(i),
                           ": rows of a selected head (KeepSelected) begin where its last selection "
                           "put them, which no list says");
@@ -185,9 +185,7 @@ class LayerExporter {
 
   /// What whole pages show of the i-th exported head.
   Window rounded_window(int i) const {
-    const SlotMap slots =
-        std::visit([]<class Rule>(const Rule& rule) { return rule.slots(typename Rule::State{}); },
-                   rule_of(i));
+    const SlotMap slots = rule_of(i).slots({});
     return slots.turn == 0 ? Window::everything() : Window{slots.sink, slots.turn};
   }
 
@@ -210,14 +208,10 @@ class LayerExporter {
     const CacheOptions& options = cache_->geometry().options();
     ExportSize size;
     for (int i = 0; i < num_heads(); ++i) {
-      const std::int64_t entries = std::visit(
-          [&]<class Rule>(const Rule& rule) {
-            const typename Rule::State state{};
-            const std::int64_t longest = options.max_context;
-            if (unit_ == ExportUnit::kPages) return rule.held(state, longest, longest)[0].count();
-            return std::min(rule.most_rows() + 1, longest);
-          },
-          rule_of(i));
+      const std::int64_t longest = options.max_context;
+      const std::int64_t entries = unit_ == ExportUnit::kPages
+                                       ? rule_of(i).held({}, longest, longest)[0].count()
+                                       : std::min(rule_of(i).most_rows() + 1, longest);
       size.num_lists += options.max_sequences;
       size.longest = std::max(size.longest, entries);
       size.total += entries * options.max_sequences;
@@ -297,12 +291,7 @@ class LayerExporter {
 
   /// Whether a head whose slots are positions forgets some: then its list of pages has holes.
   bool releases_pages_between(int i) const {
-    return std::visit(
-        []<class Rule>(const Rule& rule) {
-          return rule.slots(typename Rule::State{}).turn == 0 &&
-                 rule.window(Phase::kDecode).bounded();
-        },
-        rule_of(i));
+    return rule_of(i).slots({}).turn == 0 && rule_of(i).window(Phase::kDecode).bounded();
   }
 
   static void check_rows(const CacheGeometry& geometry, const LayerShape& shape) {
@@ -325,21 +314,19 @@ class LayerExporter {
     const auto c = static_cast<std::size_t>(head.class_idx);
     const Books& books = cache_->books();
     const std::int32_t index = chunk.sequence.index;
-    return visit_rule(
-        rule_of(i), books.keep_state(index, c), [&](const auto& rule, const auto& state) {
-          const auto after = rule.changes(state, chunk.lengths).next;
-          const SlotMap slots = rule.slots(after);
-          const std::int64_t own = slots.slot(Pos{next - 1}).value;
-          HeadRows rows;
-          rows.pages = books.tables().head(index, c, head.idx_in_class) + slots.first_entry;
-          const std::int64_t ring = slots.sink + slots.turn;
-          rows.stored = slots.turn == 0 ? own + 1 : std::min(next, ring);
-          const std::int64_t written = chunk.lengths.next_high_water();
-          rows.has_dead_rows = slots.turn != 0 && written > next && written > ring;
-          StoredRuns seen = rule.runs(after, next - 1, chunk.phase);
-          rows.spans = spans_of({seen.runs[0], seen.runs[1], seen.runs[2], {Slot{own}, {}, 1}});
-          return rows;
-        });
+    const AnyKeepRule& rule = rule_of(i);
+    const AnyKeepState after = rule.changes(books.keep_state(index, c), chunk.lengths).next;
+    const SlotMap slots = rule.slots(after);
+    const std::int64_t own = slots.slot(Pos{next - 1}).value;
+    HeadRows rows;
+    rows.pages = books.tables().head(index, c, head.idx_in_class) + slots.first_entry;
+    const std::int64_t ring = slots.sink + slots.turn;
+    rows.stored = slots.turn == 0 ? own + 1 : std::min(next, ring);
+    const std::int64_t written = chunk.lengths.next_high_water();
+    rows.has_dead_rows = slots.turn != 0 && written > next && written > ring;
+    StoredRuns seen = rule.runs(after, next - 1, chunk.phase);
+    rows.spans = spans_of({seen.runs[0], seen.runs[1], seen.runs[2], {Slot{own}, {}, 1}});
+    return rows;
   }
   /// Runs as spans. A ring's two runs end where the ring does and begin where the sinks end, so
   /// that there are never more than two.

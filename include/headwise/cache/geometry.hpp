@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <span>
 #include <tuple>
 #include <utility>
@@ -40,9 +39,7 @@ struct HeadClass {
   std::vector<std::int64_t> forecast;
 
   /// Whether its heads are selected from.
-  bool selects() const {
-    return std::visit([]<class Rule>(const Rule&) { return Rule::kSelects; }, rule);
-  }
+  bool selects() const { return rule.selects(); }
 };
 
 /// One KV head: its class and where its data lie among those of its class or sequence. Heads of a
@@ -91,7 +88,7 @@ class CacheGeometry {
                 std::span<const PageBytes> page_bytes)
       : options_(checked(options)), fingerprint_(headwise::fingerprint(plan)) {
     check(shape, plan);
-    std::map<ClassKey, int> known;
+    std::vector<ClassKey> known;     // of each class
     std::vector<std::size_t> sizes;  // bytes of pages
     for (int l = 0; l < shape.num_layers(); ++l) {
       add_layer(shape.layer(l), plan, l, page_bytes, known, sizes);
@@ -149,8 +146,7 @@ class CacheGeometry {
 
   /// Stored rows that a step's queries may see of one head of a class, at most, at any length.
   std::int64_t most_rows_seen(int class_idx) const {
-    return std::visit([](const auto& rule) { return rule.most_rows(); },
-                      classes_[static_cast<std::size_t>(class_idx)].rule);
+    return classes_[static_cast<std::size_t>(class_idx)].rule.most_rows();
   }
 
   /// Pages of each size that one sequence of `length` tokens holds (`high_water`: the longest it
@@ -172,21 +168,16 @@ class CacheGeometry {
   /// The same once a selection at `length` has left what the budgets forecast.
   std::size_t bytes_selected(std::int64_t length, std::int64_t high_water) const {
     return bytes_of([&](const HeadClass& heads) {
-      return std::visit(
-          [&]<class Rule>(const Rule& rule) {
-            if constexpr (!Rule::kSelects) {
-              return heads.num_heads * entries_held(heads, length, high_water);
-            } else {
-              std::int64_t pages = 0;
-              for (const std::int64_t tokens : heads.forecast) {
-                const std::int64_t count = tokens == 0 ? length : std::min(tokens, length);
-                const auto state = rule.after_selection(length, rule.first_after(length, count));
-                pages += rule.held(state, length, high_water)[0].count();
-              }
-              return pages;
-            }
-          },
-          heads.rule);
+      if (!heads.selects()) return heads.num_heads * entries_held(heads, length, high_water);
+      std::int64_t pages = 0;
+      heads.rule.visit_selecting({}, [&](const auto& rule, const auto&) {
+        for (const std::int64_t tokens : heads.forecast) {
+          const std::int64_t count = tokens == 0 ? length : std::min(tokens, length);
+          const auto state = rule.after_selection(length, rule.first_after(length, count));
+          pages += rule.held(state, length, high_water)[0].count();
+        }
+      });
+      return pages;
     });
   }
 
@@ -203,11 +194,7 @@ class CacheGeometry {
   std::size_t bytes_in_step(const StepLengths& lengths) const {
     std::size_t bytes = bytes_held(lengths.length, lengths.high_water);
     for (const HeadClass& heads : classes_) {
-      const std::int64_t taken = std::visit(
-          [&]<class Rule>(const Rule& rule) {
-            return rule.changes(typename Rule::State{}, lengths).take.count();
-          },
-          heads.rule);
+      const std::int64_t taken = heads.rule.changes({}, lengths).take.count();
       const std::size_t of_head = detail::checked_mul(
           static_cast<std::size_t>(taken), pool_.page_bytes(heads.page_size), "bytes of a step");
       bytes = detail::checked_add(bytes,
@@ -223,7 +210,7 @@ class CacheGeometry {
   std::vector<std::int64_t> peak_pages(std::int64_t max_chunk,
                                        std::int64_t num_sequences = 1) const {
     return sum_of_heads(num_sequences,
-                        [&](const auto& rule) { return rule.peak_entries(max_chunk); });
+                        [&](const AnyKeepRule& rule) { return rule.peak_entries(max_chunk); });
   }
 
   /// Checkpoints of one sequence at most: none lies nearer to the one before than
@@ -406,14 +393,9 @@ class CacheGeometry {
   }
 
   /// Rows that a chunk of either phase may see at `length`.
-  static std::int64_t rows_at(const AnyKeepRule& any, std::int64_t length) {
-    return std::visit(
-        [&]<class Rule>(const Rule& rule) {
-          const typename Rule::State state{};
-          return std::max(rule.runs(state, length, Phase::kDecode).num_rows(),
-                          rule.runs(state, length, Phase::kPrompt).num_rows());
-        },
-        any);
+  static std::int64_t rows_at(const AnyKeepRule& rule, std::int64_t length) {
+    return std::max(rule.runs({}, length, Phase::kDecode).num_rows(),
+                    rule.runs({}, length, Phase::kPrompt).num_rows());
   }
 
   /// `entries(rule)` of every head, by size of page.
@@ -421,7 +403,7 @@ class CacheGeometry {
   std::vector<std::int64_t> sum_of_heads(std::int64_t num_sequences, Entries&& entries) const {
     std::vector<std::int64_t> pages(pool_.num_sizes(), 0);
     for (const HeadClass& heads : classes_) {
-      const std::int64_t of_head = std::visit(entries, heads.rule);
+      const std::int64_t of_head = entries(heads.rule);
       const std::int64_t num_heads = detail::checked_mul(heads.num_heads, num_sequences, "pages");
       std::int64_t& sum = pages[heads.page_size];
       sum = detail::checked_add(sum, detail::checked_mul(num_heads, of_head, "pages"), "pages");
@@ -431,12 +413,8 @@ class CacheGeometry {
 
   static std::int64_t entries_held(const HeadClass& heads, std::int64_t length,
                                    std::int64_t high_water) {
-    return std::visit(
-        [&]<class Rule>(const Rule& rule) {
-          const auto ranges = rule.held(typename Rule::State{}, length, high_water);
-          return ranges[0].count() + ranges[1].count();
-        },
-        heads.rule);
+    const auto ranges = heads.rule.held({}, length, high_water);
+    return ranges[0].count() + ranges[1].count();
   }
 
   /// What makes two heads of one class: budget, format, page size, rule of prompt chunks.
@@ -462,19 +440,17 @@ class CacheGeometry {
     HeadBudget operator()(KeepSelected) const { return KeepSelected{}; }
   };
 
-  int class_of(const ClassKey& key, std::map<ClassKey, int>& known) {
-    const auto [found, is_new] = known.try_emplace(key, static_cast<int>(classes_.size()));
-    if (is_new) {
+  int class_of(const ClassKey& key, std::vector<ClassKey>& known) {
+    const auto found = std::find(known.begin(), known.end(), key);
+    const auto class_idx = static_cast<int>(found - known.begin());
+    if (found == known.end()) {
+      known.push_back(key);
       const auto& [budget, format, page_size, prefill] = key;
       const KeepLimits limits{options_.page_tokens, options_.max_context, options_.max_rollback,
                               options_.max_chunk, prefill};
-      classes_.push_back({make_rule(budget, limits), format, page_size, 0, -1, {}});
+      classes_.push_back({AnyKeepRule::make(budget, limits), format, page_size, 0, -1, {}});
     }
-    return found->second;
-  }
-
-  static std::int64_t compensation_rows(const HeadClass& heads) {
-    return std::visit([](const auto& rule) { return rule.compensation_rows(); }, heads.rule);
+    return class_idx;
   }
 
   /// One more head with K and V of its own.
@@ -482,7 +458,7 @@ class CacheGeometry {
     HeadClass& heads = classes_[static_cast<std::size_t>(class_idx)];
     heads_.push_back(
         {class_idx, heads.num_heads++, static_cast<std::int64_t>(compensation_bytes_)});
-    const auto rows = static_cast<std::size_t>(compensation_rows(heads));
+    const auto rows = static_cast<std::size_t>(heads.rule.compensation_rows());
     compensation_bytes_ = detail::checked_add(
         compensation_bytes_,
         detail::checked_mul(rows, compensation_row_bytes(page), "bytes of compensation rows"),
@@ -499,7 +475,7 @@ class CacheGeometry {
   }
 
   void add_layer(const LayerShape& shape, const HeadPlan& plan, int l,
-                 std::span<const PageBytes> page_bytes, std::map<ClassKey, int>& known,
+                 std::span<const PageBytes> page_bytes, std::vector<ClassKey>& known,
                  std::vector<std::size_t>& sizes) {
     LayerGeometry layer{shape,
                         {options_.page_tokens, shape.k_dim, shape.v_dim},
@@ -526,7 +502,7 @@ class CacheGeometry {
       if (heads.selects() && shape.owns_kv()) {
         heads.forecast.push_back(std::get<KeepSelected>(budget).tokens);
       }
-      if (compensation_rows(heads) > 0 && !shape.softmax.alibi_slopes.empty()) {
+      if (heads.rule.compensation_rows() > 0 && !shape.softmax.alibi_slopes.empty()) {
         fail<ConfigError>("layer ", l, ", KV head ", h,
                           ": a compensation row has no position, and so no place in a layer with "
                           "alibi_slopes");
@@ -579,8 +555,7 @@ class CacheGeometry {
       level.capacity_pages = pages;
       for (const HeadClass& heads : classes_) {
         level.first.push_back(level.num_entries);
-        level.per_head.push_back(
-            std::visit([&](const auto& rule) { return rule.table_entries(pages); }, heads.rule));
+        level.per_head.push_back(heads.rule.table_entries(pages));
         level.num_entries = detail::checked_add(
             level.num_entries,
             detail::checked_mul(heads.num_heads, level.per_head.back(), "page-table entries"),

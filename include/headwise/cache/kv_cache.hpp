@@ -326,10 +326,10 @@ class KvCache {
   /// Stored rows that some query of the entry may see of the head of this class that has most.
   std::int64_t rows_seen(int class_idx, const StepChunk& chunk) const {
     const auto c = static_cast<std::size_t>(class_idx);
-    return visit_rule(geometry().classes()[c].rule, books_.keep_state(chunk.sequence.index, c),
-                      [&](const auto& rule, const auto& state) {
-                        return rule.runs(state, chunk.lengths.length, chunk.phase).num_rows();
-                      });
+    return geometry()
+        .classes()[c]
+        .rule.runs(books_.keep_state(chunk.sequence.index, c), chunk.lengths.length, chunk.phase)
+        .num_rows();
   }
 
   /// `fn(std::type_identity<F>)` of the format of a head's rows.
@@ -345,21 +345,20 @@ class KvCache {
   SeenRows<F> seen(const StepChunk& chunk, int layer, int kv_head) const requires(Place::kOnHost) {
     const LayerGeometry& of_layer = geometry().layer(layer);
     const HeadGeometry& head = geometry().head(layer, kv_head);
-    return visit_head(chunk, head, [&](const auto& rule, const auto& state) {
-      const std::int64_t length = chunk.lengths.length;
-      SeenRows<F> seen{
-          KvView<F>::over_pages(
-              place_.pages(), geometry().pool().granule(),
-              length == 0 ? nullptr : table(chunk, head) + rule.slots(state).first_entry,
-              of_layer.page),
-          rule.window(chunk.phase)};
-      for (const KvRun& run : rule.runs(state, length, chunk.phase).runs) seen.view.add_run(run);
-      if (const FoldedRows folded = rule.folded(state, length); folded.count > 0) {
-        const Sums sums = sums_of(chunk, head, of_layer.page, folded.row);
-        seen.view.compensation = {sums.k_mean, sums.v_mean, folded.count};
-      }
-      return seen;
-    });
+    const AnyKeepRule& rule = class_of(head).rule;
+    const AnyKeepState state = state_of(chunk, head);
+    const std::int64_t length = chunk.lengths.length;
+    SeenRows<F> seen{KvView<F>::over_pages(
+                         place_.pages(), geometry().pool().granule(),
+                         length == 0 ? nullptr : table(chunk, head) + rule.slots(state).first_entry,
+                         of_layer.page),
+                     rule.window(chunk.phase)};
+    for (const KvRun& run : rule.runs(state, length, chunk.phase).runs) seen.view.add_run(run);
+    if (const FoldedRows folded = rule.folded(state, length); folded.count > 0) {
+      const Sums sums = sums_of(chunk, head, of_layer.page, folded.row);
+      seen.view.compensation = {sums.k_mean, sums.v_mean, folded.count};
+    }
+    return seen;
   }
 
   /// Stores the chunk's rows of one head, after everything that reads the rows they may overwrite.
@@ -420,11 +419,10 @@ class KvCache {
   const HeadClass& class_of(const HeadGeometry& head) const {
     return geometry().classes()[static_cast<std::size_t>(head.class_idx)];
   }
-  /// `fn(rule, state)` of the head's class for the chunk's sequence.
-  template <class Fn>
-  decltype(auto) visit_head(const StepChunk& chunk, const HeadGeometry& head, Fn&& fn) const {
-    return books_.visit_head(chunk.sequence.index, static_cast<std::size_t>(head.class_idx),
-                             head.idx_in_class, fn);
+  /// What the head's rule remembers of the chunk's sequence.
+  AnyKeepState state_of(const StepChunk& chunk, const HeadGeometry& head) const {
+    return books_.head_state(chunk.sequence.index, static_cast<std::size_t>(head.class_idx),
+                             head.idx_in_class);
   }
   const std::int32_t* table(const StepChunk& chunk, const HeadGeometry& head) const {
     return books_.tables().head(chunk.sequence.index, static_cast<std::size_t>(head.class_idx),
@@ -446,26 +444,26 @@ class KvCache {
   template <class Isa, class F, class OwnRows>
   void append_as(const Step& step, const StepChunk& chunk, const HeadGeometry& head,
                  const PageShape& page, const OwnRows& k, const OwnRows& v) const {
-    visit_head(chunk, head, [&](const auto& rule, const auto& state) {
-      const SlotMap to = rule.append_slots(state, chunk.lengths);
-      carry_over(rule.slots(state), to,
-                 rule.held(state, chunk.lengths.length, chunk.lengths.high_water)[0], chunk, head);
-      std::int64_t overflows = 0;
-      for (std::int64_t i = 0; i < chunk.num_tokens(); ++i) {
-        const Pos pos{chunk.lengths.length + i};
-        if (!to.keeps(pos, chunk.lengths.next)) {  // gone before the chunk ends
-          overflows += F::template count_overflows<Isa>(page, k.row(i, 0), v.row(i, 0));
-          continue;
-        }
-        const Slot slot = to.slot(pos);
-        overflows += F::template encode<Isa>(
-            page_of(chunk, head, to.first_entry + slot.value / page.page_tokens), page,
-            static_cast<std::size_t>(slot.value % page.page_tokens), k.row(i, 0), v.row(i, 0));
+    const AnyKeepRule& rule = class_of(head).rule;
+    const AnyKeepState state = state_of(chunk, head);
+    const SlotMap to = rule.append_slots(state, chunk.lengths);
+    carry_over(rule.slots(state), to,
+               rule.held(state, chunk.lengths.length, chunk.lengths.high_water)[0], chunk, head);
+    std::int64_t overflows = 0;
+    for (std::int64_t i = 0; i < chunk.num_tokens(); ++i) {
+      const Pos pos{chunk.lengths.length + i};
+      if (!to.keeps(pos, chunk.lengths.next)) {  // gone before the chunk ends
+        overflows += F::template count_overflows<Isa>(page, k.row(i, 0), v.row(i, 0));
+        continue;
       }
-      step.note_overflows(overflows);
-      rule.for_each_fold(state, chunk.lengths,
-                         [&](const FoldMove& move) { fold<Isa, F>(move, chunk, head, page); });
-    });
+      const Slot slot = to.slot(pos);
+      overflows += F::template encode<Isa>(
+          page_of(chunk, head, to.first_entry + slot.value / page.page_tokens), page,
+          static_cast<std::size_t>(slot.value % page.page_tokens), k.row(i, 0), v.row(i, 0));
+    }
+    step.note_overflows(overflows);
+    rule.for_each_fold(state, chunk.lengths,
+                       [&](const FoldMove& move) { fold<Isa, F>(move, chunk, head, page); });
   }
 
   /// Rows of held pages beyond the sequence become zeros: their bytes may be another sequence's.
@@ -479,22 +477,21 @@ class KvCache {
       zeros.resize(static_cast<std::size_t>(std::max(layer.page.k_dim, layer.page.v_dim)), 0.0F);
       for (int h = 0; h < layer.shape.num_kv_heads; ++h) {
         const HeadGeometry& head = geometry().head(l, h);
-        visit_format(l, h, [&]<class F>(std::type_identity<F>) {
-          visit_head(chunk, head, [&](const auto& rule, const auto& state) {
-            const std::int64_t written = rule.slots_written(state, length(id));
-            const std::int64_t entry =
-                rule.slots(state).first_entry + written / layer.page.page_tokens;
-            for (const EntryRange held : rule.held(state, length(id), high_water(id))) {
-              if (entry < held.first || entry >= held.last) continue;
-              for (std::int64_t row = written % layer.page.page_tokens;
-                   row < layer.page.page_tokens; ++row) {
-                (void)F::template encode<simd::Scalar>(page_of(chunk, head, entry), layer.page,
-                                                       static_cast<std::size_t>(row), zeros.data(),
-                                                       zeros.data());
-              }
+        const AnyKeepRule& rule = class_of(head).rule;
+        const AnyKeepState state = state_of(chunk, head);
+        const std::int64_t written = rule.slots_written(state, length(id));
+        const std::int64_t entry = rule.slots(state).first_entry + written / layer.page.page_tokens;
+        for (const EntryRange held : rule.held(state, length(id), high_water(id))) {
+          if (entry < held.first || entry >= held.last) continue;
+          visit_format(l, h, [&]<class F>(std::type_identity<F>) {
+            for (std::int64_t row = written % layer.page.page_tokens; row < layer.page.page_tokens;
+                 ++row) {
+              (void)F::template encode<simd::Scalar>(page_of(chunk, head, entry), layer.page,
+                                                     static_cast<std::size_t>(row), zeros.data(),
+                                                     zeros.data());
             }
           });
-        });
+        }
       }
     }
   }

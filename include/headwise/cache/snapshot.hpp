@@ -87,12 +87,10 @@ class SnapshotHead {
     std::size_t bytes = first_page();
     for (std::size_t c = 0; c < states.size(); ++c) {
       const HeadClass& heads = geometry_.classes()[c];
-      visit_rule(heads.rule, states[c], [&](const auto& rule, const auto& state) {
-        for (const EntryRange range : rule.held(state, length, high_water)) {
-          bytes += static_cast<std::size_t>(heads.num_heads * range.count()) *
-                   geometry_.pool().page_bytes(heads.page_size);
-        }
-      });
+      for (const EntryRange range : heads.rule.held(states[c], length, high_water)) {
+        bytes += static_cast<std::size_t>(heads.num_heads * range.count()) *
+                 geometry_.pool().page_bytes(heads.page_size);
+      }
     }
     return bytes;
   }
@@ -128,10 +126,7 @@ class SnapshotHead {
     for (std::size_t c = 0; c < states.size(); ++c, at += kClass) {
       const std::string_view format = format_of(c);
       std::memcpy(to.data() + at + 8, format.data(), format.size());
-      put<std::uint64_t>(
-          to, at,
-          visit_rule(geometry_.classes()[c].rule, states[c],
-                     [](const auto& rule, const auto& state) { return rule.to_word(state); }));
+      put<std::uint64_t>(to, at, geometry_.classes()[c].rule.to_word(states[c]));
     }
     put<std::uint64_t>(to, 24, checksum(to));
   }
@@ -288,24 +283,19 @@ class SnapshotHead {
 
   static AnyKeepState state_of(const HeadClass& heads, std::uint64_t word,
                                const SnapshotSequence& sequence) {
-    return std::visit(
-        [&]<class Rule>(const Rule& rule) -> AnyKeepState {
-          const std::optional<typename Rule::State> state =
-              rule.from_word(word, sequence.high_water);
-          if (!state) {
-            fail<FormatError>("snapshot: no class of heads has state ", word, " at high water ",
-                              sequence.high_water);
-          }
-          if constexpr (Rule::kSelects) {
-            if (*state != typename Rule::State{}) {
-              fail<FormatError>("snapshot: rows of its sequence were selected at length ",
-                                state->selected, ", of which version ", kVersion,
-                                " says too little to restore it");
-            }
-          }
-          return *state;
-        },
-        heads.rule);
+    const std::optional<AnyKeepState> state = heads.rule.from_word(word, sequence.high_water);
+    if (!state) {
+      fail<FormatError>("snapshot: no class of heads has state ", word, " at high water ",
+                        sequence.high_water);
+    }
+    heads.rule.visit_selecting(*state, []<class State>(const auto&, const State& selected) {
+      if (selected != State{}) {
+        fail<FormatError>("snapshot: rows of its sequence were selected at length ",
+                          selected.selected, ", of which version ", kVersion,
+                          " says too little to restore it");
+      }
+    });
+    return *state;
   }
 
   const CacheGeometry& geometry_;

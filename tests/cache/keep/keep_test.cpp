@@ -10,6 +10,7 @@
 #include <map>
 #include <random>
 #include <set>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -67,8 +68,8 @@ std::vector<RuleCase> rule_cases() {
 template <class Check>
 void for_each_rule(Check&& check) {
   for (const RuleCase& rule_case : rule_cases()) {
-    std::visit([&](const auto& rule) { check(rule, rule_case); },
-               make_rule(rule_case.budget, rule_case.limits));
+    AnyKeepRule::make(rule_case.budget, rule_case.limits)
+        .visit({}, [&](const auto& rule, const auto&) { check(rule, rule_case); });
     if (::testing::Test::HasFatalFailure()) return;
   }
 }
@@ -484,31 +485,91 @@ TEST(KeepRules, ShowWhatTheBudgetSaysAndWriteNoSharedPageOnARandomWalk) {
 
 TEST(KeepRules, EachBudgetHasTheRuleThatNamesIt) {
   const KeepLimits limits = limits_of(0, PrefillMode::kChunkCausal);
-  EXPECT_TRUE(std::holds_alternative<EverythingRule>(make_rule(KeepEverything{}, limits)));
-  EXPECT_TRUE(std::holds_alternative<WindowRule>(make_rule(KeepWindow{{4, 8}}, limits)));
-  EXPECT_TRUE(
-      std::holds_alternative<GrowingWindowRule>(make_rule(KeepGrowingWindow{4, 8, 2}, limits)));
-  EXPECT_TRUE(
-      std::holds_alternative<WindowFromRule>(make_rule(KeepWindowFrom{{{4, 8}}, 2}, limits)));
-  EXPECT_TRUE(std::holds_alternative<SelectedRule>(make_rule(KeepSelected{}, limits)));
-  static_assert(std::variant_size_v<AnyKeepRule> == std::variant_size_v<HeadBudget>);
+  EXPECT_TRUE(AnyKeepRule::make(KeepEverything{}, limits).get_if<EverythingRule>() != nullptr);
+  EXPECT_TRUE(AnyKeepRule::make(KeepWindow{{4, 8}}, limits).get_if<WindowRule>() != nullptr);
+  EXPECT_TRUE(AnyKeepRule::make(KeepGrowingWindow{4, 8, 2}, limits).get_if<GrowingWindowRule>() !=
+              nullptr);
+  EXPECT_TRUE(AnyKeepRule::make(KeepWindowFrom{{{4, 8}}, 2}, limits).get_if<WindowFromRule>() !=
+              nullptr);
+  EXPECT_TRUE(AnyKeepRule::make(KeepSelected{}, limits).get_if<SelectedRule>() != nullptr);
+  static_assert(std::variant_size_v<KeepRules> == std::variant_size_v<HeadBudget>);
 }
 
-TEST(KeepRules, AStateIsVisitedBesideItsRule) {
-  const KeepLimits limits = limits_of(0, PrefillMode::kChunkCausal);
-  for (const HeadBudget& budget :
-       {HeadBudget{KeepEverything{}}, HeadBudget{KeepWindow{{4, 8}}},
-        HeadBudget{KeepGrowingWindow{4, 8, 2}}, HeadBudget{KeepWindowFrom{{{4, 8}}, 2}},
-        HeadBudget{KeepSelected{}}}) {
-    const AnyKeepRule rule = make_rule(budget, limits);
-    const AnyKeepState state = empty_state(rule);
-    EXPECT_EQ(rule.index(), state.index());
-    const bool is_same = visit_rule(
-        rule, state, [&]<class Rule>(const Rule& kind, const typename Rule::State& kept) {
-          return kind == std::get<Rule>(rule) && kept == typename Rule::State{};
-        });
-    EXPECT_TRUE(is_same);
+/// All that a rule answers about one step of a sequence.
+template <class Rule>
+auto answers(const Rule& rule, const typename Rule::State& state, const StepLengths& step) {
+  const auto range = [](EntryRange of) { return std::pair(of.first, of.last); };
+  const auto map = [](const SlotMap& of) { return std::tuple(of.first_entry, of.sink, of.turn); };
+  const auto held = rule.held(state, step.length, step.high_water);
+  const auto changes = rule.changes(state, step);
+  const FoldedRows folded = rule.folded(state, step.length);
+  std::vector<std::int64_t> seen;
+  for (const Phase phase : {Phase::kPrompt, Phase::kDecode}) {
+    for (const KvRun& run : rule.runs(state, step.length, phase).runs) {
+      seen.insert(seen.end(), {run.first_slot.value, run.first_pos.value, run.count});
+    }
+    seen.insert(seen.end(), {rule.window(phase).sink, rule.window(phase).recent});
   }
+  std::vector<std::int64_t> folds;
+  rule.for_each_fold(state, step, [&](const FoldMove& move) {
+    folds.insert(folds.end(), {move.from.value_or(-1), move.to, move.entry, move.first_row,
+                               move.end_row, move.count});
+  });
+  return std::tuple(
+      std::tuple(rule.table_entries(9), rule.peak_entries(20), rule.most_rows(),
+                 rule.fork_entries(), rule.released_entries(), rule.compensation_rows()),
+      std::tuple(range(held[0]), range(held[1]), range(changes.take), range(changes.release),
+                 range(rule.rolled_back(state, step.next, step.length))),
+      std::tuple(rule.frozen(state, step.high_water), rule.lowest_kept(state, step.high_water),
+                 rule.slots_written(state, step.length), rule.to_word(state)),
+      std::tuple(map(rule.slots(state)), map(rule.append_slots(state, step)), folded.row,
+                 folded.count),
+      seen, folds);
+}
+
+TEST(KeepRules, ARuleOfAnyKindAnswersAsItsKind) {
+  for (const RuleCase& rule_case : rule_cases()) {
+    const AnyKeepRule any = AnyKeepRule::make(rule_case.budget, rule_case.limits);
+    any.visit({}, [&]<class Rule>(const Rule& rule, const typename Rule::State&) {
+      ASSERT_EQ(*any.get_if<Rule>(), rule);
+      ASSERT_EQ(any.selects(), Rule::kSelects);
+      for (const auto state : all_states<typename Rule::State>()) {
+        for (const std::int64_t length : {0, 1, 33, 100, 250}) {
+          const StepLengths step{length, length + rule_case.limits.max_rollback, length + 21};
+          ASSERT_EQ(answers(any, state, step), answers(rule, state, step));
+          ASSERT_EQ(any.changes(state, step).next, AnyKeepState(rule.changes(state, step).next));
+          for (const std::uint64_t word : {rule.to_word(state), ~std::uint64_t{0}}) {
+            const auto of_kind = rule.from_word(word, length);
+            const auto of_any = any.from_word(word, length);
+            ASSERT_EQ(of_any.has_value(), of_kind.has_value());
+            if (of_any) {
+              ASSERT_EQ(*of_any, AnyKeepState(*of_kind));
+            }
+          }
+        }
+      }
+    });
+    if (::testing::Test::HasFatalFailure()) return;
+  }
+}
+
+TEST(KeepRules, ADefaultStateIsAnEmptySequencesOfEveryKind) {
+  for (const RuleCase& rule_case : rule_cases()) {
+    const AnyKeepRule any = AnyKeepRule::make(rule_case.budget, rule_case.limits);
+    any.visit(AnyKeepState{}, [](const auto&, const auto& state) {
+      ASSERT_EQ(state, std::remove_cvref_t<decltype(state)>{});
+    });
+    if (::testing::Test::HasFatalFailure()) return;
+  }
+}
+
+TEST(KeepRules, OnlySelectedHeadsAreOneByOne) {
+  const KeepLimits limits = limits_of(0, PrefillMode::kWindowed);
+  const AnyKeepState before = SelectedRule::State{100, 7};
+  EXPECT_EQ(AnyKeepRule::make(KeepSelected{}, limits).of_head(before, 40),
+            AnyKeepState(SelectedRule::State{100, 40}));
+  EXPECT_EQ(AnyKeepRule::make(KeepWindow{{4, 8}}, limits).of_head(WindowRule::State{1}, 40),
+            AnyKeepState(WindowRule::State{1}));
 }
 
 TEST(KeepRules, StatesOfUnlikeRulesAreUnlike) {

@@ -76,7 +76,7 @@ class DevicePlace {
                  Staging{PinnedMemory(layout_.total_bytes), {}}} {
     changes_.reserve(num_sequences_ * num_classes_);
     for (const HeadClass& heads : geometry.classes()) {
-      const SlotMap slots = std::visit([](const auto& rule) { return rule.slots({}); }, heads.rule);
+      const SlotMap slots = heads.rule.slots({});
       if (slots.turn > 0) most_rows_moved_ = std::max(most_rows_moved_, slots.sink + slots.turn);
     }
     require(cudaMemset(state_.data(), 0, layout_.ranges), "cudaMemset");
@@ -206,11 +206,11 @@ class DevicePlace {
       }
     }
     for (const HeadClass& heads : geometry.classes()) {
-      if (const auto* late = std::get_if<WindowFromRule>(&heads.rule)) {
+      if (const auto* late = heads.rule.get_if<WindowFromRule>()) {
         fail<ConfigError>("heads that stream from a length on (KeepWindowFrom), here from ",
                           late->from, " tokens on, are not on the device yet");
       }
-      if (std::visit([](const auto& rule) { return rule.compensation_rows(); }, heads.rule) > 0) {
+      if (heads.rule.compensation_rows() > 0) {
         fail<ConfigError>("growing windows (RazorAttention) are not on the device yet");
       }
       if (heads.selects()) {
@@ -280,13 +280,12 @@ class DevicePlace {
       chunks[e] = {chunk.first_row, chunk.lengths.length, chunk.num_tokens()};
       for (std::size_t c = 0; c < num_classes_; ++c) {
         ClassState& state = classes[e * num_classes_ + c];
-        state = visit_rule(books.geometry().classes()[c].rule, books.keep_state(index, c),
-                           [&](const auto& rule, const auto& kept) {
-                             most_rows_stored_ =
-                                 std::max(most_rows_stored_,
-                                          cuda::most_rows_stored(rule, kept, chunk.lengths));
-                             return class_state(rule, kept, chunk.lengths, chunk.phase);
-                           });
+        state = books.geometry().classes()[c].rule.visit(
+            books.keep_state(index, c), [&](const auto& rule, const auto& kept) {
+              most_rows_stored_ =
+                  std::max(most_rows_stored_, cuda::most_rows_stored(rule, kept, chunk.lengths));
+              return class_state(rule, kept, chunk.lengths, chunk.phase);
+            });
         moves_rows_ =
             moves_rows_ || (chunk.num_tokens() > 0 && state.append_entry != state.read_entry);
         if (!books.tables().has_block(index)) continue;  // an empty sequence without new tokens
