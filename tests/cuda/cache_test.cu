@@ -11,9 +11,6 @@
 namespace headwise::test {
 namespace {
 
-template <class Row>
-using Model = DeviceModel<Row>;
-
 TEST(CudaCache, RefusesWhatTheDeviceCannotHold) {
   const ModelShape shape = ModelShape::uniform(1, 2, 2, 64);
   const HeadPlan plan(shape);
@@ -56,7 +53,7 @@ TEST(CudaCache, KeepsTheSmallerOfALayersOwnWindowAndItsBudget) {
 }
 
 TEST(CudaCache, DecodesAtEveryBoundaryLength) {
-  Model<f16> model({.group_size = 4, .max_context = 300, .max_rollback = 3});
+  DeviceModel<f16> model({.group_size = 4, .max_context = 300, .max_rollback = 3});
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
   for (int i = 0; i < 300; ++i) model.step({{id, 1}}, Phase::kDecode);
@@ -66,7 +63,7 @@ TEST(CudaCache, GivesTheSameForEveryChunkingOfAPrompt) {
   for (const PrefillMode mode : {PrefillMode::kWindowed, PrefillMode::kChunkCausal}) {
     for (const std::int64_t chunk : {2, 63, 64, 65, 100, 128, 200, 517}) {
       SCOPED_TRACE(chunk);
-      Model<bf16> model({.group_size = 2, .max_rollback = 5, .prefill = mode});
+      DeviceModel<bf16> model({.group_size = 2, .max_rollback = 5, .prefill = mode});
       HEADWISE_NEEDS_DEVICE();
       const SequenceId id = model.add();
       for (int i = 0; i < 4; ++i) model.step({{id, chunk}}, Phase::kPrompt, 12);
@@ -79,7 +76,7 @@ TEST(CudaCache, GivesTheSameForEveryChunkingOfAPrompt) {
 }
 
 TEST(CudaCache, RollsBackAcrossAWrap) {
-  Model<f16> model({.max_context = 2000, .max_rollback = 9});
+  DeviceModel<f16> model({.max_context = 2000, .max_rollback = 9});
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
   std::mt19937 random(3);
@@ -99,12 +96,12 @@ TEST(CudaCache, RollsBackAcrossAWrap) {
 }
 
 TEST(CudaCache, ServesARaggedBatch) {
-  Model<f16> model({.dim = 128,
-                    .group_size = 4,
-                    .num_kv_heads = 4,
-                    .num_layers = 2,
-                    .window = {64, 256},
-                    .max_sequences = 8});
+  DeviceModel<f16> model({.dim = 128,
+                          .group_size = 4,
+                          .num_kv_heads = 4,
+                          .num_layers = 2,
+                          .window = {64, 256},
+                          .max_sequences = 8});
   HEADWISE_NEEDS_DEVICE();
   std::vector<SequenceId> ids;
   std::vector<SequenceChunk> prompts;
@@ -124,7 +121,7 @@ TEST(CudaCache, ServesARaggedBatch) {
 
 /// A prompt of length_of(i) tokens for each of `count` sequences, then a token for each.
 template <class RowT, class LengthOf>
-void prompt_and_decode(Model<RowT>& model, int count, LengthOf length_of) {
+void prompt_and_decode(DeviceModel<RowT>& model, int count, LengthOf length_of) {
   std::vector<SequenceChunk> prompts;
   std::vector<SequenceChunk> tokens;
   for (int i = 0; i < count; ++i) {
@@ -138,12 +135,12 @@ void prompt_and_decode(Model<RowT>& model, int count, LengthOf length_of) {
 
 TEST(CudaCache, KeepsManySmallHeadsApart) {
   // More items than warps of the grid, most of them a few tiles.
-  Model<f16> model({.dim = 64,
-                    .num_kv_heads = 32,
-                    .window = {16, 64},
-                    .first_streams = true,
-                    .max_context = 256,
-                    .max_sequences = 96});
+  DeviceModel<f16> model({.dim = 64,
+                          .num_kv_heads = 32,
+                          .window = {16, 64},
+                          .first_streams = true,
+                          .max_context = 256,
+                          .max_sequences = 96});
   HEADWISE_NEEDS_DEVICE();
   ASSERT_GT(model.attention().launches().layout().cut_items, 0) << "they do not fit";
   prompt_and_decode(model, 96, [](int i) { return 1 + i * 37 % 200; });
@@ -151,12 +148,12 @@ TEST(CudaCache, KeepsManySmallHeadsApart) {
 
 TEST(CudaCache, CutsMoreItemsThanSharedMemoryLists) {
   // 200 sequences x 32 heads could be 6400 items: see LaunchLayout.
-  Model<f16> model({.dim = 32,
-                    .num_kv_heads = 32,
-                    .window = {16, 64},
-                    .first_streams = true,
-                    .max_context = 256,
-                    .max_sequences = 200});
+  DeviceModel<f16> model({.dim = 32,
+                          .num_kv_heads = 32,
+                          .window = {16, 64},
+                          .first_streams = true,
+                          .max_context = 256,
+                          .max_sequences = 200});
   HEADWISE_NEEDS_DEVICE();
   ASSERT_EQ(model.attention().launches().layout().cut_items, 0) << "they fit";
   prompt_and_decode(model, 40, [](int i) { return 1 + i * 41 % 210; });
@@ -165,17 +162,17 @@ TEST(CudaCache, CutsMoreItemsThanSharedMemoryLists) {
 TEST(CudaCache, KeepsManyLongHeadsApart) {
   // Several heads a block of the grid, each longer than what one warp does: all but a block's last
   // one are merged while the next is under way.
-  Model<bf16> model({.dim = 128,
-                     .num_kv_heads = 8,
-                     .window = {16, 128},
-                     .max_context = 512,
-                     .max_sequences = 90});
+  DeviceModel<bf16> model({.dim = 128,
+                           .num_kv_heads = 8,
+                           .window = {16, 128},
+                           .max_context = 512,
+                           .max_sequences = 90});
   HEADWISE_NEEDS_DEVICE();
   prompt_and_decode(model, 90, [](int i) { return 190 + i * 53 % 300; });
 }
 
 TEST(CudaCache, RecyclesPagesAndSequences) {
-  Model<bf16> model({.max_context = 700, .max_sequences = 3});
+  DeviceModel<bf16> model({.max_context = 700, .max_sequences = 3});
   HEADWISE_NEEDS_DEVICE();
   std::mt19937 random(5);
   std::vector<SequenceId> live;
@@ -194,7 +191,7 @@ TEST(CudaCache, RecyclesPagesAndSequences) {
 }
 
 TEST(CudaCache, LeavesNoTraceOfADroppedStep) {
-  Model<f16> model({.max_context = 1000, .max_rollback = 4});
+  DeviceModel<f16> model({.max_context = 1000, .max_rollback = 4});
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
   model.step({{id, 300}}, Phase::kPrompt, 2);
@@ -210,7 +207,7 @@ TEST(CudaCache, LeavesNoTraceOfADroppedStep) {
 TEST(CudaCache, GivesTheSameBitsForTheSameBatch) {
   std::vector<std::vector<std::uint16_t>> outs;
   for (int run = 0; run < 2; ++run) {
-    Model<f16> model({.dim = 128, .group_size = 4, .num_kv_heads = 4, .max_context = 3000});
+    DeviceModel<f16> model({.dim = 128, .group_size = 4, .num_kv_heads = 4, .max_context = 3000});
     HEADWISE_NEEDS_DEVICE();
     const SequenceId id = model.add();
     model.step({{id, 2500}}, Phase::kPrompt, 1);

@@ -13,8 +13,7 @@ namespace {
 
 template <class Row>
 class CudaCases : public ::testing::Test {};
-using Rows = ::testing::Types<f16, bf16>;
-TYPED_TEST_SUITE(CudaCases, Rows);
+TYPED_TEST_SUITE(CudaCases, DeviceRows);
 
 /// The case as a device model. Widths without a kernel become 64; nothing keeps a second run or a
 /// compensation row on a device, pages have 64 tokens there, and a softmax has a scale alone.

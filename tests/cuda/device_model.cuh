@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <optional>
 #include <random>
@@ -25,6 +26,12 @@
 #include "headwise/headwise.cuh"
 
 namespace headwise::test {
+
+/// The types of stored rows that every kernel has.
+using DeviceRows = ::testing::Types<f16, bf16>;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 /// Whether there is a device. HEADWISE_DEVICE_TESTS=required: a machine without one fails.
 inline bool has_device() {

@@ -12,15 +12,15 @@
 namespace headwise::test {
 namespace {
 
-constexpr int kDim = 128;
+constexpr int kLongDim = 128;
 
 /// Rows that repeat after a prime number of tokens: cheap to make, and no page looks like another.
-struct Rows {
+struct LongRows {
   static constexpr std::int64_t kPeriod = 4093;
   std::vector<float> values;
   std::vector<f16> bits;
 
-  Rows(std::int64_t count, std::int64_t width, unsigned seed) {
+  LongRows(std::int64_t count, std::int64_t width, unsigned seed) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
     for (std::int64_t i = 0; i < std::min(kPeriod, count) * width; ++i) {
@@ -45,16 +45,16 @@ struct Rows {
 void check_long(cuda::DeviceCache<f16>& cache, std::int64_t length) {
   constexpr int kHeads = 2;
   cuda::DeviceAttention<f16> attention(cache);
-  const Rows k(length + 1, kHeads * kDim, 1);
-  const Rows v(length + 1, kHeads * kDim, 2);
-  const Rows q(1, 2 * kHeads * kDim, 3);
+  const LongRows k(length + 1, kHeads * kLongDim, 1);
+  const LongRows v(length + 1, kHeads * kLongDim, 2);
+  const LongRows q(1, 2 * kHeads * kLongDim, 3);
   const cuda::DeviceMemory device_k = k.upload();
   const cuda::DeviceMemory device_v = v.upload();
   const cuda::DeviceMemory device_q = q.upload();
-  const cuda::DeviceMemory device_out(2 * kHeads * kDim * sizeof(f16));
+  const cuda::DeviceMemory device_out(2 * kHeads * kLongDim * sizeof(f16));
   const auto rows = [](const cuda::DeviceMemory& memory, std::int64_t first) {
     return TensorView<const f16>::nhd(
-        reinterpret_cast<const f16*>(memory.data()) + first * kHeads * kDim, kHeads, kDim);
+        reinterpret_cast<const f16*>(memory.data()) + first * kHeads * kLongDim, kHeads, kLongDim);
   };
   const SequenceId id = *cache.add_sequence();
   Step step;
@@ -66,15 +66,16 @@ void check_long(cuda::DeviceCache<f16>& cache, std::int64_t length) {
   ASSERT_EQ(cuda::commit_replayed<f16>(cache, step), StepStatus::kOk);
   ASSERT_EQ(cache.begin(step, {{id, 1, Phase::kDecode}}, nullptr), StepStatus::kOk);
   ASSERT_EQ(attention.plan_work(nullptr), StepStatus::kOk);
-  ASSERT_EQ(attention.attend(
-                step, 0,
-                TensorView<const f16>::nhd(reinterpret_cast<const f16*>(device_q.data()),
-                                           2 * kHeads, kDim),
-                rows(device_k, length), rows(device_v, length),
-                TensorView<f16>::nhd(reinterpret_cast<f16*>(device_out.data()), 2 * kHeads, kDim),
-                nullptr),
-            StepStatus::kOk);
-  std::vector<f16> out(2 * kHeads * kDim);
+  ASSERT_EQ(
+      attention.attend(
+          step, 0,
+          TensorView<const f16>::nhd(reinterpret_cast<const f16*>(device_q.data()), 2 * kHeads,
+                                     kLongDim),
+          rows(device_k, length), rows(device_v, length),
+          TensorView<f16>::nhd(reinterpret_cast<f16*>(device_out.data()), 2 * kHeads, kLongDim),
+          nullptr),
+      StepStatus::kOk);
+  std::vector<f16> out(2 * kHeads * kLongDim);
   ASSERT_EQ(
       cudaMemcpy(out.data(), device_out.data(), out.size() * sizeof(f16), cudaMemcpyDeviceToHost),
       cudaSuccess);
@@ -83,19 +84,19 @@ void check_long(cuda::DeviceCache<f16>& cache, std::int64_t length) {
     std::vector<float> seen_k, seen_v;
     for (std::int64_t j = 0; j <= length; ++j) {
       if (streams && !(j < 64 || length - j < 256)) continue;
-      const std::int64_t at = (j % Rows::kPeriod * kHeads + head / 2) * kDim;
-      seen_k.insert(seen_k.end(), k.values.begin() + at, k.values.begin() + at + kDim);
-      seen_v.insert(seen_v.end(), v.values.begin() + at, v.values.begin() + at + kDim);
+      const std::int64_t at = (j % LongRows::kPeriod * kHeads + head / 2) * kLongDim;
+      seen_k.insert(seen_k.end(), k.values.begin() + at, k.values.begin() + at + kLongDim);
+      seen_v.insert(seen_v.end(), v.values.begin() + at, v.values.begin() + at + kLongDim);
     }
     const std::vector<double> truth =
-        oracle_row(q.values.data() + head * kDim, seen_k.data(), seen_v.data(),
-                   static_cast<std::int64_t>(seen_k.size()) / kDim, kDim, kDim,
-                   1.0 / std::sqrt(kDim), [](std::int64_t) { return true; });
+        oracle_row(q.values.data() + head * kLongDim, seen_k.data(), seen_v.data(),
+                   static_cast<std::int64_t>(seen_k.size()) / kLongDim, kLongDim, kLongDim,
+                   1.0 / std::sqrt(kLongDim), [](std::int64_t) { return true; });
     double error = 0.0;
     double norm = 0.0;
-    for (int d = 0; d < kDim; ++d) {
+    for (int d = 0; d < kLongDim; ++d) {
       const double x =
-          static_cast<double>(to_float(out[static_cast<std::size_t>(head * kDim + d)]));
+          static_cast<double>(to_float(out[static_cast<std::size_t>(head * kLongDim + d)]));
       error += std::pow(x - truth[static_cast<std::size_t>(d)], 2);
       norm += std::pow(truth[static_cast<std::size_t>(d)], 2);
     }
@@ -112,7 +113,7 @@ HeadPlan half_streaming(const ModelShape& shape) {
 TEST(CudaLong, DecodesAContextOf512k) {
   HEADWISE_NEEDS_DEVICE();
   constexpr std::int64_t kLength = 512 * 1024 - 1;
-  const ModelShape shape = ModelShape::uniform(1, 4, 2, kDim);
+  const ModelShape shape = ModelShape::uniform(1, 4, 2, kLongDim);
   cuda::DeviceCache<f16> cache(shape, half_streaming(shape), {.max_context = kLength + 1});
   check_long(cache, kLength);
 }
@@ -120,8 +121,8 @@ TEST(CudaLong, DecodesAContextOf512k) {
 TEST(CudaLong, AddressesMoreThan2To31Elements) {
   HEADWISE_NEEDS_DEVICE();
   constexpr std::int64_t kElements = (std::int64_t{1} << 31) + (std::int64_t{1} << 26);
-  constexpr std::int64_t kFiller = kElements / (2 * kDim);  // tokens of one head
-  const ModelShape shape = ModelShape::uniform(1, 4, 2, kDim);
+  constexpr std::int64_t kFiller = kElements / (2 * kLongDim);  // tokens of one head
+  const ModelShape shape = ModelShape::uniform(1, 4, 2, kLongDim);
   cuda::DeviceCache<f16> cache(shape, half_streaming(shape),
                                {.max_bytes = (kElements + (std::int64_t{1} << 24)) * 2,
                                 .max_sequences = 2,

@@ -14,11 +14,11 @@
 namespace headwise::test {
 namespace {
 
-constexpr int kDim = 128;
+constexpr int kTableDim = 128;
 constexpr int kHeads = 3;
 constexpr int kGroup = 4;
 constexpr int kLayers = 2;
-using Dims = cuda::HeadDims<kDim>;
+using TableDims = cuda::HeadDims<kTableDim>;
 
 /// An engine: pages in any order, tables whose entries outside of windows name no page at all.
 class Engine {
@@ -27,12 +27,12 @@ class Engine {
       : lengths_(std::move(lengths)),
         windows_(windows),
         max_pages_((*std::max_element(lengths_.begin(), lengths_.end()) + 63) / 64 + 1),
-        layers_(kLayers, LayerShape{kHeads, kGroup, kDim, kDim}) {}
+        layers_(kLayers, LayerShape{kHeads, kGroup, kTableDim, kTableDim}) {}
 
   void check() {
     const auto num_sequences = static_cast<int>(lengths_.size());
     const auto shape = cuda::PageTableShape::dense(num_sequences, max_pages_);
-    cuda::TableAttention<f16, Dims> attention(layers_, windows_, shape);
+    cuda::TableAttention<f16, TableDims> attention(layers_, windows_, shape);
     const cuda::DeviceMemory lengths = upload(lengths_);
     ASSERT_EQ(attention.plan_work(reinterpret_cast<const std::int32_t*>(lengths.data()),
                                   num_sequences, nullptr),
@@ -54,9 +54,9 @@ class Engine {
     return window.sees(Pos{length - 1}, Pos{pos});
   }
 
-  void check_layer(cuda::TableAttention<f16, Dims>& attention, int l) {
+  void check_layer(cuda::TableAttention<f16, TableDims>& attention, int l) {
     const std::size_t num_pages = kHeads * lengths_.size() * static_cast<std::size_t>(max_pages_);
-    constexpr std::size_t kPage = 2 * 64 * kDim;
+    constexpr std::size_t kPage = 2 * 64 * kTableDim;
     std::vector<std::int32_t> page_of(num_pages);
     std::iota(page_of.begin(), page_of.end(), 0);
     std::shuffle(page_of.begin(), page_of.end(), random_);
@@ -71,17 +71,17 @@ class Engine {
           bool needed = false;
           for (std::int64_t pos = 64 * p; pos < 64 * p + 64 && pos < lengths_[s]; ++pos) {
             needed = needed || sees(l, h, lengths_[s], pos);
-            for (int i = 0; i < 2 * kDim; ++i) {
+            for (int i = 0; i < 2 * kTableDim; ++i) {
               pages[static_cast<std::size_t>(page_of[at]) * kPage +
-                    static_cast<std::size_t>((i / kDim * 64 + pos % 64) * kDim + i % kDim)] =
-                  from_float<f16>(normal(random_));
+                    static_cast<std::size_t>((i / kTableDim * 64 + pos % 64) * kTableDim +
+                                             i % kTableDim)] = from_float<f16>(normal(random_));
             }
           }
           if (!needed) table[at] = 0x7FFFFFFF;
         }
       }
     }
-    std::vector<f16> q(lengths_.size() * kHeads * kGroup * kDim);
+    std::vector<f16> q(lengths_.size() * kHeads * kGroup * kTableDim);
     for (f16& x : q) x = from_float<f16>(2.0F * normal(random_));
     const cuda::DeviceMemory on_device = upload(pages);
     const cuda::DeviceMemory device_table = upload(table);
@@ -90,12 +90,12 @@ class Engine {
     const cuda::PageTableView view{reinterpret_cast<const std::int32_t*>(device_table.data()),
                                    on_device.data(), kPage * sizeof(f16)};
     ASSERT_EQ(
-        attention.decode(
-            l, view,
-            TensorView<const f16>::nhd(reinterpret_cast<const f16*>(device_q.data()),
-                                       kHeads * kGroup, kDim),
-            TensorView<f16>::nhd(reinterpret_cast<f16*>(device_out.data()), kHeads * kGroup, kDim),
-            nullptr),
+        attention.decode(l, view,
+                         TensorView<const f16>::nhd(reinterpret_cast<const f16*>(device_q.data()),
+                                                    kHeads * kGroup, kTableDim),
+                         TensorView<f16>::nhd(reinterpret_cast<f16*>(device_out.data()),
+                                              kHeads * kGroup, kTableDim),
+                         nullptr),
         cudaSuccess);
     std::vector<f16> out(q.size());
     ASSERT_EQ(
@@ -110,21 +110,22 @@ class Engine {
           const std::size_t at =
               (static_cast<std::size_t>(h) * lengths_.size() + s) * max_pages_ + pos / 64;
           const f16* page = pages.data() + static_cast<std::size_t>(page_of[at]) * kPage;
-          for (int d = 0; d < kDim; ++d) {
-            k.push_back(to_float(page[pos % 64 * kDim + d]));
-            v.push_back(to_float(page[(64 + pos % 64) * kDim + d]));
+          for (int d = 0; d < kTableDim; ++d) {
+            k.push_back(to_float(page[pos % 64 * kTableDim + d]));
+            v.push_back(to_float(page[(64 + pos % 64) * kTableDim + d]));
           }
         }
-        const std::size_t first = (s * kHeads * kGroup + static_cast<std::size_t>(head)) * kDim;
-        for (int d = 0; d < kDim; ++d) {
+        const std::size_t first =
+            (s * kHeads * kGroup + static_cast<std::size_t>(head)) * kTableDim;
+        for (int d = 0; d < kTableDim; ++d) {
           query.push_back(to_float(q[first + static_cast<std::size_t>(d)]));
         }
-        const std::vector<double> truth =
-            oracle_row(query.data(), k.data(), v.data(), static_cast<std::int64_t>(k.size()) / kDim,
-                       kDim, kDim, 1.0 / std::sqrt(kDim), [](std::int64_t) { return true; });
+        const std::vector<double> truth = oracle_row(
+            query.data(), k.data(), v.data(), static_cast<std::int64_t>(k.size()) / kTableDim,
+            kTableDim, kTableDim, 1.0 / std::sqrt(kTableDim), [](std::int64_t) { return true; });
         double error = 0.0;
         double norm = 0.0;
-        for (int d = 0; d < kDim; ++d) {
+        for (int d = 0; d < kTableDim; ++d) {
           const double x = static_cast<double>(to_float(out[first + static_cast<std::size_t>(d)]));
           error += std::pow(x - truth[static_cast<std::size_t>(d)], 2);
           norm += std::pow(truth[static_cast<std::size_t>(d)], 2);
@@ -151,9 +152,9 @@ TEST(CudaOwnTables, DecodesRaggedSequencesEachHeadWithinItsWindow) {
 }
 
 TEST(CudaOwnTables, RefusesWindowsThatAreNotOneAHeadAndTablesBeyond31Bits) {
-  const std::vector<LayerShape> layers{{kHeads, kGroup, kDim, kDim}};
+  const std::vector<LayerShape> layers{{kHeads, kGroup, kTableDim, kTableDim}};
   const std::vector<std::vector<Window>> two{{Window::everything(), Window::everything()}};
-  using Attention = cuda::TableAttention<f16, Dims>;
+  using Attention = cuda::TableAttention<f16, TableDims>;
   EXPECT_THROW(Attention(layers, two, cuda::PageTableShape::dense(1, 1)), ConfigError);
   EXPECT_THROW(cuda::PageTableShape::dense(64, std::int64_t{1} << 25), ConfigError);
 }

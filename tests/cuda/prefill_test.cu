@@ -11,9 +11,6 @@
 namespace headwise::test {
 namespace {
 
-template <class Row>
-using Model = DeviceModel<Row>;
-
 /// A past of each length, then a chunk of each length.
 template <class Row>
 void check_chunks(DeviceModelOptions options, const std::vector<std::int64_t>& pasts,
@@ -22,7 +19,7 @@ void check_chunks(DeviceModelOptions options, const std::vector<std::int64_t>& p
   for (const std::int64_t past : pasts) {
     for (const std::int64_t chunk : chunks) {
       SCOPED_TRACE("past " + std::to_string(past) + " chunk " + std::to_string(chunk));
-      Model<Row> model(options);
+      DeviceModel<Row> model(options);
       if (!has_device()) continue;
       const SequenceId id = model.add();
       if (past > 0) model.step({{id, past}}, Phase::kPrompt, 1);
@@ -63,13 +60,13 @@ TEST(CudaPrefill, SeesTheSameWhereAChunkCrossesTheSinks) {
 }
 
 TEST(CudaPrefill, DrawsMoreTilesThanALaunchHasBlocks) {
-  Model<bf16> model({.dim = 64,
-                     .group_size = 4,
-                     .num_kv_heads = 6,
-                     .num_layers = 2,
-                     .window = {16, 64},
-                     .max_context = 700,
-                     .max_sequences = 40});
+  DeviceModel<bf16> model({.dim = 64,
+                           .group_size = 4,
+                           .num_kv_heads = 6,
+                           .num_layers = 2,
+                           .window = {16, 64},
+                           .max_context = 700,
+                           .max_sequences = 40});
   HEADWISE_NEEDS_DEVICE();
   std::vector<SequenceChunk> chunks;
   for (int i = 0; i < 40; ++i) chunks.push_back({model.add(), 2 + i * 89 % 600});

@@ -202,8 +202,7 @@ TEST(CudaPrefillWork, UnequalChunksAreAllThere) {
 
 template <class Row>
 class CudaCutTiles : public ::testing::Test {};
-using Rows = ::testing::Types<f16, bf16>;
-TYPED_TEST_SUITE(CudaCutTiles, Rows);
+TYPED_TEST_SUITE(CudaCutTiles, DeviceRows);
 
 DeviceModelOptions long_options(int dim, int group_size) {
   return {.dim = dim, .group_size = group_size, .window = {64, 256}, .max_context = 8192};

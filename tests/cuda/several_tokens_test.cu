@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -13,13 +12,9 @@
 namespace headwise::test {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
 template <class Row>
 class CudaSeveralTokens : public ::testing::Test {};
-using Rows = ::testing::Types<f16, bf16>;
-TYPED_TEST_SUITE(CudaSeveralTokens, Rows);
+TYPED_TEST_SUITE(CudaSeveralTokens, DeviceRows);
 
 TYPED_TEST(CudaSeveralTokens, EveryGroupEqualsTheOracle) {
   for (const int group : {1, 3, 8, 9, 12, 16, 17, 31, 32, 33, 48, 64, 65, 100, 127, 128}) {
