@@ -200,6 +200,14 @@ TEST(Shard, FewerKvHeadsThanRanksAreOnSeveralWhichShareTheirQueryHeads) {
   EXPECT_EQ(copy(in_order.kv_heads(0)), (std::vector<int>{0, 0, 1, 1}));
 }
 
+TEST(Shard, TakesNoLongerForEachRankWhereRanksAreMany) {  // minutes where it does
+  const HeadPlan plan(ModelShape::uniform(4, 4, 2, 64));
+  const std::vector<std::int64_t> costs{5, 1, 1, 5, 3, 3, 0, 9};
+  const Sharding sharding = shard(plan, kMaxHeads, costs);
+  EXPECT_EQ(sharding.num_copies(0), kMaxHeads / 2);
+  EXPECT_EQ(sharding.plan(plan, kMaxHeads - 1).num_heads(), 4U);
+}
+
 TEST(Shard, SinksAndSlopesGoWithTheirQueryHeads) {
   HeadPlan plan(std::vector<int>{4, 4}, kStreaming);
   plan.set(0, 0, KeepEverything{});

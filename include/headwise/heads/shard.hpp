@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
+#include <queue>
 #include <span>
 #include <tuple>
 #include <utility>
@@ -219,21 +221,19 @@ inline Sharding shard(const HeadPlan& plan, int num_ranks,
       return std::tuple(-cost_of(a), a) < std::tuple(-cost_of(b), b);
     });
 
+    // Ranks that have room, the one first that has least of the layer, then of all so far. Without
+    // costs that is the model's order.
+    using Load = std::tuple<std::int64_t, std::int64_t, std::size_t>;  // both, and the rank
+    std::priority_queue<Load, std::vector<Load>, std::greater<>> loads;
+    for (std::size_t r = 0; r < ranks; ++r) loads.emplace(0, result.costs_[r], r);
     std::vector<std::vector<int>> of_rank(ranks);
-    std::vector<std::int64_t> of_layer(ranks, 0);
     for (const int head : dealt) {
-      std::size_t to = ranks;
-      for (std::size_t r = 0; r < ranks; ++r) {
-        if (of_rank[r].size() == per_rank) continue;
-        // Without costs, the first rank that has room: the model's order.
-        if (to == ranks || std::tuple(of_layer[r], result.costs_[r]) <
-                               std::tuple(of_layer[to], result.costs_[to])) {
-          to = r;
-        }
-      }
+      auto [of_layer, of_all, to] = loads.top();
+      loads.pop();
       of_rank[to].push_back(head);
-      add(of_layer[to], cost_of(head));
+      add(of_layer, cost_of(head));
       add(result.costs_[to], cost_of(head));
+      if (of_rank[to].size() < per_rank) loads.emplace(of_layer, result.costs_[to], to);
     }
     Sharding::Layer layer{{}, heads, copies};
     for (std::vector<int>& mine : of_rank) {
