@@ -37,6 +37,7 @@
 #include "headwise/policies/head_kv.hpp"
 #include "headwise/policies/key_diff.hpp"
 #include "headwise/policies/knorm.hpp"
+#include "headwise/policies/kv_crush.hpp"
 #include "headwise/policies/kv_zip.hpp"
 #include "headwise/policies/lag_kv.hpp"
 #include "headwise/policies/lazy_eviction.hpp"
