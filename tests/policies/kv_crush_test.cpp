@@ -24,7 +24,7 @@ using kv_crush::Anchor;
 using test::KeptLists;
 using Tokens = std::vector<std::int32_t>;
 
-TokenScores scores_of(std::int64_t length, const std::vector<std::vector<float>>& heads) {
+TokenScores scored_heads(std::int64_t length, const std::vector<std::vector<float>>& heads) {
   TokenScores scores(length);
   for (const auto& head : heads) std::ranges::copy(head, scores.add_head().begin());
   return scores;
@@ -39,8 +39,8 @@ KeptLists with_representatives(const kv_crush::Policy& policy, const TokenScores
 
 // policies-more, section 4: blocks 1010 0101 0000 1111, all dropped, two stay.
 TEST(KvCrush, KeepsTheRepresentativesOfOpenVino) {
-  const TokenScores scores = scores_of(16, {{.9F, .1F, .8F, .2F, .3F, .7F, .05F, .6F, .01F, .02F,
-                                             .03F, .04F, .5F, .55F, .45F, .4F}});
+  const TokenScores scores = scored_heads(16, {{.9F, .1F, .8F, .2F, .3F, .7F, .05F, .6F, .01F, .02F,
+                                                .03F, .04F, .5F, .55F, .45F, .4F}});
   const KeptPositions none = select_tokens(scores, {}, uniform_counts(scores, 0));
   const auto blocks = [&](Anchor anchor) {
     std::set<std::int32_t> ids;
@@ -59,7 +59,7 @@ TEST(KvCrush, KeepsTheRepresentativesOfOpenVino) {
 
 /// By hand: upper halves {0, 1, 2, 3} and {1, 3, 5, 7}, so tokens 10 11 10 11 00 01 00 01.
 TokenScores two_heads() {
-  return scores_of(8, {{8, 7, 6, 5, 4, 3, 2, 1}, {1, 8, 2, 7, 3, 6, 4, 5}});
+  return scored_heads(8, {{8, 7, 6, 5, 4, 3, 2, 1}, {1, 8, 2, 7, 3, 6, 4, 5}});
 }
 
 TEST(KvCrush, HasABitAKvHeadAndEachHeadsOwnCandidates) {
@@ -90,7 +90,7 @@ TEST(KvCrush, LeavesTheChoiceWhereFewerWereDropped) {
 
 TEST(KvCrush, RanksUnprotectedTokensOnly) {
   // Unprotected 1..6; a protected one with the highest score takes no place in the upper half.
-  const TokenScores scores = scores_of(8, {{9, 1, 2, 3, 4, 5, 6, 9}});
+  const TokenScores scores = scored_heads(8, {{9, 1, 2, 3, 4, 5, 6, 9}});
   const Protection ends{1, 1};
   const KeptPositions chosen = select_tokens(scores, ends, uniform_counts(scores, 2));
   ASSERT_EQ(test::lists_of(chosen), (KeptLists{{0, 7}}));
@@ -105,7 +105,7 @@ TEST(KvCrush, RanksUnprotectedTokensOnly) {
 TEST(KvCrush, TakesWhatIsNotFiniteForTheLeast) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float inf = std::numeric_limits<float>::infinity();
-  const TokenScores scores = scores_of(4, {{inf, nan, 1, 2}});
+  const TokenScores scores = scored_heads(4, {{inf, nan, 1, 2}});
   const KeptPositions none = select_tokens(scores, {}, uniform_counts(scores, 0));
   EXPECT_EQ(with_representatives({.anchor = Anchor::kOnes}, scores, {}, none, 1), (KeptLists{{2}}));
 }

@@ -74,7 +74,7 @@ LookedAt after_golden_steps() {
   for (const Weights& weights : golden_steps()) walk.add({weights});
   return walk;
 }
-Positions of(std::span<const std::int32_t> values, std::int32_t minus = 0) {
+Positions list_of(std::span<const std::int32_t> values, std::int32_t minus = 0) {
   Positions list;
   for (const std::int32_t value : values) list.push_back(value - minus);
   return list;
@@ -83,8 +83,8 @@ Positions of(std::span<const std::int32_t> values, std::int32_t minus = 0) {
 // The specification counts steps from 1; the record has positions, of which step 1 is 4.
 TEST(LazyEviction, TracksLastLooksAndLongestGaps) {
   const LookedAt walk = after_golden_steps();
-  EXPECT_EQ(of(walk.record.last_important(), 3), (Positions{4, 3, 2, 0, 1, 2, 3, 4}));
-  EXPECT_EQ(of(walk.record.longest_gaps()), (Positions{3, 3, 1, 0, 1, 1, 1, 1}));
+  EXPECT_EQ(list_of(walk.record.last_important(), 3), (Positions{4, 3, 2, 0, 1, 2, 3, 4}));
+  EXPECT_EQ(list_of(walk.record.longest_gaps()), (Positions{3, 3, 1, 0, 1, 1, 1, 1}));
   EXPECT_EQ(walk.record.newest(), 7);
 }
 
@@ -147,12 +147,12 @@ TEST(LazyEviction, CountsGapsBeyondWhatBf16Holds) {
 TEST(LazyEviction, TakesTheLargestWeightOfAGroup) {
   LookedAt walk;
   walk.add({{.9F, .01F, .01F, .01F, .07F}, {.01F, .9F, .01F, .01F, .07F}});
-  EXPECT_EQ(of(walk.record.longest_gaps()), (Positions{1, 1, 0, 0, 0}));
+  EXPECT_EQ(list_of(walk.record.longest_gaps()), (Positions{1, 1, 0, 0, 0}));
   // A mean of .135 at token 4 of 2 heads would count as .1 does; of one head at .15 and .05 it
   // does.
   LookedAt other;
   other.add({{.8F, .01F, .01F, .03F, .15F}, {.97F, .01F, .01F, .005F, .005F}});
-  EXPECT_EQ(of(other.record.longest_gaps()), (Positions{1, 0, 0, 0, 1}));
+  EXPECT_EQ(list_of(other.record.longest_gaps()), (Positions{1, 0, 0, 0, 1}));
 }
 
 TEST(LazyEviction, NotesAStepOfSeveralTokensAsItsTokensOneByOne) {
@@ -173,8 +173,8 @@ TEST(LazyEviction, NotesAStepOfSeveralTokensAsItsTokensOneByOne) {
   together.record.add(together.policy,
                       {{q.data(), LookedAt::kDim, LookedAt::kDim}, at, 1, LookedAt::kDim, 1.0F},
                       RowView::dense(together.unit.data(), 8, LookedAt::kDim), together.stored);
-  EXPECT_EQ(of(together.record.last_important()), of(one_by_one.record.last_important()));
-  EXPECT_EQ(of(together.record.longest_gaps()), of(one_by_one.record.longest_gaps()));
+  EXPECT_EQ(list_of(together.record.last_important()), list_of(one_by_one.record.last_important()));
+  EXPECT_EQ(list_of(together.record.longest_gaps()), list_of(one_by_one.record.longest_gaps()));
 }
 
 TEST(LazyEviction, CutsAtMultiplesOfTheWindowOnly) {
@@ -199,11 +199,11 @@ TEST(LazyEviction, CutsAtMultiplesOfTheWindowOnly) {
 TEST(LazyEviction, TakesItsRecordAlongWhenATokenIsDropped) {
   LookedAt walk = after_golden_steps();
   walk.cut({0, 2, 5, 6, 7});
-  EXPECT_EQ(of(walk.record.positions()), (Positions{0, 2, 5, 6, 7}));
+  EXPECT_EQ(list_of(walk.record.positions()), (Positions{0, 2, 5, 6, 7}));
   // Step 5: token 2 again, 3 tokens after step 2; dropped keys have no weight.
   walk.add({{.05F, 1e-9F, .5F, 1e-9F, 1e-9F, .05F, .05F, .05F, .3F}});
-  EXPECT_EQ(of(walk.record.last_important(), 3), (Positions{4, 5, 2, 3, 4, 5}));
-  EXPECT_EQ(of(walk.record.longest_gaps()), (Positions{3, 3, 1, 1, 1, 1}));
+  EXPECT_EQ(list_of(walk.record.last_important(), 3), (Positions{4, 5, 2, 3, 4, 5}));
+  EXPECT_EQ(list_of(walk.record.longest_gaps()), (Positions{3, 3, 1, 1, 1, 1}));
   EXPECT_EQ(lazy_eviction::Record::bytes(7), 84U);
 }
 
@@ -214,7 +214,7 @@ TEST(LazyEviction, ForgetsARollbackAndACopyIsExact) {
   EXPECT_EQ(walk.record.last_important()[2], 8);
   EXPECT_EQ(before.last_important()[2], 5);  // a fork's copy goes its own way
   walk.record.forget(8);
-  EXPECT_EQ(of(walk.record.positions()), (Positions{0, 1, 2, 3, 4, 5, 6, 7}));
+  EXPECT_EQ(list_of(walk.record.positions()), (Positions{0, 1, 2, 3, 4, 5, 6, 7}));
   EXPECT_EQ(walk.record.newest(), 7);
   EXPECT_EQ(walk.record.last_important()[2], 7);  // never later than the newest query
   EXPECT_EQ(walk.record.longest_gaps()[2], 3);
@@ -231,7 +231,7 @@ TEST(LazyEviction, ForgetsARollbackAndACopyIsExact) {
 TEST(LazyEviction, NoLookCountsWhereAWeightIsNotANumber) {
   LookedAt walk;
   walk.add({{std::numeric_limits<float>::quiet_NaN(), .5F, .2F, .2F, .1F}});
-  EXPECT_EQ(of(walk.record.longest_gaps()), (Positions{0, 0, 0, 0, 0}));
+  EXPECT_EQ(list_of(walk.record.longest_gaps()), (Positions{0, 0, 0, 0, 0}));
 }
 
 TEST(LazyEviction, RefusesWhatWasNotRecorded) {
@@ -254,7 +254,7 @@ TEST(LazyEviction, RefusesWhatWasNotRecorded) {
   changed.record = walk.record;
   EXPECT_EQ(message_of<ConfigError>([&] { changed.add({golden_steps()[3]}); }),
             "a query at 7 after one noted at 7");
-  EXPECT_EQ(of(changed.record.longest_gaps()), of(walk.record.longest_gaps()));
+  EXPECT_EQ(list_of(changed.record.longest_gaps()), list_of(walk.record.longest_gaps()));
 
   const lazy_eviction::Policy wide{.budget = 5, .window = 5};
   TokenScores scores(8);
