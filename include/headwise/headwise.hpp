@@ -52,5 +52,6 @@
 #include "headwise/policies/snap_kv.hpp"
 #include "headwise/policies/streaming_llm.hpp"
 #include "headwise/policies/tova.hpp"
+#include "headwise/policies/tri_attention.hpp"
 #include "headwise/policies/uniform_budget.hpp"
 #endif

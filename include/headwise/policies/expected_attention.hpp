@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "headwise/attention/query_moments.hpp"
+#include "headwise/attention/rope.hpp"
 #include "headwise/core/bits.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
@@ -28,38 +29,8 @@
 /// buffer's). Sinks stay; nothing recent is protected. Comparable between heads of a layer.
 namespace headwise::inline v0::expected_attention {
 
-/// Which elements of a row RoPE turns together.
-enum class Pairs : std::uint8_t {
-  kHalves,      ///< element i with i + dim / 2 (Llama in HuggingFace's layout)
-  kNeighbours,  ///< element 2i with 2i + 1
-};
-
-/// A model's rotary embedding.
-struct Rope {
-  double theta = 10000.0;        ///< base; > 0
-  Pairs pairs = Pairs::kHalves;  ///< see Pairs
-
-  /// Elements of pair `i` in a row of `dim`.
-  std::pair<std::size_t, std::size_t> pair(int i, int dim) const {
-    const auto at = static_cast<std::size_t>(i);
-    return pairs == Pairs::kHalves ? std::pair{at, at + static_cast<std::size_t>(dim) / 2}
-                                   : std::pair{2 * at, 2 * at + 1};
-  }
-  /// Radians that pair `i` turns a position.
-  double frequency(int i, int dim) const { return std::pow(theta, -2.0 * i / dim); }
-  /// Undoes the turn of a query at `position`, in place: for engines that have them after RoPE
-  /// only.
-  void turn_back(float* row, int dim, std::int64_t position) const {
-    for (int i = 0; i < dim / 2; ++i) {
-      const double angle = frequency(i, dim) * static_cast<double>(position);
-      const auto [a, b] = pair(i, dim);
-      const auto x = static_cast<double>(row[a]);
-      const auto y = static_cast<double>(row[b]);
-      row[a] = static_cast<float>(x * std::cos(angle) + y * std::sin(angle));
-      row[b] = static_cast<float>(y * std::cos(angle) - x * std::sin(angle));
-    }
-  }
-};
+using Pairs = RopePairs;   ///< see RopePairs
+using headwise::v0::Rope;  ///< see Rope
 
 /// The published knobs.
 struct Policy {
@@ -114,8 +85,9 @@ inline void turn(const Rope& rope, const std::vector<std::pair<double, double>>&
 /// @param moments  [group_size] of its query heads, before RoPE, from position `sink` on
 /// @param keys,values  stored rows; keys after RoPE
 /// @param stored  their positions, ascending
-/// @throws ConfigError for sizes that differ, an odd width, a future below 1 or an epsilon that is
-///   negative or not finite.
+/// @throws ConfigError for sizes that differ, an odd width, a rope that is not of it, a future
+/// below
+///   1 or an epsilon that is negative or not finite.
 /// Cost: group x dim^2 multiply-adds a key, with the covariance.
 inline void add_head(const Policy& policy, std::span<const QueryMoments> moments,
                      const RowView& keys, const RowView& values,
@@ -124,7 +96,7 @@ inline void add_head(const Policy& policy, std::span<const QueryMoments> moments
   if (!is_finite(policy.epsilon) || policy.epsilon < 0.0) {
     fail<ConfigError>("epsilon must be finite and >= 0, got ", policy.epsilon);
   }
-  if (keys.dim % 2 != 0) fail<ConfigError>("RoPE turns an even width, got ", keys.dim);
+  policy.rope.check(keys.dim);
   if (keys.count != values.count || keys.count != std::ssize(stored)) {
     fail<ConfigError>(keys.count, " keys, ", values.count, " values and ", stored.size(),
                       " positions");
