@@ -228,6 +228,14 @@ TEST(LazyEviction, ForgetsARollbackAndACopyIsExact) {
   EXPECT_TRUE(walk.record.positions().empty());
 }
 
+TEST(LazyEviction, ALookOfAlphaItselfCounts) {
+  LookedAt walk;
+  walk.stored = {0, 1, 2};
+  walk.policy.alpha = 0.25F;
+  walk.add({{1.0F, 1.0F, 1.0F, 1.0F}});  // a quarter each, to the bit
+  EXPECT_EQ(list_of(walk.record.longest_gaps()), (Positions{1, 1, 1, 1}));
+}
+
 TEST(LazyEviction, NoLookCountsWhereAWeightIsNotANumber) {
   LookedAt walk;
   walk.add({{std::numeric_limits<float>::quiet_NaN(), .5F, .2F, .2F, .1F}});
