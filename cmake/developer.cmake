@@ -28,7 +28,7 @@ set(HEADWISE_WARNINGS -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -W
 # g++ 12 sees overlaps and overruns in std::string's own memcpy (GCC bug 105651), and uninitialised values in its own AVX-512
 # intrinsics wherever Eigen uses them (GCC bug 105593).
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-  set(HEADWISE_FALSE_ALARMS -Wno-restrict -Wno-array-bounds -Wno-uninitialized -Wno-maybe-uninitialized)
+  set(HEADWISE_FALSE_ALARMS -Wno-restrict -Wno-array-bounds -Wno-stringop-overread -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
 
 # In a unity build a local name may hide a constant of another file; -Wshadow there is for builds without (preset clang).

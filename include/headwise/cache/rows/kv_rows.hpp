@@ -20,10 +20,11 @@ namespace headwise::inline v0 {
 /// A page is one of KFormat without V, then one of VFormat without K: each part is that format's,
 /// to the last bit, and the kernels read both where they lie.
 /// @tparam KRows,VRows  row formats whose pages lie in one piece (or element types): Int8Rows,
-///   Int4Rows, f16, ...
+///   Int4Rows, f16, ... Rotated K comes from without: RotatedRows<KvRows<...>> turns q, too.
 template <class KRows, class VRows>
   requires(std::same_as<typename FormatOf<KRows>::Memory, PagedMemory>&&
-               std::same_as<typename FormatOf<VRows>::Memory, PagedMemory>)
+               std::same_as<typename FormatOf<VRows>::Memory, PagedMemory> &&
+           !RotatesK<FormatOf<KRows>> && !RotatesK<FormatOf<VRows>>)
 struct KvRows {
   using KFormat = FormatOf<KRows>;  ///< of K
   using VFormat = FormatOf<VRows>;  ///< of V

@@ -86,7 +86,7 @@ HEADWISE_NEVER_INLINE inline void rotate_back(float* x, int dim) {
 /// @see Ashkboos et al., QuaRot, arXiv:2404.00456, section 4 (keys); signs as in Chee et al., QuIP,
 ///   arXiv:2307.13304
 template <class Rows>
-  requires std::same_as<typename FormatOf<Rows>::Memory, PagedMemory>
+  requires(std::same_as<typename FormatOf<Rows>::Memory, PagedMemory> && !RotatesK<FormatOf<Rows>>)
 struct RotatedRows {
   using Turned = FormatOf<Rows>;  ///< what keeps the rows
   using Memory = PagedMemory;
