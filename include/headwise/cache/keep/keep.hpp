@@ -218,6 +218,7 @@ class AnyKeepRule {
   KeepRules kind_;
 };
 
+/// What a rule remembers of one sequence: the alternative of its kind.
 using AnyKeepState = AnyKeepRule::State;
 
 }  // namespace headwise::inline v0
