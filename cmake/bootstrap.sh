@@ -10,6 +10,7 @@ usage: cmake/bootstrap.sh demo [arguments of `needle_lm demo`]
        cmake/bootstrap.sh test [arguments of ctest]
        cmake/bootstrap.sh bench [arguments of Google Benchmark]
        cmake/bootstrap.sh llama [command and options of `in_llama`]    a pretrained model in llama.cpp
+       cmake/bootstrap.sh llama_tools [options of requests.py]    llama.cpp's own server, on Headwise
        cmake/bootstrap.sh packages [more Debian packages]    only installs
 Paths in arguments are relative to the repository.
 TXT
@@ -101,15 +102,20 @@ take() {
   fi
 }
 
+unpack_llama() { # <folder>
+  [ -d "$1" ] && return
+  take source
+  rm -rf build/llama/partial
+  mkdir -p build/llama/partial
+  tar xzf build/llama/download/llama_cpp_python-*.tar.gz -C build/llama/partial --strip-components=3 \
+    --wildcards '*/vendor/llama.cpp'
+  if [ $# = 2 ]; then patch --quiet --directory build/llama/partial --strip 1 <"$2"; fi
+  mkdir -p "$(dirname "$1")"
+  mv build/llama/partial "$1"
+}
+
 build_llama() { # into build/llama/install
-  if [ ! -d build/llama/source ]; then
-    take source
-    rm -rf build/llama/partial
-    mkdir -p build/llama/partial
-    tar xzf build/llama/download/llama_cpp_python-*.tar.gz -C build/llama/partial --strip-components=3 \
-      --wildcards '*/vendor/llama.cpp'
-    mv build/llama/partial build/llama/source
-  fi
+  unpack_llama build/llama/source
   echo "Building llama.cpp: about 200 core-seconds"
   local log=build/llama/log
   { cmake -S build/llama/source -B build/llama/build -G Ninja -D CMAKE_BUILD_TYPE=Release -D BUILD_SHARED_LIBS=ON \
@@ -118,6 +124,22 @@ build_llama() { # into build/llama/install
       -D LLAMA_BUILD_SERVER=OFF -D LLAMA_BUILD_APP=OFF -D LLAMA_OPENSSL=OFF &&
     cmake --build build/llama/build --parallel "$(num_jobs)" &&
     cmake --install build/llama/build; } >"$log" 2>&1 || { tail -n 20 "$log"; exit 1; }
+}
+
+# llama.cpp's own programs, with the hooks that a memory needs, and ours beside them.
+build_llama_tools() { # into build/llama_tools
+  local root=build/llama_tools hooks=examples/llama_cpp/memory/hooks.patch
+  if ! cmp -s "$hooks" "$root/hooks.patch"; then rm -rf "$root"; fi
+  unpack_llama "$root/source" "$hooks"
+  cp "$hooks" "$root/hooks.patch"
+  echo "Building llama-server, llama-perplexity and llama-bench: about 700 core-seconds"
+  local log=$root/log
+  { cmake -S "$root/source" -B "$root/build" -G Ninja -D CMAKE_BUILD_TYPE=Release -D BUILD_SHARED_LIBS=ON \
+      -D LLAMA_BUILD_TESTS=OFF -D LLAMA_BUILD_EXAMPLES=OFF -D LLAMA_OPENSSL=OFF &&
+    cmake --build "$root/build" --parallel "$(num_jobs)" --target llama-server llama-perplexity llama-bench &&
+    cmake -S examples/llama_cpp/memory -B "$root/memory" -G Ninja -D CMAKE_BUILD_TYPE=Release \
+      -D LLAMA_SOURCE="$PWD/$root/source" -D LLAMA_BUILD="$PWD/$root/build" &&
+    cmake --build "$root/memory" && "$root/memory/memory_test"; } >"$log" 2>&1 || { tail -n 20 "$log"; exit 1; }
 }
 
 take_model() {
@@ -179,6 +201,13 @@ case $command in
     esac
     build in_llama
     exec build/release/examples/llama_cpp/in_llama "$@"
+    ;;
+  llama_tools)
+    install_packages python3 python3-pip patch
+    take_model
+    build_llama_tools
+    exec python3 examples/llama_cpp/memory/requests.py --server build/llama_tools/build/bin/llama-server \
+      --memory build/llama_tools/memory/libheadwise_memory.so --model "$llama_model" "$@"
     ;;
   packages)
     install_packages "$@"

@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -24,6 +23,7 @@
 #include "headwise/attention/attend.hpp"
 #include "headwise/attention/scratch.hpp"
 #include "headwise/cache/kv_cache.hpp"
+#include "headwise/core/alibi.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/dtype.hpp"
@@ -43,18 +43,9 @@ struct GgmlSoftmax {
   const ggml_tensor* sinks = nullptr;
 };
 
-/// SoftmaxOptions::alibi_slopes of what ggml calls max_bias: powers of 2^(-max_bias / n), n the
-/// largest power of two that is not above num_qo_heads; the heads beyond n take odd powers of its
-/// square root (Press et al., arXiv:2108.12409, and their code).
+/// SoftmaxOptions::alibi_slopes of what ggml calls max_bias; 0: none.
 inline std::vector<float> alibi_slopes_of(float max_bias, int num_qo_heads) {
-  std::vector<float> slopes;
-  if (max_bias == 0.0F) return slopes;
-  const auto n = static_cast<int>(std::bit_floor(static_cast<unsigned>(num_qo_heads)));
-  for (int head = 0; head < num_qo_heads; ++head) {
-    const double power = head < n ? head + 1 : head - n + 0.5;
-    slopes.push_back(static_cast<float>(std::exp2(-static_cast<double>(max_bias) * power / n)));
-  }
-  return slopes;
+  return max_bias == 0.0F ? std::vector<float>{} : alibi_slopes(num_qo_heads, max_bias);
 }
 
 /// A ggml tensor [dim, heads, tokens] of floats with contiguous rows as attention reads it.

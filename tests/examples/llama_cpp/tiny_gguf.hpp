@@ -85,6 +85,19 @@ class TinyGguf {
     }
   }
 
+  /// The weights of a gemma2, of whose layers every second one has a window of `window` tokens.
+  void add_gemma2(std::uint32_t window) {
+    set("attention.sliding_window", window);
+    set_float("attn_logit_softcapping", 5.0F);
+    set_float("final_logit_softcapping", 30.0F);
+    add_llama();
+    for (std::uint32_t l = 0; l < kLayers; ++l) {
+      const std::string layer = "blk." + std::to_string(l) + ".";
+      add(layer + "post_attention_norm", kHidden);
+      add(layer + "post_ffw_norm", kHidden);
+    }
+  }
+
   /// @return where it was written
   std::string write(const std::string& name) const {
     // Of this process alone, and gone with it: tests run beside each other, and models are mapped.
