@@ -446,9 +446,8 @@ class KvCache {
                  const PageShape& page, const OwnRows& k, const OwnRows& v) const {
     const AnyKeepRule& rule = class_of(head).rule;
     const AnyKeepState state = state_of(chunk, head);
-    const SlotMap to = rule.append_slots(state, chunk.lengths);
-    carry_over(rule.slots(state), to,
-               rule.held(state, chunk.lengths.length, chunk.lengths.high_water)[0], chunk, head);
+    const auto [from, to, held] = rule.append(state, chunk.lengths);
+    if (from.first_entry != to.first_entry) carry_over(to, held, chunk, head);
     std::int64_t overflows = 0;
     for (std::int64_t i = 0; i < chunk.num_tokens(); ++i) {
       const Pos pos{chunk.lengths.length + i};
@@ -462,6 +461,7 @@ class KvCache {
           static_cast<std::size_t>(slot.value % page.page_tokens), k.row(i, 0), v.row(i, 0));
     }
     step.note_overflows(overflows);
+    if (rule.compensation_rows() == 0) return;
     rule.for_each_fold(state, chunk.lengths,
                        [&](const FoldMove& move) { fold<Isa, F>(move, chunk, head, page); });
   }
@@ -497,9 +497,8 @@ class KvCache {
   }
 
   /// Where a step's rows go to other pages, those begin as what the head holds.
-  void carry_over(const SlotMap& from, const SlotMap& to, EntryRange held, const StepChunk& chunk,
+  void carry_over(const SlotMap& to, EntryRange held, const StepChunk& chunk,
                   const HeadGeometry& head) const {
-    if (from.first_entry == to.first_entry) return;
     const HeadClass& heads = class_of(head);
     const std::int32_t* entries = table(chunk, head);
     for (std::int64_t i = 0; i < held.count(); ++i) {

@@ -52,6 +52,13 @@ constexpr bool kIsOneOf<Rule, std::variant<Rules...>> = (std::is_same_v<Rule, Ru
 
 }  // namespace detail
 
+/// Where a step's rows of one head go.
+struct AppendSlots {
+  SlotMap from;     ///< of the rows that are there
+  SlotMap to;       ///< of all rows once the step's are; where first entries differ, others move
+  EntryRange held;  ///< table entries of what would move
+};
+
 /// The rule of a class of heads, of whatever kind: itself a rule, whose answers are that kind's.
 /// What uses it is compiled once, and not once a kind.
 class AnyKeepRule {
@@ -181,6 +188,14 @@ class AnyKeepRule {
   constexpr SlotMap append_slots(const State& state, const StepLengths& lengths) const {
     return visit(state, [&](const auto& rule, const auto& kept) {
       return rule.append_slots(kept, lengths);
+    });
+  }
+  /// slots(), append_slots() and the first of held() at once: one row of one head is stored in the
+  /// time of two such questions.
+  constexpr AppendSlots append(const State& state, const StepLengths& lengths) const {
+    return visit(state, [&](const auto& rule, const auto& kept) -> AppendSlots {
+      return {rule.slots(kept), rule.append_slots(kept, lengths),
+              rule.held(kept, lengths.length, lengths.high_water)[0]};
     });
   }
   constexpr std::int64_t compensation_rows() const {
