@@ -113,6 +113,63 @@ TEST(CacheOfFormats, LetsTheEngineSayWhichBudgetHasWhich) {
   }
 }
 
+/// The same of a plan with heads that are selected from: after the prompt every third row of theirs
+/// stays.
+template <class Rows>
+std::vector<float> attended_after_selection(const CacheOptions& options) {
+  HeadPlan selecting(model());
+  for (int head = 0; head < kKvHeads; ++head) {
+    if (head % 2 == 1) selecting.set(1, head, KeepSelected{});
+  }
+  KvCache<Rows> cache(model(), selecting, options);
+  const SequenceId id = *cache.add_sequence();
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  Step step;
+  std::vector<float> last;
+  for (const std::int64_t n : {100, 1}) {
+    EXPECT_EQ(cache.begin(step, {{id, n}}), StepStatus::kOk);
+    for (int layer = 0; layer < 2; ++layer) {
+      std::vector<float> q(static_cast<std::size_t>(n) * kKvHeads * kGroup * kDim);
+      for (float& value : q) value = normal(random);
+      last.resize(q.size());
+      EXPECT_EQ(attend(cache, step, layer,
+                       TensorView<const float>::nhd(q.data(), kKvHeads * kGroup, kDim),
+                       TensorView<const float>::nhd(q.data(), kKvHeads, kDim),
+                       TensorView<const float>::nhd(q.data(), kKvHeads, kDim),
+                       TensorView<float>::nhd(last.data(), kKvHeads * kGroup, kDim)),
+                StepStatus::kOk);
+    }
+    EXPECT_EQ(cache.commit(step), StepStatus::kOk);
+    if (n == 1) break;
+    KeptPositions kept;
+    for (int head = 0; head < 2 * kKvHeads; ++head) {
+      std::vector<std::int32_t> rows;
+      for (std::int32_t row = 1; head > kKvHeads && head % 2 == 1 && row < n; row += 3) {
+        rows.push_back(row);
+      }
+      kept.add_head(rows);
+    }
+    EXPECT_EQ(cache.compact(id, kept), StepStatus::kOk);
+  }
+  return last;
+}
+
+TEST(CacheOfFormats, MovesSelectedRowsAsTheFormatThatTheyHave) {
+  CacheOptions selected_are_half = options();
+  selected_are_half.format_of = [](const HeadBudget& budget) {
+    return std::holds_alternative<KeepSelected>(budget) ? 1 : 0;
+  };
+  const auto mixed = attended_after_selection<Formats<f32, f16>>(selected_are_half);
+  const auto half = attended_after_selection<f16>(options());
+  const auto full = attended_after_selection<f32>(options());
+  ASSERT_EQ(mixed.size(), half.size());
+  for (std::size_t i = 0; i < mixed.size(); ++i) {
+    const std::size_t head = i / kDim / kGroup;
+    ASSERT_EQ(mixed[i], (head % 2 == 1 ? half : full)[i]) << "head " << head << ", float " << i;
+  }
+}
+
 TEST(CacheOfFormats, HoldsTheBytesOfEachFormat) {
   using Mixed = Formats<Int4Rows, f16>;
   const std::size_t int4 = Int4Rows::page_bytes({64, kDim, kDim});
