@@ -29,18 +29,6 @@ TEST(CudaCache, RefusesWhatTheDeviceCannotHold) {
   refused(two, HeadPlan(two), {.max_context = 100});
 }
 
-TEST(CudaCache, RefusesASoftmaxThatNoKernelHas) {
-  const cuda::DeviceLimits limits{132, 232448, true};
-  for (const SoftmaxOptions& softmax :
-       {SoftmaxOptions{.soft_cap = 50.0F}, SoftmaxOptions{.sinks = {0.0F, 0.0F}},
-        SoftmaxOptions{.alibi_slopes = {0.5F, 0.25F}}}) {
-    const ModelShape shape({{2, 1, 64, 64, 0.0F, softmax}});
-    EXPECT_THROW(
-        (void)cuda::estimate_device<f16>(shape, HeadPlan(shape), {.max_context = 100}, limits),
-        ConfigError);
-  }
-}
-
 TEST(CudaCache, KeepsTheSmallerOfALayersOwnWindowAndItsBudget) {
   LayerShape local = ModelShape::uniform(1, 2, 2, 64).layer(0);
   local.sliding_window = 60;

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "cuda/kernels.cuh"
+#include "headwise/core/alibi.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/headwise.cuh"
 
@@ -53,19 +54,30 @@ inline bool has_device() {
 template <class Row>
 constexpr double kBound = std::is_same_v<Row, f16> ? 1e-3 : 8e-3;
 
-/// Attention of one query in double over the rows that `sees(j)` names.
+/// What a query head's softmax has besides a scale.
+struct OracleSoftmax {
+  double soft_cap = 0.0;    ///< 0: none
+  double sink = -HUGE_VAL;  ///< a logit without a value; -infinity: none
+  double slope = 0.0;       ///< ALiBi's
+};
+
+/// Attention of one query, at position n - 1, in double over the rows that `sees(j)` names.
 /// @param k,v  rows of `dim` floats, `stride` apart.
 template <class Sees>
 std::vector<double> oracle_row(const float* q, const float* k, const float* v, std::int64_t n,
-                               int dim, std::int64_t stride, double scale, Sees sees) {
+                               int dim, std::int64_t stride, double scale, Sees sees,
+                               const OracleSoftmax& softmax = {}) {
   std::vector<double> out(static_cast<std::size_t>(dim), 0.0);
-  double top = -1e300;
-  double sum = 0.0;
+  const bool has_sink = softmax.sink > -HUGE_VAL;
+  double top = has_sink ? softmax.sink : -1e300;
+  double sum = has_sink ? 1.0 : 0.0;
   for (std::int64_t j = 0; j < n; ++j) {
     if (!sees(j)) continue;
     double score = 0.0;
     for (int d = 0; d < dim; ++d) score += static_cast<double>(q[d]) * k[j * stride + d];
     score *= scale;
+    if (softmax.soft_cap > 0.0) score = softmax.soft_cap * std::tanh(score / softmax.soft_cap);
+    score += softmax.slope * static_cast<double>(j - (n - 1));
     if (score > top) {
       const double factor = std::exp(top - score);
       for (double& x : out) x *= factor;
@@ -93,25 +105,27 @@ struct DeviceModelOptions {
   PrefillMode prefill = PrefillMode::kWindowed;
   std::int64_t most_rows = 0;  ///< rows that buffers have from the start, so that they never move
   std::int64_t max_converted_rows = 0;  ///< of chunks, where Io is not Row
+  float soft_cap = 0.0F;
+  bool alibi = false;             ///< the paper's slopes
+  std::vector<float> sinks = {};  ///< of the query heads, in turn; none: no sinks
 };
 
 /// @tparam Row  of the pages
 /// @tparam Dims  head widths that kernels are there for
 /// @tparam Io  of q, k, v and out
-template <class Row, class Dims = cuda::AllHeadDims, class Io = Row>
+/// @tparam Softmax  what the kernels' softmax has
+template <class Row, class Dims = cuda::AllHeadDims, class Io = Row,
+          class Softmax = cuda::PlainSoftmax>
 class DeviceModel {
  public:
   /// Where there is no device, checks what it is asked for and is good for nothing else.
   explicit DeviceModel(const DeviceModelOptions& options, unsigned seed = 1)
-      : options_(options),
-        shape_(ModelShape::uniform(options.num_layers, options.num_kv_heads * options.group_size,
-                                   options.num_kv_heads, options.dim)),
-        plan_(plan(options, shape_)),
-        random_(seed) {
+      : options_(options), shape_(shape(options)), plan_(plan(options, shape_)), random_(seed) {
     cuda::DeviceLimits an_h100;
     an_h100.num_sms = 132;
     an_h100.smem_per_block = 227 * 1024;
-    planned_ = cuda::estimate_device<Row, Dims>(shape_, plan_, base_options(options), an_h100);
+    planned_ =
+        cuda::estimate_device<Row, Dims, Softmax>(shape_, plan_, base_options(options), an_h100);
     if (!has_device()) return;
     pages_ = poisoned(options, shape_, plan_);
     cache_.emplace(shape_, plan_, cache_options());
@@ -123,7 +137,7 @@ class DeviceModel {
   }
 
   cuda::DeviceCache<Row>& cache() { return *cache_; }
-  cuda::DeviceAttention<Row, Dims, Io>& attention() { return *attention_; }
+  cuda::DeviceAttention<Row, Dims, Io, Softmax>& attention() { return *attention_; }
   cudaStream_t stream() const { return stream_; }
   const cuda::DeviceEstimate& planned() const { return planned_; }
 
@@ -237,6 +251,32 @@ class DeviceModel {
 
   int kv_heads() const { return options_.num_kv_heads; }
   int num_qo_heads() const { return kv_heads() * options_.group_size; }
+
+  static ModelShape shape(const DeviceModelOptions& options) {
+    const int num_qo_heads = options.num_kv_heads * options.group_size;
+    const ModelShape uniform =
+        ModelShape::uniform(options.num_layers, num_qo_heads, options.num_kv_heads, options.dim);
+    std::vector<LayerShape> layers(uniform.layers().begin(), uniform.layers().end());
+    for (LayerShape& layer : layers) {
+      layer.softmax.soft_cap = options.soft_cap;
+      if (options.alibi) layer.softmax.alibi_slopes = alibi_slopes(num_qo_heads);
+      for (int h = 0; !options.sinks.empty() && h < num_qo_heads; ++h) {
+        layer.softmax.sinks.push_back(
+            options.sinks[static_cast<std::size_t>(h) % options.sinks.size()]);
+      }
+    }
+    return ModelShape(layers);
+  }
+  /// What the model has of it for a query head.
+  OracleSoftmax softmax_of(int layer, int qo_head) const {
+    const SoftmaxOptions& all = shape_.layer(layer).softmax;
+    const auto h = static_cast<std::size_t>(qo_head);
+    OracleSoftmax softmax;
+    softmax.soft_cap = static_cast<double>(all.soft_cap);
+    if (!all.sinks.empty()) softmax.sink = static_cast<double>(all.sinks[h]);
+    if (!all.alibi_slopes.empty()) softmax.slope = static_cast<double>(all.alibi_slopes[h]);
+    return softmax;
+  }
 
   static CacheOptions base_options(const DeviceModelOptions& options) {
     CacheOptions cache;
@@ -362,9 +402,9 @@ class DeviceModel {
         const std::size_t at = static_cast<std::size_t>(
             ((l * capacity_ + first_row + i) * num_qo_heads() + h * options_.group_size + g) *
             options_.dim);
-        const std::vector<double> truth =
-            oracle_row(host_q_.data() + at, k.data(), v.data(), pos + 1, options_.dim, options_.dim,
-                       1.0 / std::sqrt(options_.dim), sees);
+        const std::vector<double> truth = oracle_row(
+            host_q_.data() + at, k.data(), v.data(), pos + 1, options_.dim, options_.dim,
+            1.0 / std::sqrt(options_.dim), sees, softmax_of(l, h * options_.group_size + g));
         for (int d = 0; d < options_.dim; ++d) {
           const double x = static_cast<double>(to_float(got[at + static_cast<std::size_t>(d)]));
           const double wanted = truth[static_cast<std::size_t>(d)];
@@ -383,7 +423,10 @@ class DeviceModel {
       };
       EXPECT_TRUE(not_finite) << where();
       const double bound = std::max(kBound<Row>, std::is_same_v<Io, bf16> ? kBound<bf16> : 0.0);
-      EXPECT_LE(std::sqrt(error), bound * std::sqrt(norm)) << where();
+      // A row that is nearly all its sink's is small: f16 has steps of 2^-24 there.
+      const double least =
+          options_.sinks.empty() ? 0.0 : std::sqrt(options_.group_size * options_.dim) * 0x1p-25;
+      EXPECT_LE(std::sqrt(error), bound * std::sqrt(norm) + least) << where();
     }
   }
 
@@ -393,7 +436,7 @@ class DeviceModel {
   cuda::DeviceEstimate planned_;
   cuda::DeviceMemory pages_;
   std::optional<cuda::DeviceCache<Row>> cache_;
-  std::optional<cuda::DeviceAttention<Row, Dims, Io>> attention_;
+  std::optional<cuda::DeviceAttention<Row, Dims, Io, Softmax>> attention_;
   std::mt19937 random_;
   cudaStream_t stream_ = nullptr;
   Step step_;

@@ -23,16 +23,18 @@ using TableDims = cuda::HeadDims<kTableDim>;
 /// An engine: pages in any order, tables whose entries outside of windows name no page at all.
 class Engine {
  public:
-  Engine(std::vector<std::int32_t> lengths, const std::vector<std::vector<Window>>& windows)
+  Engine(std::vector<std::int32_t> lengths, const std::vector<std::vector<Window>>& windows,
+         const SoftmaxOptions& softmax = {})
       : lengths_(std::move(lengths)),
         windows_(windows),
         max_pages_((*std::max_element(lengths_.begin(), lengths_.end()) + 63) / 64 + 1),
-        layers_(kLayers, LayerShape{kHeads, kGroup, kTableDim, kTableDim}) {}
+        layers_(kLayers, LayerShape{kHeads, kGroup, kTableDim, kTableDim, 0.0F, softmax}) {}
 
+  template <class Softmax = cuda::PlainSoftmax>
   void check() {
     const auto num_sequences = static_cast<int>(lengths_.size());
     const auto shape = cuda::PageTableShape::dense(num_sequences, max_pages_);
-    cuda::TableAttention<f16, TableDims> attention(layers_, windows_, shape);
+    cuda::TableAttention<f16, TableDims, f16, Softmax> attention(layers_, windows_, shape);
     const cuda::DeviceMemory lengths = upload(lengths_);
     ASSERT_EQ(attention.plan_work(reinterpret_cast<const std::int32_t*>(lengths.data()),
                                   num_sequences, nullptr),
@@ -54,7 +56,8 @@ class Engine {
     return window.sees(Pos{length - 1}, Pos{pos});
   }
 
-  void check_layer(cuda::TableAttention<f16, TableDims>& attention, int l) {
+  template <class Attention>
+  void check_layer(Attention& attention, int l) {
     const std::size_t num_pages = kHeads * lengths_.size() * static_cast<std::size_t>(max_pages_);
     constexpr std::size_t kPage = 2 * 64 * kTableDim;
     std::vector<std::int32_t> page_of(num_pages);
@@ -106,7 +109,6 @@ class Engine {
         const int h = head / kGroup;
         std::vector<float> k, v, query;
         for (std::int64_t pos = 0; pos < lengths_[s]; ++pos) {
-          if (!sees(l, h, lengths_[s], pos)) continue;
           const std::size_t at =
               (static_cast<std::size_t>(h) * lengths_.size() + s) * max_pages_ + pos / 64;
           const f16* page = pages.data() + static_cast<std::size_t>(page_of[at]) * kPage;
@@ -120,9 +122,18 @@ class Engine {
         for (int d = 0; d < kTableDim; ++d) {
           query.push_back(to_float(q[first + static_cast<std::size_t>(d)]));
         }
+        const SoftmaxOptions& all = layers_[static_cast<std::size_t>(l)].softmax;
+        OracleSoftmax softmax;
+        softmax.soft_cap = static_cast<double>(all.soft_cap);
+        const auto qo_head = static_cast<std::size_t>(head);
+        if (!all.sinks.empty()) softmax.sink = static_cast<double>(all.sinks[qo_head]);
+        if (!all.alibi_slopes.empty()) {
+          softmax.slope = static_cast<double>(all.alibi_slopes[qo_head]);
+        }
         const std::vector<double> truth = oracle_row(
-            query.data(), k.data(), v.data(), static_cast<std::int64_t>(k.size()) / kTableDim,
-            kTableDim, kTableDim, 1.0 / std::sqrt(kTableDim), [](std::int64_t) { return true; });
+            query.data(), k.data(), v.data(), lengths_[s], kTableDim, kTableDim,
+            1.0 / std::sqrt(kTableDim),
+            [&](std::int64_t pos) { return sees(l, h, lengths_[s], pos); }, softmax);
         double error = 0.0;
         double norm = 0.0;
         for (int d = 0; d < kTableDim; ++d) {
@@ -149,6 +160,17 @@ TEST(CudaOwnTables, DecodesRaggedSequencesEachHeadWithinItsWindow) {
       {Window::everything(), Window{4, 60}, Window{64, 256}},
       {Window{0, 64}, Window{16, 1}, Window::everything()}};
   Engine({1, 0, 63, 64, 65, 129, 321, 5000}, windows).check();
+}
+
+TEST(CudaOwnTables, DecodesWithASoftmaxThatHasMoreThanAScale) {
+  HEADWISE_NEEDS_DEVICE();
+  SoftmaxOptions softmax{.soft_cap = 3.0F, .alibi_slopes = alibi_slopes(kHeads * kGroup)};
+  for (int h = 0; h < kHeads * kGroup; ++h)
+    softmax.sinks.push_back(3.0F + static_cast<float>(h % 4));
+  const std::vector<std::vector<Window>> windows{
+      {Window::everything(), Window{4, 60}, Window{64, 256}},
+      {Window{0, 64}, Window{16, 1}, Window::everything()}};
+  Engine({1, 0, 63, 64, 65, 129, 321, 5000}, windows, softmax).check<cuda::ShapedSoftmax>();
 }
 
 TEST(CudaOwnTables, RefusesWindowsThatAreNotOneAHeadAndTablesBeyond31Bits) {

@@ -13,6 +13,7 @@
 #include "headwise/attention/cuda/chunk_rule.cuh"
 #include "headwise/attention/cuda/head_dims.cuh"
 #include "headwise/attention/cuda/launches.cuh"
+#include "headwise/attention/cuda/softmax_kind.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/device_cache.cuh"
 #include "headwise/cache/geometry.hpp"
@@ -49,12 +50,12 @@ struct DeviceEstimate {
   std::size_t device_bytes() const { return page_bytes + cache_bytes + scratch_bytes; }
 };
 
-/// What DeviceCache<Row> and DeviceAttention<Row, Dims, Io> will allocate, before there is a
-/// device.
+/// What DeviceCache<Row> and DeviceAttention<Row, Dims, Io, Softmax> will allocate, before there is
+/// a device.
 /// @param limits  the device's: DeviceLimits::current() on its host, or as its maker says.
 /// @param max_converted_rows  as DeviceAttention's.
 /// @throws ConfigError as the two constructors.
-template <DeviceRow Row, class Dims = AllHeadDims>
+template <DeviceRow Row, class Dims = AllHeadDims, SoftmaxKind Softmax = PlainSoftmax>
 DeviceEstimate estimate_device(const ModelShape& shape, const HeadPlan& plan,
                                const CacheOptions& options, const DeviceLimits& limits,
                                std::int64_t max_converted_rows = 0) {
@@ -62,8 +63,8 @@ DeviceEstimate estimate_device(const ModelShape& shape, const HeadPlan& plan,
   const DevicePlace::Bytes bytes = DevicePlace::bytes(geometry);
   const std::vector<DeviceLayer> layers = device_layers(geometry);
   return {bytes.pages, bytes.device,
-          LaunchLayout::of<Dims>(layers, options.max_sequences, limits, max_converted_rows,
-                                 options.max_context)
+          LaunchLayout::of<Dims, Softmax>(layers, options.max_sequences, limits, max_converted_rows,
+                                          options.max_context)
               .total_bytes,
           bytes.pinned};
 }
@@ -81,14 +82,15 @@ DeviceEstimate estimate_device(const ModelShape& shape, const HeadPlan& plan,
 /// move; they need room for all rows. A capture attends nothing yet: it may be made in any open
 /// step, again and again.
 ///
-/// @tparam Row, Dims, Io  as LayerLaunches'.
-template <DeviceRow Row, class Dims = AllHeadDims, DeviceIo Io = Row>
+/// @tparam Row, Dims, Io, Softmax  as LayerLaunches'.
+template <DeviceRow Row, class Dims = AllHeadDims, DeviceIo Io = Row,
+          SoftmaxKind Softmax = PlainSoftmax>
 class DeviceAttention {
  public:
   /// @param max_converted_rows  where Io is not Row: tokens of any step that has a chunk for
   ///   prefill (see ChunkRule).
   /// @throws ConfigError for a head width that is not one of Dims, a group of more than 128, or a
-  ///   layer whose softmax has more than a scale (SoftmaxOptions).
+  ///   layer whose SoftmaxOptions are more than Softmax has.
   /// @throws CudaError when memory cannot be allocated.
   explicit DeviceAttention(const DeviceCache<Row>& cache, std::int64_t max_converted_rows = 0)
       : cache_(cache),
@@ -100,7 +102,7 @@ class DeviceAttention {
   /// Bytes of device memory, all of it taken at construction.
   std::size_t device_bytes() const { return launches_.layout().total_bytes; }
   /// The launches themselves, for who drives them without a cache's steps: benchmarks.
-  const LayerLaunches<Row, Dims, Io>& launches() const { return launches_; }
+  const LayerLaunches<Row, Dims, Io, Softmax>& launches() const { return launches_; }
 
   /// Cuts the open step's work into equal shares. A small launch, and another one for a step with
   /// several tokens of a sequence; needed before attend wherever a chunk of the step is decode's
@@ -184,7 +186,7 @@ class DeviceAttention {
   }
 
  private:
-  using RowRange = typename LayerLaunches<Row, Dims, Io>::RowRange;
+  using RowRange = typename LayerLaunches<Row, Dims, Io, Softmax>::RowRange;
 
   /// 0 where the stream is not capturing.
   static cudaError_t capture_of(cudaStream_t stream, unsigned long long& id) {
@@ -218,7 +220,7 @@ class DeviceAttention {
   }
 
   const DeviceCache<Row>& cache_;
-  LayerLaunches<Row, Dims, Io> launches_;
+  LayerLaunches<Row, Dims, Io, Softmax> launches_;
   std::vector<RowRange> chunks_;       // of the call in progress
   bool follows_plan_ = false;          // nothing was launched since plan_work()
   std::uint64_t planned_ = 0;          // DevicePlace::num_sent() when the work was cut

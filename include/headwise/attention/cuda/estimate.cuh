@@ -9,6 +9,7 @@
 #include "headwise/attention/cuda/attend.cuh"
 #include "headwise/attention/cuda/head_dims.cuh"
 #include "headwise/attention/cuda/launches.cuh"
+#include "headwise/attention/cuda/softmax_kind.cuh"
 #include "headwise/cache/cuda/elements.cuh"
 #include "headwise/cache/estimate.hpp"
 #include "headwise/cache/options.hpp"
@@ -21,11 +22,12 @@ namespace headwise::inline v0::cuda {
 namespace detail {
 
 /// Device memory of a cache and its attention.
-template <DeviceRow Row, class Dims>
+template <DeviceRow Row, class Dims, SoftmaxKind Softmax>
 auto device_total(const ModelShape& shape, const HeadPlan& plan, const DeviceLimits& limits,
                   std::int64_t max_converted_rows) {
   return [&, max_converted_rows](const CacheGeometry& geometry) {
-    return estimate_device<Row, Dims>(shape, plan, geometry.options(), limits, max_converted_rows)
+    return estimate_device<Row, Dims, Softmax>(shape, plan, geometry.options(), limits,
+                                               max_converted_rows)
         .device_bytes();
   };
 }
@@ -37,23 +39,23 @@ auto device_total(const ModelShape& shape, const HeadPlan& plan, const DeviceLim
 /// ignored. 0 when not even one token fits.
 /// @param limits, max_converted_rows  as estimate_device()'s.
 /// @throws ConfigError as estimate_device(), but for what does not fit.
-template <DeviceRow Row, class Dims = AllHeadDims>
+template <DeviceRow Row, class Dims = AllHeadDims, SoftmaxKind Softmax = PlainSoftmax>
 std::int64_t longest_context(const ModelShape& shape, const HeadPlan& plan,
                              const CacheOptions& options, const DeviceLimits& limits,
                              std::size_t bytes, std::int64_t max_converted_rows = 0) {
   return headwise::detail::longest_context_of<PlainRows<Row>>(
       shape, plan, options, bytes,
-      detail::device_total<Row, Dims>(shape, plan, limits, max_converted_rows));
+      detail::device_total<Row, Dims, Softmax>(shape, plan, limits, max_converted_rows));
 }
 
 /// The most sequences of max_context tokens that fit; see longest_context().
-template <DeviceRow Row, class Dims = AllHeadDims>
+template <DeviceRow Row, class Dims = AllHeadDims, SoftmaxKind Softmax = PlainSoftmax>
 std::int64_t most_sequences(const ModelShape& shape, const HeadPlan& plan,
                             const CacheOptions& options, const DeviceLimits& limits,
                             std::size_t bytes, std::int64_t max_converted_rows = 0) {
   return headwise::detail::most_sequences_of<PlainRows<Row>>(
       shape, plan, options, bytes,
-      detail::device_total<Row, Dims>(shape, plan, limits, max_converted_rows));
+      detail::device_total<Row, Dims, Softmax>(shape, plan, limits, max_converted_rows));
 }
 
 }  // namespace headwise::inline v0::cuda

@@ -19,6 +19,7 @@
 #include "headwise/attention/cuda/head_dims.cuh"
 #include "headwise/attention/cuda/prefill/prefill.cuh"
 #include "headwise/attention/cuda/prefill/work.cuh"
+#include "headwise/attention/cuda/softmax_kind.cuh"
 #include "headwise/cache/cuda/append.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/elements.cuh"
@@ -65,9 +66,17 @@ struct LaunchLayout {
     std::size_t pieces = 0;       ///< offset
   };
 
+  /// What a layer's query heads have of their own, an f32 each; nothing lies there where its
+  /// SoftmaxOptions have none.
+  struct HeadLogits {
+    std::size_t sinks = 0;         ///< offset, see SoftmaxArgs
+    std::size_t alibi_slopes = 0;  ///< offset
+  };
+
   std::vector<LayerKind> kinds;             ///< different ones, each with every size in turn
   std::vector<int> kind_of_layer;           ///< [layers] the first size's
   std::vector<Lists> lists;                 ///< [kinds]
+  std::vector<HeadLogits> head_logits;      ///< [layers]
   std::size_t block_partials = 0;           ///< offset
   std::size_t worker_floats = 0;            ///< of partial results, in the kind that has most
   std::size_t worker_partials = 0;          ///< offset
@@ -92,8 +101,8 @@ struct LaunchLayout {
   /// @param max_converted_rows  tokens of a step with chunks, where they must be converted
   /// @param max_context  of a sequence with chunks; short ones are never cut
   /// @throws ConfigError for a head width that is not one of Dims, a group of more than 128, or a
-  ///   softmax that has more than a scale.
-  template <class Dims>
+  ///   softmax that has more than kernels of Softmax.
+  template <class Dims, SoftmaxKind Softmax>
   static LaunchLayout of(std::span<const DeviceLayer> layers, int max_sequences,
                          const DeviceLimits& limits, std::int64_t max_converted_rows,
                          std::int64_t max_context) {
@@ -103,7 +112,11 @@ struct LaunchLayout {
     std::size_t kv_elements = 0;
     for (std::size_t l = 0; l < layers.size(); ++l) {
       const LayerShape& shape = layers[l].shape;
+      detail::check_softmax_kind<Softmax>(shape.softmax, static_cast<int>(l));
       layout.add_layer<Dims>(layers[l], static_cast<int>(l), limits);
+      layout.head_logits.push_back(
+          {layout.section(shape.softmax.sinks.size() * sizeof(float)),
+           layout.section(shape.softmax.alibi_slopes.size() * sizeof(float))});
       widest = std::max(widest, shape.k_dim);
       q_elements = std::max(q_elements, static_cast<std::size_t>(shape.num_qo_heads()) *
                                             static_cast<std::size_t>(shape.k_dim));
@@ -216,16 +229,6 @@ struct LaunchLayout {
       fail<ConfigError>("layer ", l, ": at most ", kMostGroup,
                         " query heads a KV head on a device, got ", layer.shape.group_size);
     }
-    const SoftmaxOptions& softmax = layer.shape.softmax;
-    if (softmax.soft_cap != 0.0F) {
-      fail<ConfigError>("layer ", l, ": no device kernel caps scores yet, got soft_cap ",
-                        softmax.soft_cap);
-    }
-    if (!softmax.sinks.empty() || !softmax.alibi_slopes.empty()) {
-      fail<ConfigError>("layer ", l, ": no device kernel has ",
-                        softmax.sinks.empty() ? "alibi_slopes" : "sinks", " yet, got ",
-                        std::max(softmax.sinks.size(), softmax.alibi_slopes.size()), " of them");
-    }
     LayerKind kind;
     kind.num_heads = layer.heads.num_heads;
     kind.rule = rule_of(layer.shape.group_size, kernels);
@@ -279,7 +282,10 @@ struct LaunchLayout {
 /// @tparam Io  what q, k, v and out are made of. Keys, values and queries are rounded to Row, once;
 ///   decode writes what it has summed in f32. Prefill's outputs are rounded to Row first, and its
 ///   tensors pass through memory for `max_converted_rows` tokens where Io is not Row.
-template <DeviceRow Row, class Dims = AllHeadDims, DeviceIo Io = Row>
+/// @tparam Softmax  what the kernels' softmax has besides a scale: nothing, learned sinks, or all
+///   that SoftmaxOptions can say.
+template <DeviceRow Row, class Dims = AllHeadDims, DeviceIo Io = Row,
+          SoftmaxKind Softmax = PlainSoftmax>
 class LayerLaunches {
  public:
   /// @param max_sequences  of any step.
@@ -290,9 +296,9 @@ class LayerLaunches {
   LayerLaunches(std::span<const DeviceLayer> layers, int max_sequences,
                 std::int64_t max_converted_rows = 0, std::int64_t max_context = 0)
       : limits_(DeviceLimits::current()),
-        layout_(LaunchLayout::of<Dims>(layers, max_sequences, limits_,
-                                       std::same_as<Row, Io> ? 0 : max_converted_rows,
-                                       max_context)),
+        layout_(LaunchLayout::of<Dims, Softmax>(layers, max_sequences, limits_,
+                                                std::same_as<Row, Io> ? 0 : max_converted_rows,
+                                                max_context)),
         memory_(layout_.total_bytes) {
     std::byte* base = memory_.data();
     std::vector<DecodeWork> work;
@@ -312,10 +318,10 @@ class LayerLaunches {
                               reinterpret_cast<unsigned*>(base + layout_.prefill_arrived)});
     }
     for (std::size_t l = 0; l < layers.size(); ++l) {
-      Layer layer{layers[l].shape, layers[l].heads, {}, {}, {}, {}};
+      Layer layer{layers[l].shape, layers[l].heads, {}, {}, {}, {}, {}, {}};
       const int dim = layer.shape.k_dim;
       require(prepare_sizes(dim, limits_, layer.decode), "decode kernel");
-      require(prepare_prefill<Row, Dims>(dim, layer.prefill), "prefill kernel");
+      require(prepare_prefill<Row, Dims, Softmax>(dim, layer.prefill), "prefill kernel");
       layer.rule = LaunchLayout::rule_of(layer.shape.group_size, layer.decode);
       const auto kind = static_cast<std::size_t>(layout_.kind_of_layer[l]);
       std::copy_n(work.begin() + static_cast<std::ptrdiff_t>(kind), layer.rule.largest_size + 1,
@@ -327,6 +333,9 @@ class LayerLaunches {
       layers_.push_back(layer);
     }
     require(cudaMemset(base, 0, layout_.total_bytes), "cudaMemset");
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      layers_[l].softmax = send(layers[l].shape.softmax, layout_.head_logits[l]);
+    }
     require(cudaMemcpy(base + layout_.device_kinds, layout_.kinds.data(),
                        layout_.kinds.size() * sizeof(LayerKind), cudaMemcpyHostToDevice),
             "cudaMemcpy");
@@ -412,7 +421,8 @@ class LayerLaunches {
                     of_layer.shape.scale() * kLog2E,
                     stores,
                     at<unsigned long long>(layout_.overflows),
-                    {}};
+                    {},
+                    of_layer.softmax};
     for (int i = 0; i < of_layer.heads.num_heads; ++i) {
       args.idx_in_class[of_layer.heads.kv_head[i]] = of_layer.heads.idx_in_class[i];
     }
@@ -467,7 +477,8 @@ class LayerLaunches {
                      at<unsigned>(layout_.next_tile),
                      of_layer.shape.group_size,
                      of_layer.shape.scale() * kLog2E,
-                     {}};
+                     {},
+                     of_layer.softmax};
     if (is_planned && tiles * of_layer.heads.num_heads <= layout_.prefill_cut.most_tiles()) {
       args.work = of_layer.prefill_work;
     }
@@ -531,7 +542,23 @@ class LayerLaunches {
     std::array<DecodeKernel, DecodeSize::kCount> decode;
     PrefillKernel prefill;
     PrefillWork prefill_work;  // none where tiles are never cut
+    SoftmaxArgs softmax;
   };
+
+  /// Copies to the device what query heads have of their own.
+  SoftmaxArgs send(const SoftmaxOptions& options, const LaunchLayout::HeadLogits& places) const {
+    const auto sent = [&](const std::vector<float>& values, std::size_t place) {
+      if (values.empty()) return static_cast<const float*>(nullptr);
+      const std::vector<float> logits = detail::in_log2(values);
+      require(cudaMemcpy(at<float>(place), logits.data(), logits.size() * sizeof(float),
+                         cudaMemcpyHostToDevice),
+              "cudaMemcpy");
+      return static_cast<const float*>(at<float>(place));
+    };
+    const float cap = detail::in_log2(options.soft_cap);
+    return {cap, cap > 0.0F ? 1.0F / cap : 0.0F, sent(options.sinks, places.sinks),
+            sent(options.alibi_slopes, places.alibi_slopes)};
+  }
 
   bool cuts_prefill() const { return !layout_.prefill_lists.empty(); }
 
@@ -562,6 +589,7 @@ class LayerLaunches {
         const std::int64_t head = kv_head * (args.group_size - share) + first;
         part.q.data += head * args.q.stride_h;
         part.out.data += head * args.out.stride_h;
+        part.softmax = args.softmax.from_head(head);
         e = cuda::prefill(part, layer.prefill, tiles, limits_.num_sms, stream);
       }
     }
@@ -572,7 +600,8 @@ class LayerLaunches {
   static cudaError_t prepare_sizes(int dim, const DeviceLimits& limits,
                                    std::array<DecodeKernel, DecodeSize::kCount>& kernels) {
     if constexpr (kSize < DecodeSize::kCount) {
-      const cudaError_t e = prepare_decode<kSize, Row, Dims, Io>(dim, limits, kernels[kSize]);
+      const cudaError_t e =
+          prepare_decode<kSize, Row, Dims, Io, Softmax>(dim, limits, kernels[kSize]);
       return e != cudaSuccess ? e : prepare_sizes<kSize + 1>(dim, limits, kernels);
     } else {
       return cudaSuccess;

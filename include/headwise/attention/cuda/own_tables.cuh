@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "headwise/attention/cuda/launches.cuh"
+#include "headwise/attention/cuda/softmax_kind.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 #include "headwise/core/check.hpp"
@@ -100,15 +101,16 @@ __global__ void __launch_bounds__(128)
 /// Both may be captured in a graph: lengths and tables are read on the device, from the same
 /// addresses; sequences that are not there have length 0.
 ///
-/// @tparam Row, Dims, Io  as LayerLaunches'.
-template <DeviceRow Row, class Dims = AllHeadDims, DeviceIo Io = Row>
+/// @tparam Row, Dims, Io, Softmax  as LayerLaunches'.
+template <DeviceRow Row, class Dims = AllHeadDims, DeviceIo Io = Row,
+          SoftmaxKind Softmax = PlainSoftmax>
 class TableAttention {
  public:
   /// @param layers  of the model, K and V equally wide
   /// @param windows  [layers][num_kv_heads]; Window::everything() for a retrieval head
   /// @throws ConfigError for windows that are not one a head or have a `from`, a layer with a
   ///   sliding_window (`windows` say it, head by head), widths without a kernel, groups of more
-  ///   than 128, more than 128 KV heads, a softmax that has more than a scale.
+  ///   than 128, more than 128 KV heads, SoftmaxOptions that are more than Softmax has.
   /// @throws CudaError when memory cannot be allocated.
   TableAttention(std::span<const LayerShape> layers, std::span<const std::vector<Window>> windows,
                  const PageTableShape& tables)
@@ -234,7 +236,7 @@ class TableAttention {
 
   PageTableShape tables_;
   std::vector<WindowClass> classes_;
-  LayerLaunches<Row, Dims, Io> launches_;
+  LayerLaunches<Row, Dims, Io, Softmax> launches_;
   StepLayout layout_;
   DeviceMemory state_;
   bool is_fresh_ = false;  // no layer was decoded since plan_work()

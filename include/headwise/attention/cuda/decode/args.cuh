@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "headwise/attention/cuda/decode/work.cuh"
+#include "headwise/attention/cuda/softmax_kind.cuh"
 #include "headwise/cache/cuda/elements.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 
@@ -41,6 +42,7 @@ struct DecodeArgs {
   unsigned long long* overflows = nullptr;
   /// [num_kv_heads] which table of its class's each KV head has.
   std::int32_t idx_in_class[kMaxHeads] = {};
+  SoftmaxArgs softmax;  ///< what the softmax has besides a scale
 };
 
 namespace detail {
@@ -57,9 +59,11 @@ __host__ __device__ constexpr int decode_max_workers(int dim, int size) {
   return decode_max_warps(dim) / DecodeSize(size).warps;
 }
 static_assert(decode_max_workers(1, 0) <= kMostWorkers);  // the narrowest width has most
-/// A kernel's size of items, and who does what in its blocks. The merging warps come last.
-template <int kSizeIndex>
+/// A kernel's size of items, what their softmax has, and who does what in its blocks. The merging
+/// warps come last.
+template <int kSizeIndex, SoftmaxKind SoftmaxOfItems = PlainSoftmax>
 struct ItemSize {
+  using Softmax = SoftmaxOfItems;
   static constexpr int kIndex = kSizeIndex;
   static constexpr int kRows = DecodeSize(kIndex).rows;
   static constexpr int kWarps = DecodeSize(kIndex).warps;  ///< of a worker
@@ -113,6 +117,10 @@ struct PieceRows {
   int group_size = 1;
 
   __device__ int token_of(int row) const { return (first + row) / group_size; }
+  /// The layer's query head.
+  __device__ int head_of(int row) const {
+    return first_head + first + row - token_of(row) * group_size;
+  }
   template <DeviceIo Io>
   __device__ const Bits<Io>* query(const DecodeArgs& args, int row) const {
     const int token = token_of(row);

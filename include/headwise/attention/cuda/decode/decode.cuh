@@ -21,6 +21,7 @@
 #include "headwise/attention/cuda/decode/work.cuh"
 #include "headwise/attention/cuda/head_dims.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/attention/cuda/softmax_kind.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/elements.cuh"
 
@@ -51,8 +52,8 @@ __global__ void __launch_bounds__((decode_max_warps(kDim) + Size::kMergeWarps) *
   __syncthreads();
   if (worker >= Size::num_workers()) {
     release_next();  // the workers wait before the block ends, see decode()
-    merge_pieces<Io, kDim, Size>(args, args.work.workers[first_worker], nullptr, partials,
-                                 merge_memory);
+    merge_pieces<Row, Io, kDim, Size>(args, args.work.workers[first_worker], nullptr, partials,
+                                      merge_memory);
     return;
   }
 
@@ -95,7 +96,13 @@ __global__ void __launch_bounds__((decode_max_warps(kDim) + Size::kMergeWarps) *
         rows.piece = &lists.piece(piece);
         rows.group_size = args.group_size;
       }
-      if (rows.low < rows.high) state.add(rows, args.scale_log2);
+      if constexpr (Size::Softmax::kShapesScores) {
+        rows.position = ring.position() + first;
+        rows.is_in_slots = source.has(TileSource::kSlots);
+        rows.piece = &lists.piece(piece);
+        rows.group_size = args.group_size;
+      }
+      if (rows.low < rows.high) state.add(rows, args.scale_log2, args.softmax);
     }
     if (!source.has(TileSource::kEndsPiece)) continue;
     starts = true;
@@ -116,7 +123,7 @@ __global__ void __launch_bounds__((decode_max_warps(kDim) + Size::kMergeWarps) *
       break;
     }
   }
-  merge_pieces<Io, kDim, Size>(args, work, &lists.piece(piece), partials, merge_memory);
+  merge_pieces<Row, Io, kDim, Size>(args, work, &lists.piece(piece), partials, merge_memory);
 }
 
 }  // namespace detail
@@ -157,7 +164,8 @@ cudaError_t shape_decode(int dim, const DeviceLimits& limits, DecodeKernel& kern
 
 /// Finds the kernel for `dim` and lets it use its shared memory; once, at set-up.
 /// @return cudaErrorInvalidValue where `dim` is not one of Dims.
-template <int kSize, DeviceRow Row, class Dims = AllHeadDims, DeviceIo Io = Row>
+template <int kSize, DeviceRow Row, class Dims = AllHeadDims, DeviceIo Io = Row,
+          SoftmaxKind Softmax = PlainSoftmax>
 cudaError_t prepare_decode(int dim, const DeviceLimits& limits, DecodeKernel& kernel) {
   return with_head_dim(Dims{}, dim, [&](auto d) {
     constexpr int kDim = decltype(d)::value;
@@ -165,7 +173,7 @@ cudaError_t prepare_decode(int dim, const DeviceLimits& limits, DecodeKernel& ke
       return e;
     }
     if (kernel.grid.workers_per_block == 0) return cudaSuccess;
-    kernel.function = detail::decode_kernel<Row, Io, kDim, detail::ItemSize<kSize>>;
+    kernel.function = detail::decode_kernel<Row, Io, kDim, detail::ItemSize<kSize, Softmax>>;
     return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 static_cast<int>(kernel.smem_bytes));
   });

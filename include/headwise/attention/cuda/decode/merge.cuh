@@ -129,6 +129,14 @@ struct MergedColumns {
     }
   }
 
+  /// As if the query's sink were one more key, without a value; after all others.
+  template <DeviceRow Row, class Size>
+  __device__ void add_sink(const DecodeArgs& args, const PieceRows& rows, int query) {
+    if constexpr (Size::Softmax::kHasSinks) {
+      sum += args.softmax.sink_weight(rows.head_of(query), top + TensorCore<Row>::kHeadroom);
+    }
+  }
+
   template <DeviceIo Io>
   __device__ void store(Bits<Io>* to) const {
     const float inverse = sum > 0.0F ? 1.0F / sum : 0.0F;
@@ -170,7 +178,7 @@ class MergeTeam {
 /// Merges what all workers have of a piece: into the output, or into block_partials where other
 /// blocks share the item.
 /// @param partials  those of worker 0; the next one's `stride` floats on.
-template <DeviceIo Io, int kDim, class Size>
+template <DeviceRow Row, DeviceIo Io, int kDim, class Size>
 __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const Piece& piece,
                             const float* partials, int stride) {
   constexpr int kVectors = kDim / 4;
@@ -199,6 +207,7 @@ __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const
     MergedColumns merged;
     merged.add(state, x);
     if (piece.num_blocks == 1) {
+      merged.add_sink<Row, Size>(args, rows, query);
       merged.store<Io>(rows.output<Io>(args, query) + column);
     } else {
       if (column == 0) {
@@ -213,7 +222,7 @@ __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const
 /// in block_partials. The first of them is in its block's second place, all others in their block's
 /// first. Each half of the team adds up every second of them.
 /// @param columns, states  shared memory: [num_threads / 2] each
-template <DeviceIo Io, int kDim, class Size>
+template <DeviceRow Row, DeviceIo Io, int kDim, class Size>
 __device__ void merge_blocks(const DecodeArgs& args, MergeTeam& team, const Piece& piece, int begin,
                              int end, float4* columns, float2* states) {
   constexpr int kVectors = kDim / 4;
@@ -262,6 +271,7 @@ __device__ void merge_blocks(const DecodeArgs& args, MergeTeam& team, const Piec
       const float2 state[1] = {states[thread]};
       const float4 x[1] = {columns[thread]};
       merged.add(state, x);
+      merged.add_sink<Row, Size>(args, rows, query);
       merged.store<Io>(rows.output<Io>(args, query) + column);
     }
     team.meet();
@@ -302,7 +312,7 @@ __device__ inline bool all_arrive(const unsigned* arrived, unsigned num_blocks) 
 /// longer than all that comes before the merge is apart: there the merge is cut into slices, one
 /// for each block. A block that has nothing else to do waits until all have arrived, a while, and
 /// claims one; the last to arrive claims whatever the others have not.
-template <DeviceIo Io, int kDim, class Size>
+template <DeviceRow Row, DeviceIo Io, int kDim, class Size>
 class SharedItem {
  public:
   __device__ SharedItem(const DecodeArgs& args, MergeTeam& team, int& answer, float4* columns,
@@ -361,7 +371,7 @@ class SharedItem {
     return args_.scratch.arrived + kItemCounters * piece.first_rank;
   }
   __device__ void merge(const Piece& piece, int begin, int end) const {
-    merge_blocks<Io, kDim, Size>(args_, team_, piece, begin, end, columns_, states_);
+    merge_blocks<Row, Io, kDim, Size>(args_, team_, piece, begin, end, columns_, states_);
   }
 
   const DecodeArgs& args_;
@@ -377,7 +387,7 @@ class SharedItem {
 /// and the last.
 /// @param last  the workers' call: the last wide piece. Null for the merging warps, which take all
 ///   others, each when every worker has handed it over.
-template <DeviceIo Io, int kDim, class Size>
+template <DeviceRow Row, DeviceIo Io, int kDim, class Size>
 __device__ void merge_pieces(const DecodeArgs& args, const WorkerWork& work, const Piece* last,
                              const PartialMemory<kDim, Size>& partials, MergeMemory<Size>& memory) {
   const bool is_last = last != nullptr;
@@ -391,7 +401,8 @@ __device__ void merge_pieces(const DecodeArgs& args, const WorkerWork& work, con
       is_last ? reinterpret_cast<float4*>(partials.last_of_worker(0)) : memory.exchange.columns;
   auto* states =
       is_last ? reinterpret_cast<float2*>(columns + team.num_threads / 2) : memory.exchange.states;
-  SharedItem<Io, kDim, Size> shared(args, team, memory.answers[is_last ? 1 : 0], columns, states);
+  SharedItem<Row, Io, kDim, Size> shared(args, team, memory.answers[is_last ? 1 : 0], columns,
+                                         states);
   const int end = is_last ? work.num_wide : work.num_wide - 1;
   if (!is_last && end > 0) wait_for_previous();
 #pragma unroll 1
@@ -402,7 +413,7 @@ __device__ void merge_pieces(const DecodeArgs& args, const WorkerWork& work, con
     } else {
       memory.wait_for_parts(index);
     }
-    merge_parts<Io, kDim, Size>(args, team, piece, parts, stride);
+    merge_parts<Row, Io, kDim, Size>(args, team, piece, parts, stride);
     if (!is_last) memory.give_room();
     if (piece.num_blocks > 1) shared.arrive(piece);
   }

@@ -44,6 +44,7 @@ struct TileSource {
   static constexpr std::uint32_t kEndsPiece = 1U << 17;  ///< of the worker's tiles the last
   static constexpr std::uint32_t kOwn = 1U << 18;     ///< rows of the step's k and v, not of a page
   static constexpr std::uint32_t kRagged = 1U << 19;  ///< queries see different rows
+  static constexpr std::uint32_t kSlots = 1U << 20;  ///< the position of row 0 is given as its slot
 };
 static_assert(kPageTokens == 64);
 
@@ -120,7 +121,7 @@ struct WorkerLists {
   std::int32_t piece_of[kPages];  ///< and the piece of one with own rows
   // Where chunks come, registers are scarce: what only the walk and the copies need lies here.
   TileSource tiles[kTiles];                 ///< tile j at j % kTiles
-  std::int32_t positions[kTiles];           ///< of ragged tile j's row 0, likewise
+  std::int32_t positions[kTiles];           ///< of tile j's row 0, likewise, see Place
   WalkState walk;                           ///< of the walk, between two tiles
   std::int32_t first_rounds[kMostWorkers];  ///< of the block's workers
 
@@ -176,7 +177,7 @@ class TileWalk {
     TileSource tile;
     const std::int32_t* page = nullptr;
     std::int32_t piece = 0;     ///< of a tile with own rows
-    std::int32_t position = 0;  ///< of a ragged tile's row 0
+    std::int32_t position = 0;  ///< of a ragged tile's row 0; of any tile's where scores need it
   };
 
   /// From the beginning.
@@ -215,6 +216,8 @@ class TileWalk {
 
  private:
   static constexpr int kTileRows = Size::kTileRows;
+  static constexpr bool kNeedsPositions = Size::Softmax::kShapesScores;  // of all tiles
+  static constexpr std::uint32_t kSlots = kNeedsPositions ? TileSource::kSlots : 0;
 
   /// Whether the open piece is wide: a narrow one's tiles are all its worker's.
   __device__ bool is_wide() const { return at_.opened > lists_.work.num_narrow; }
@@ -227,8 +230,10 @@ class TileWalk {
   __device__ void choose(int index, Place& place) const {
     const int tiles0 = tiles_of(slot_begin_[0], slot_end_[0], kTileRows);
     const bool second = index >= tiles0;
-    choose_slots(second ? slot_begin_[1] : slot_begin_[0], second ? slot_end_[1] : slot_end_[0],
-                 second ? index - tiles0 : index, place);
+    place.position =
+        choose_slots(second ? slot_begin_[1] : slot_begin_[0], second ? slot_end_[1] : slot_end_[0],
+                     second ? index - tiles0 : index, place);
+    place.tile.bits |= kSlots;
   }
   /// Tile `index` of the rows that some of several tokens see.
   __device__ void choose_of_chunk(int index, Place& place) const {
@@ -238,6 +243,13 @@ class TileWalk {
       const int tiles = tiles_of(piece.slot_begin[r], piece.slot_end[r], kTileRows);
       if (index < tiles) {
         const int first_slot = choose_slots(piece.slot_begin[r], piece.slot_end[r], index, place);
+        if constexpr (kNeedsPositions) {
+          if (r == 0 || piece.own_rows == 0) {
+            place.position = first_slot;
+            place.tile.bits |= kSlots;
+            return;
+          }
+        }
         if (r == 0) return;
         place.position = first_slot + piece.position[r - 1];
         if (place.position + place.tile.low() < piece.num_tokens - piece.recent) {
@@ -323,6 +335,11 @@ class TileChooser {
       copy_async_4(shared_address(lists.pages + count % Lists::kPages), chosen.page);
       if (chosen.tile.has(TileSource::kIsNew)) lists.piece_of[count % Lists::kPages] = chosen.piece;
     }
+    if constexpr (Size::Softmax::kShapesScores) {
+      if (Size::thread() == 0) {
+        lists.positions[static_cast<unsigned>(count) % Lists::kTiles] = chosen.position;
+      }
+    }
   }
 
  private:
@@ -398,7 +415,7 @@ class TileRing {
   };
   /// Of the tile that next() gave last.
   __device__ int index() const { return count_ - 1 - kLead; }
-  /// Of the row 0 of the tile that next() gave last, where it is ragged.
+  /// Of the row 0 of the tile that next() gave last, where it is ragged or scores need it.
   __device__ std::int32_t position() const {
     return lists_.positions[static_cast<unsigned>(count_ - 1 - kLead) % Lists::kTiles];
   }

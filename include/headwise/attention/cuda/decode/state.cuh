@@ -34,9 +34,19 @@ struct TileRows {
   int low = 0;                   ///< rows [low, high) exist and are seen
   int high = 0;                  ///< see low
   bool is_ragged = false;        ///< queries see different rows
-  std::int32_t position = 0;     ///< of row 0 where they do
+  std::int32_t position = 0;     ///< of row 0 where they do, or scores need it
+  bool is_in_slots = false;      ///< that is its slot
   const Piece* piece = nullptr;  ///< whose tile it is, in shared memory
   int group_size = 1;
+
+  /// Of row `row`, if it exists.
+  __device__ int position_of(int row) const {
+    return is_in_slots ? piece->position_in(position + row) : position + row;
+  }
+  /// Whose query row `row` of the piece is.
+  __device__ int token_of(int row) const {
+    return piece->num_tokens == 1 ? 0 : (piece->first_row + row) / group_size;
+  }
 };
 
 /// Attention of a warp's query rows over the tiles of one piece, transposed: scores are [keys,
@@ -52,7 +62,10 @@ class DecodeState {
   /// Reads the queries that the next start() takes. Only where registers allow to read ahead.
   static constexpr bool kFetchesAhead = !Size::kChunks;
   __device__ void fetch(const DecodeArgs& args, const PieceRows& rows) {
-    if constexpr (kFetchesAhead) load(args, rows, next_q_);
+    if constexpr (kFetchesAhead) {
+      load(args, rows, next_q_);
+      if constexpr (kShapes) load_slopes(args, rows, next_slope_);
+    }
   }
 
   /// Begins a piece, with the queries fetched before where they were.
@@ -63,11 +76,16 @@ class DecodeState {
         q_[0][b][0] = next_q_[0][b][0];
         q_[0][b][1] = next_q_[0][b][1];
       }
+      if constexpr (kShapes) {
+        slope_[0][0] = next_slope_[0][0];
+        slope_[0][1] = next_slope_[0][1];
+      }
     } else {
       const PieceRows rows = rows_of<Size>(args, piece);
       is_idle_ = first_row() >= rows.count;
       if (is_idle()) return;
       load(args, rows, q_);
+      if constexpr (kShapes) load_slopes(args, rows, slope_);
     }
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -82,11 +100,12 @@ class DecodeState {
   }
 
   /// Adds a tile.
-  __device__ void add(const TileRows& tile, float scale_log2) {
+  __device__ void add(const TileRows& tile, float scale_log2, const SoftmaxArgs& softmax) {
     if (is_idle()) return;
     const int lane = static_cast<int>(threadIdx.x % 32);
     float score[kColumns][4];
     multiply_keys(tile.k + Layout::at(lane % 16, lane / 16), scale_log2, score);
+    if constexpr (kShapes) shape(tile, softmax, score);
     if (tile.low > 0 || tile.high < 16 || (Size::kChunks && tile.is_ragged)) hide(tile, score);
 
     bool grows = false;
@@ -149,8 +168,18 @@ class DecodeState {
     const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      const float inverse[2] = {sum_[n][0] > 0.0F ? 1.0F / sum_[n][0] : 0.0F,
-                                sum_[n][1] > 0.0F ? 1.0F / sum_[n][1] : 0.0F};
+      float sum[2] = {sum_[n][0], sum_[n][1]};
+      if constexpr (Size::Softmax::kHasSinks) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int query = first_row() + n * 8 + lane % 4 * 2 + c;
+          if (query >= rows.count) continue;
+          sum[c] += args.softmax.sink_weight(rows.head_of(query),
+                                             max_[n][c] + TensorCore<Row>::kHeadroom);
+        }
+      }
+      const float inverse[2] = {sum[0] > 0.0F ? 1.0F / sum[0] : 0.0F,
+                                sum[1] > 0.0F ? 1.0F / sum[1] : 0.0F};
       const int row = first_row() + n * 8 + lane / 4;
       Bits<Io>* out = output_row(args, rows, row) + lane % 4 * 2;
 #pragma unroll
@@ -206,6 +235,7 @@ class DecodeState {
   using Layout = TileLayout<kDim, Size::kTileRows>;
   static constexpr int kBlocks = kDim / 16;
   static constexpr int kColumns = Size::kColumns;
+  static constexpr bool kShapes = Size::Softmax::kShapesScores;
   /// Powers of two that weights may exceed 1 by; none where that could overflow the sums.
   static constexpr float kSlack = TensorCore<Row>::kHeadroom > 0.0F ? 0.0F : 8.0F;
 
@@ -234,6 +264,49 @@ class DecodeState {
       for (int b = 0; b < kBlocks; ++b) {
         q[n][b][0] = row < rows.count ? load_pair<Row, Io>(from + b * 16) : 0U;
         q[n][b][1] = row < rows.count ? load_pair<Row, Io>(from + b * 16 + 8) : 0U;
+      }
+    }
+  }
+
+  /// ALiBi's, of the lane's queries.
+  static __device__ void load_slopes(const DecodeArgs& args, const PieceRows& rows,
+                                     float (&slope)[kColumns][2]) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const float* slopes = args.softmax.alibi_slopes;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int row = first_row() + n * 8 + lane % 4 * 2 + c;
+        slope[n][c] =
+            slopes != nullptr && row < rows.count ? __ldg(slopes + rows.head_of(row)) : 0.0F;
+      }
+    }
+  }
+
+  /// From scale x q.k to logits: soft-cap, then ALiBi's slope times the tokens from query to key.
+  __device__ void shape(const TileRows& tile, const SoftmaxArgs& softmax,
+                        float (&score)[kColumns][4]) const {
+    if (softmax.cap > 0.0F) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[n][i] = softmax.capped(score[n][i]);
+      }
+    }
+    if (softmax.alibi_slopes == nullptr) return;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int position[2] = {tile.position_of(lane / 4), tile.position_of(lane / 4 + 8)};
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int token = tile.token_of(first_row() + n * 8 + lane % 4 * 2 + c);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& logit = score[n][2 * half + c];
+          logit = fmaf(slope_[n][c], static_cast<float>(position[half] - token), logit);
+        }
       }
     }
   }
@@ -360,6 +433,8 @@ class DecodeState {
   float out_[kColumns][kBlocks][4];
   float max_[kColumns][2];
   float sum_[kColumns][2];
+  float slope_[kColumns][2];       // where scores are shaped
+  float next_slope_[kColumns][2];  // likewise
   bool is_idle_ = false;
 };
 

@@ -57,6 +57,15 @@ struct alignas(16) Piece {
   std::int16_t block_rank = 0;  ///< this block's number
   std::int16_t first_rank = 0;  ///< that of the first block that shares the item
   std::int16_t num_blocks = 1;  ///< 1: nobody else
+  std::int32_t length = 0;      ///< tokens before the step
+
+  /// The position of what lies in `slot`: a row before the step, or a single token's own. Slots
+  /// that the runs do not name have none.
+  __host__ __device__ int position_in(int slot) const {
+    if (slot < ring_begin) return slot - length;
+    const int newest = own_rows > 0 ? own_slot - 1 : own_slot;
+    return slot - own_slot - (slot > newest ? ring_end - ring_begin : 0);
+  }
 };
 static_assert(sizeof(Piece) == 96);
 
@@ -187,6 +196,7 @@ __device__ inline Piece whole_item(const DeviceStep& step, const LayerKind& kind
   piece.kv_head = kind.kv_head[head];
   piece.first_row = static_cast<std::int16_t>(first_row);
   piece.num_tokens = static_cast<std::int16_t>(chunk.num_tokens);
+  piece.length = static_cast<std::int32_t>(chunk.length);
   piece.own_slot = static_cast<std::int32_t>(append_map(state).slot(Pos{chunk.length}).value);
   piece.ring_begin = state.sink_slots;
   piece.ring_end = state.turn > 0 ? state.sink_slots + state.turn : 0x7FFFFFFF;

@@ -17,6 +17,7 @@
 
 #include "headwise/attention/cuda/prefill/tile.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/attention/cuda/softmax_kind.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/elements.cuh"
 
@@ -37,12 +38,29 @@ __device__ __forceinline__ unsigned named_rows(bool first, bool second) {
   return rows;
 }
 
+/// As the score of an f32: what is beyond its range is infinite.
+__device__ __forceinline__ double in_f32_range(double score) {
+  constexpr auto kMost = -static_cast<double>(kLowest);
+  constexpr auto kInfinite = -static_cast<double>(kHidden);
+  return fabs(score) > kMost ? copysign(kInfinite, score) : score;
+}
+/// From scale x q.k to a logit, in powers of two: soft-cap, then ALiBi.
+/// @param distance  tokens from query to key, not positive
+__device__ __forceinline__ double shaped_exactly(const SoftmaxArgs& softmax, double score, int head,
+                                                 int distance) {
+  score = in_f32_range(score);
+  const auto cap = static_cast<double>(softmax.cap);
+  if (cap > 0.0) score = cap * tanh(score / cap);
+  if (softmax.alibi_slopes == nullptr) return score;
+  return in_f32_range(score + static_cast<double>(__ldg(softmax.alibi_slopes + head)) * distance);
+}
+
 /// One warp attends rows of a tile over the keys that they see and writes them to `out`. A row
 /// whose visible scores are all -infinity gives zeros.
 /// @param rows  bit r: row first_row + r. Rows past the tile's last one are left alone.
 ///
 /// Cost: hundreds of times that of the products. A row that has become NaN altogether stops there.
-template <class Row, int kDim>
+template <class Row, int kDim, SoftmaxKind Softmax>
 __device__ __forceinline__ void attend_exactly(const PrefillArgs& args, const PrefillTile& tile,
                                                const QueryGroup& group, int first_row,
                                                unsigned rows) {
@@ -78,6 +96,10 @@ __device__ __forceinline__ void attend_exactly(const PrefillArgs& args, const Pr
           score += static_cast<double>(a.y) * static_cast<double>(b.y);
         }
         score *= static_cast<double>(args.scale_log2);
+        if constexpr (Softmax::kShapesScores) {
+          score = shaped_exactly(args.softmax, score, query_head(args, tile, group, row),
+                                 tile.keys.position(index) - tile.pos_of(row, group));
+        }
       }
       double new_top = fmax(top, score);
       for (int d = 1; d < 32; d *= 2) {
@@ -114,6 +136,12 @@ __device__ __forceinline__ void attend_exactly(const PrefillArgs& args, const Pr
       if (__all_sync(kWholeWarp, is_nan)) break;
     }
     for (int d = 1; d < 32; d *= 2) sum += __shfl_xor_sync(kWholeWarp, sum, d);
+    if constexpr (Softmax::kHasSinks) {
+      if (sum != 0.0 && args.softmax.sinks != nullptr) {
+        const float sink = __ldg(args.softmax.sinks + query_head(args, tile, group, row));
+        sum += exp2(static_cast<double>(sink) - top);
+      }
+    }
     const double inverse = sum == 0.0 ? 0.0 : 1.0 / sum;
     std::uint16_t* to =
         row_at(args.out, tile.chunk.first_row + tile.first_token + group.token_of(row),

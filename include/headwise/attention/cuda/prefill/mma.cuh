@@ -32,7 +32,7 @@ __host__ __device__ constexpr std::size_t mma_bytes(int dim) {
 }
 
 /// A warp's query rows, their results and their softmax.
-template <class Row, int kDim>
+template <class Row, int kDim, SoftmaxKind Softmax>
 class MmaRows {
  public:
   static constexpr int kTiles = mma_row_tiles(kDim);
@@ -52,16 +52,19 @@ class MmaRows {
   }
 
   /// Adds keys [first, first + kMmaKeys) of the tile's list.
+  /// @param lane_rows  the lane's first two rows of the warp's.
   /// @param q, k  shared-memory addresses of the warp's query rows and of the keys; V behind K.
   /// @param needs_mask  whether some row does not see some key.
-  __device__ void add(std::uint32_t q, std::uint32_t k, int first, bool needs_mask,
-                      float scale_log2) {
+  __device__ void add(const LaneRows& lane_rows, std::uint32_t q, std::uint32_t k, int first,
+                      bool needs_mask) {
     Scores score = {};
     multiply_keys(q, k, score);
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
+      softmax_[m].shape(at(lane_rows, m), first, score[m]);
       if (needs_mask) softmax_[m].mask(first, score[m]);
       float factor[2];
+      const float scale_log2 = RowSoftmax<Row, Softmax>::scale_log2(lane_rows.args);
       if (softmax_[m].add(scale_log2, score[m], factor)) scale_rows(factor, out_[m]);
     }
     multiply_values(k + kMmaKeys * kRowBytes, score);
@@ -69,11 +72,12 @@ class MmaRows {
 
   /// Writes the rows' outputs over the warp's query rows in shared memory.
   /// @return bit r: row r of the warp has become no number.
-  __device__ unsigned store(std::uint16_t* rows) const {
+  __device__ unsigned store(const LaneRows& lane_rows, std::uint16_t* rows) const {
     unsigned again = 0;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
-      again |= softmax_[m].template store<kDim>(out_[m], rows + m * 16 * kPaddedDim<kDim>)
+      again |= softmax_[m].template store<kDim>(at(lane_rows, m), out_[m],
+                                                rows + m * 16 * kPaddedDim<kDim>)
                << (16 * m);
     }
     return again;
@@ -83,6 +87,10 @@ class MmaRows {
   static constexpr int kRowBytes = kPaddedDim<kDim> * 2;
   using Scores = float[kTiles][kMmaKeys / 8][4];
 
+  /// The lane's rows in tile `m`.
+  static __device__ LaneRows at(const LaneRows& first, int m) {
+    return {first.args, first.tile, first.group, first.first + m * 16};
+  }
   __device__ void multiply_keys(std::uint32_t q, std::uint32_t k, Scores& score) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const std::uint32_t q_at = q + (lane % 16) * kRowBytes + lane / 16 * 16;
@@ -132,7 +140,7 @@ class MmaRows {
     }
   }
 
-  RowSoftmax<Row> softmax_[kTiles];
+  RowSoftmax<Row, Softmax> softmax_[kTiles];
   float out_[kTiles][kDim / 8][4];
 };
 
@@ -141,7 +149,7 @@ class MmaRows {
 /// Cost: a tile reads the keys that any of its tokens sees, so a streaming head costs O(n x
 /// window). Aims at mma.sync's rate; published kernels of this class run 260-350 TFLOP/s on an
 /// H200.
-template <class Row, int kDim>
+template <class Row, int kDim, SoftmaxKind Softmax = PlainSoftmax>
 __global__ void __launch_bounds__(kMmaWarps * 32, kDim <= 128 ? 2 : 1)
     prefill_mma_kernel(const __grid_constant__ PrefillArgs args,
                        unsigned /*num_tiles: the grid's*/) {
@@ -203,7 +211,8 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kDim <= 128 ? 2 : 1)
   const SeenByAll seen_by_all(tile.keys, tile.state, oldest, newest);
   const SeenKeys seen_first(tile.keys, tile.state, oldest);
   const SeenKeys seen_last(tile.keys, tile.state, newest);
-  MmaRows<Row, kDim> rows(tile, group, warp_row);
+  MmaRows<Row, kDim, Softmax> rows(tile, group, warp_row);
+  const LaneRows lane_rows{args, tile, group, warp_row + static_cast<int>(threadIdx.x % 32) / 4};
   const std::uint32_t q_at = shared_address(q_rows + warp_row * kPaddedDim<kDim>);
   int stage = 0;
   for (int first = 0; first < tile.keys.count; first += kMmaKeys) {
@@ -214,8 +223,8 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kDim <= 128 ? 2 : 1)
     const bool some_seen =
         first < seen_last.end && (first < seen_last.sinks || first + kMmaKeys > seen_first.recent);
     if (some_seen) {
-      rows.add(q_at, stages + static_cast<std::uint32_t>(stage * kStageBytes), first,
-               !seen_by_all.contains(first, kMmaKeys), args.scale_log2);
+      rows.add(lane_rows, q_at, stages + static_cast<std::uint32_t>(stage * kStageBytes), first,
+               !seen_by_all.contains(first, kMmaKeys));
     }
     stage = stage + 1 == kMmaStages ? 0 : stage + 1;
   }
@@ -223,13 +232,13 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kDim <= 128 ? 2 : 1)
   // Through shared memory, so that rows leave in 16-byte pieces.
   std::uint16_t* own_rows = q_rows + warp_row * kPaddedDim<kDim>;
   __syncwarp();
-  const unsigned again = rows.store(own_rows);
+  const unsigned again = rows.store(lane_rows, own_rows);
   __syncwarp();
   write_outputs<kDim, kRowsPerWarp>(args, tile, group, warp_row, [&](int row, int chunk) {
     return reinterpret_cast<const uint4*>(own_rows + row * kPaddedDim<kDim> + chunk * 8);
   });
   __syncwarp();
-  attend_exactly<Row, kDim>(args, tile, group, warp_row, again);
+  attend_exactly<Row, kDim, Softmax>(args, tile, group, warp_row, again);
 }
 
 }  // namespace headwise::inline v0::cuda::detail

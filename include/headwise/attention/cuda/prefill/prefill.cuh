@@ -14,6 +14,7 @@
 #include "headwise/attention/cuda/prefill/mma.cuh"
 #include "headwise/attention/cuda/prefill/tile.cuh"
 #include "headwise/attention/cuda/prefill/warpgroup.cuh"
+#include "headwise/attention/cuda/softmax_kind.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/elements.cuh"
 
@@ -42,19 +43,19 @@ struct PrefillKernel {
 
 /// Finds the kernel for `dim` and lets it use its shared memory; once, at set-up.
 /// @return cudaErrorInvalidValue where `dim` is not one of Dims.
-template <DeviceRow Row, class Dims = AllHeadDims>
+template <DeviceRow Row, class Dims = AllHeadDims, SoftmaxKind Softmax = PlainSoftmax>
 cudaError_t prepare_prefill(int dim, PrefillKernel& kernel) {
   return with_head_dim(Dims{}, dim, [&](auto d) {
     constexpr int kDim = decltype(d)::value;
-    kernel = {detail::prefill_mma_kernel<Row, kDim>,
+    kernel = {detail::prefill_mma_kernel<Row, kDim, Softmax>,
               nullptr,
               detail::mma_rows(kDim),
               detail::kMmaWarps * 32,
               detail::mma_bytes(kDim),
               false};
     if constexpr (detail::has_warpgroup_kernel(kDim)) {
-      const PrefillKernel drawing = {detail::prefill_warpgroup_kernel<Row, kDim, false>,
-                                     detail::prefill_warpgroup_kernel<Row, kDim, true>,
+      const PrefillKernel drawing = {detail::prefill_warpgroup_kernel<Row, kDim, false, Softmax>,
+                                     detail::prefill_warpgroup_kernel<Row, kDim, true, Softmax>,
                                      detail::kGroupRows,
                                      detail::kGroupThreads,
                                      detail::group_bytes(kDim),

@@ -11,6 +11,7 @@
 #include "headwise/attention/cuda/prefill/exact.cuh"
 #include "headwise/attention/cuda/prefill/tile.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/attention/cuda/softmax_kind.cuh"
 #include "headwise/cache/cuda/elements.cuh"
 
 namespace headwise::inline v0::cuda::detail {
@@ -18,11 +19,29 @@ namespace headwise::inline v0::cuda::detail {
 /// In place of a result that must not be used.
 inline constexpr float kNoNumber = std::numeric_limits<float>::quiet_NaN();
 
+/// A lane's two rows of a tile, `first` and first + 8: for what query heads have of their own.
+struct LaneRows {
+  const PrefillArgs& args;
+  const PrefillTile& tile;
+  const QueryGroup& group;
+  int first = 0;
+
+  __device__ __forceinline__ int head(int r) const {
+    return query_head(args, tile, group, first + 8 * r);
+  }
+  __device__ __forceinline__ int pos(int r) const { return tile.pos_of(first + 8 * r, group); }
+};
+
 /// What a lane keeps of its two rows: lane 4g + t has rows g and g + 8 of the warp's 16, and of
 /// each 8 keys those at 2t and 2t + 1. Scores are [keys / 8][row g: 2 keys, row g + 8: 2 keys].
-template <class Row>
+template <class Row, SoftmaxKind Softmax>
 class RowSoftmax {
  public:
+  /// What add() must multiply scores by: nothing where shape() has done so.
+  static __device__ __forceinline__ float scale_log2(const PrefillArgs& args) {
+    return Softmax::kShapesScores ? 1.0F : args.scale_log2;
+  }
+
   /// @param row  of the tile, the lane's first one.
   __device__ __forceinline__ void begin(const PrefillTile& tile, const QueryGroup& group, int row) {
 #pragma unroll
@@ -30,6 +49,46 @@ class RowSoftmax {
       seen_[r] = SeenKeys(tile.keys, tile.state, tile.pos_of(row + 8 * r, group));
       max_[r] = kLowest;
       sum_[r] = 0.0F;
+    }
+  }
+
+  /// From q.k to logits, in units of exp2: scale, soft-cap, then ALiBi's slope times the tokens
+  /// from query to key. Before mask(): keys past the tile's last one have no position.
+  /// @param first  of the keys, in the tile's list.
+  template <int kBlocks>
+  static __device__ __forceinline__ void shape(const LaneRows& rows, int first,
+                                               float (&score)[kBlocks][4]) {
+    if constexpr (Softmax::kShapesScores) {
+      const SoftmaxArgs& softmax = rows.args.softmax;
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[n][i] *= rows.args.scale_log2;
+      }
+      if (softmax.cap > 0.0F) {
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) score[n][i] = softmax.capped(score[n][i]);
+        }
+      }
+      if (softmax.alibi_slopes == nullptr) return;
+      first += static_cast<int>(threadIdx.x % 4) * 2;
+      const KeyList keys = rows.tile.keys;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float slope = __ldg(softmax.alibi_slopes + rows.head(r));
+        const int pos = rows.pos(r);
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& logit = score[n][2 * r + i];
+            const int distance = keys.position(first + 8 * n + i) - pos;
+            logit = fmaf(slope, static_cast<float>(distance), logit);
+          }
+        }
+      }
     }
   }
 
@@ -130,26 +189,32 @@ class RowSoftmax {
   /// key with the greatest score has a weight of at least 2^-kHeadroom, so a smaller sum has lost
   /// it.
   /// @param r  0: row g, 1: row g + 8.
-  __device__ __forceinline__ float inverse_sum(int r) const {
+  __device__ __forceinline__ float inverse_sum(const LaneRows& rows, int r) const {
     float sum = sum_[r];
     sum += __shfl_xor_sync(kWholeWarp, sum, 1);
     sum += __shfl_xor_sync(kWholeWarp, sum, 2);
     constexpr float kLeast =
         1.0F / static_cast<float>(std::uint64_t{2} << static_cast<int>(kHeadroom));
     constexpr float kMost = 1e18F;
-    return sum >= kLeast && sum <= kMost ? inverse_fast(sum) : kNoNumber;
+    float with_sink = sum;
+    if constexpr (Softmax::kHasSinks) {
+      const float offset = fmaf(max_[r], scale_log2(rows.args), kHeadroom);
+      with_sink += rows.args.softmax.sink_weight(rows.head(r), offset);
+    }
+    return sum >= kLeast && sum <= kMost ? inverse_fast(with_sink) : kNoNumber;
   }
 
   /// Divides by the sums of weights and writes the 16 rows to padded shared memory.
   /// @return the rows that have become no numbers, see named_rows().
   template <int kDim>
-  __device__ __forceinline__ unsigned store(const float (&out)[kDim / 8][4],
+  __device__ __forceinline__ unsigned store(const LaneRows& lane_rows,
+                                            const float (&out)[kDim / 8][4],
                                             std::uint16_t* rows) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     std::uint32_t zeros[2] = {};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float inverse = inverse_sum(r);
+      const float inverse = inverse_sum(lane_rows, r);
       std::uint16_t* row = rows + (lane / 4 + r * 8) * kPaddedDim<kDim> + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {

@@ -11,6 +11,7 @@
 
 #include "headwise/attention/cuda/chunk_rule.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/attention/cuda/softmax_kind.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 #include "headwise/core/tensor_view.hpp"
@@ -55,6 +56,7 @@ struct PrefillArgs {
   std::int32_t group_size = 1;        ///< query heads per KV head
   float scale_log2 = 1.0F;            ///< softmax scale x log2(e)
   PrefillWork work;                   ///< num_shares nullptr: tiles are drawn whole
+  SoftmaxArgs softmax;                ///< what the softmax has besides a scale
 };
 
 namespace detail {
@@ -135,6 +137,12 @@ struct PrefillTile {
     return static_cast<int>(chunk.length) + first_token + min(group.token_of(row), num_tokens - 1);
   }
 };
+
+/// The query head of the launch that query row `row` of a tile has.
+__device__ __forceinline__ int query_head(const PrefillArgs& args, const PrefillTile& tile,
+                                          const QueryGroup& group, int row) {
+  return args.heads.kv_head[tile.head] * group.size + group.head_of(row);
+}
 
 /// Which chunk tile `index` is of, and the tile's number in it; one warp, all lanes alike.
 struct ChunkTile {

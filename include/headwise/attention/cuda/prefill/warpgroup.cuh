@@ -181,7 +181,7 @@ class TileDraw {
 };
 
 /// A multiplying warp's weights and results.
-template <class Row, int kDim>
+template <class Row, int kDim, SoftmaxKind Softmax>
 class GroupRows {
  public:
   using Scores = float[kGroupKeys / 8][4];
@@ -243,7 +243,8 @@ class GroupRows {
 
   /// Writes the warp's results and softmax as a part of its tile's; 16 bytes a lane at a time.
   /// @param part  of the whole tile, see part_float4s().
-  __device__ __forceinline__ void write_part(const RowSoftmax<Row>& softmax, float4* part) const {
+  __device__ __forceinline__ void write_part(const RowSoftmax<Row, Softmax>& softmax,
+                                             float4* part) const {
     part += threadIdx.x;
     __stcg(part, softmax.part());
 #pragma unroll
@@ -254,7 +255,7 @@ class GroupRows {
   }
   /// Takes the sum of all parts, in their order, in place of the warp's results.
   __device__ __forceinline__ void read_parts(const float4* parts, int count, float scale_log2,
-                                             RowSoftmax<Row>& softmax) {
+                                             RowSoftmax<Row, Softmax>& softmax) {
     constexpr int kPart = part_float4s(kDim);
     parts += threadIdx.x;
     softmax.begin_parts();
@@ -278,10 +279,11 @@ class GroupRows {
   /// Divides by the sums of weights and writes the warp's rows, swizzled.
   /// @param first_row  the warp's, of kGroupRows at `rows`.
   /// @return the rows that have become no numbers, see named_rows().
-  __device__ __forceinline__ unsigned store(const RowSoftmax<Row>& softmax, std::uint32_t rows,
-                                            int first_row) const {
+  __device__ __forceinline__ unsigned store(const LaneRows& lane_rows,
+                                            const RowSoftmax<Row, Softmax>& softmax,
+                                            std::uint32_t rows, int first_row) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    const float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
+    const float inverse[2] = {softmax.inverse_sum(lane_rows, 0), softmax.inverse_sum(lane_rows, 1)};
     std::uint32_t zeros[2] = {};
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
@@ -344,7 +346,7 @@ __device__ __forceinline__ void copy_share(const std::uint16_t* row_of_lane, std
 }
 
 /// What the copying warpgroup does: it copies tiles, and attends again what the others could not.
-template <class Row, int kDim, bool kCut>
+template <class Row, int kDim, bool kCut, SoftmaxKind Softmax>
 __device__ __forceinline__ void copy_tiles(const PrefillArgs& args, unsigned num_tiles,
                                            KeyRing& ring, PrefillTile (&tiles)[kGroupTiles],
                                            std::uint32_t slots, std::uint32_t queries) {
@@ -373,7 +375,7 @@ __device__ __forceinline__ void copy_tiles(const PrefillArgs& args, unsigned num
 #pragma unroll 1
     for (int w = warp; w < kGroupWarps; w += 4) {
       const unsigned rows = ring.again[t % 2][w];
-      attend_exactly<Row, kDim>(args, tiles[(t - 2) % kGroupTiles], group, w * 16, rows);
+      attend_exactly<Row, kDim, Softmax>(args, tiles[(t - 2) % kGroupTiles], group, w * 16, rows);
     }
   };
   TileDraw<kCut> draw(args, num_tiles);
@@ -417,7 +419,7 @@ __device__ __forceinline__ void copy_tiles(const PrefillArgs& args, unsigned num
 /// What a multiplying warp does: one pipeline through the key blocks of all its tiles. While block
 /// b's values are multiplied, the scores of block b + 1 are, too, and become weights; b + 1 may be
 /// the first of the next tile.
-template <class Row, int kDim, bool kCut>
+template <class Row, int kDim, bool kCut, SoftmaxKind Softmax>
 __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing& ring,
                                                const PrefillTile (&tiles)[kGroupTiles],
                                                std::uint32_t slots, std::uint32_t queries) {
@@ -438,8 +440,8 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
   };
   const auto address_of = [&](const RingSlot& at) { return slots + at.slot * kSlotBytes; };
   const auto queries_of = [&](unsigned t) { return queries + t % 2 * kQueryBytes; };
-  GroupRows<Row, kDim> rows;
-  RowSoftmax<Row> softmax;
+  GroupRows<Row, kDim, Softmax> rows;
+  RowSoftmax<Row, Softmax> softmax;
   SeenByAll seen_by_all;
   int first = 0;  // of the block's keys in the tile's list
   int end = 0;    // of the piece's keys there
@@ -453,8 +455,11 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
   const auto multiply_keys = [&](unsigned t, const RingSlot& keys, auto& score) {
     rows.multiply_keys(queries_of(t) + warpgroup * (64 * 128), address_of(keys), score);
   };
+  const auto lane_rows = [&](const PrefillTile& tile) {
+    return LaneRows{args, tile, group, first_row + lane / 4};
+  };
   // Whether this warp, which has its rows of a piece, has those of the whole tile now.
-  const auto has_all = [&](const TilePiece& piece, RowSoftmax<Row>& done) {
+  const auto has_all = [&](const TilePiece& piece, RowSoftmax<Row, Softmax>& done) {
     float4* parts = args.work.parts + static_cast<std::int64_t>(piece.first_part) * kPart;
     rows.write_part(done, parts + piece.part * kPart);
     __syncwarp();
@@ -467,17 +472,17 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
     }
     before = __shfl_sync(kWholeWarp, before, 0);
     if (before + 1 < static_cast<unsigned>(piece.num_parts)) return false;
-    rows.read_parts(parts, piece.num_parts, args.scale_log2, done);
+    rows.read_parts(parts, piece.num_parts, done.scale_log2(args), done);
     return true;
   };
   // Outputs leave in 16-byte pieces, by way of the place of the tile's queries.
-  const auto write = [&](unsigned t, RowSoftmax<Row> done) {
+  const auto write = [&](unsigned t, RowSoftmax<Row, Softmax> done) {
     const std::uint32_t place = queries_of(t);
     const PrefillTile& tile = tiles[t % kGroupTiles];
     meet_warpgroup(2 + warpgroup);  // none of its products reads queries any more
     unsigned again = 0;
     if (!kCut || tile.piece.num_parts == 1 || has_all(tile.piece, done)) {
-      again = rows.store(done, place, first_row);
+      again = rows.store(lane_rows(tile), done, place, first_row);
       __syncwarp();
       write_outputs<kDim, 16>(args, tile, group, first_row, [&](int row, int chunk) {
         return shared_pointer<const uint4>(place +
@@ -496,7 +501,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
   RingSlot values;
   wait_full(keys);  // and the tile's description, and its queries
   if (tiles[t].num_tokens == 0) return;
-  typename GroupRows<Row, kDim>::Scores score = {};
+  typename GroupRows<Row, kDim, Softmax>::Scores score = {};
   float factor[2];
   multiply_keys(t, keys, score);
   begin(tiles[t]);
@@ -505,12 +510,13 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
   release(keys);
   keys.advance(2);
   values.advance(1);
+  softmax.shape(lane_rows(tiles[t]), first, score);
   if (!seen_by_all.contains(first, kGroupKeys)) softmax.mask(first, score);
-  (void)softmax.add(args.scale_log2, score, factor);
+  (void)softmax.add(softmax.scale_log2(args), score, factor);
   rows.set_weights(score);
   rows.clear();
   while (true) {
-    const RowSoftmax<Row> done = softmax;
+    const RowSoftmax<Row, Softmax> done = softmax;
     first += kGroupKeys;
     const bool is_last = first >= end;
     wait_full(keys);
@@ -524,8 +530,9 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
     pin_registers(score);
     release(keys);
     keys.advance(2);
+    softmax.shape(lane_rows(tiles[(is_last ? t + 1 : t) % kGroupTiles]), first, score);
     if (!all_seen) softmax.mask(first, score);
-    const bool rises = softmax.add(args.scale_log2, score, factor);
+    const bool rises = softmax.add(softmax.scale_log2(args), score, factor);
     rows.wait();
     release(values);
     values.advance(2);
@@ -554,7 +561,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
 /// window). Its code is there in builds for sm_90a alone; elsewhere the kernel is empty and has no
 /// static shared memory, by which has_warpgroup_code() knows. Aims at cuDNN's 600 TFLOP/s on an
 /// H200, and reaches it (bench/results).
-template <class Row, int kDim, bool kCut>
+template <class Row, int kDim, bool kCut, SoftmaxKind Softmax = PlainSoftmax>
 __global__ void __launch_bounds__(kGroupThreads, 1)
     prefill_warpgroup_kernel(const __grid_constant__ PrefillArgs args, unsigned num_tiles) {
   if constexpr (kWarpgroupCode) {
@@ -581,10 +588,10 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
     // Of 384 x 168 registers: 2 x 128 threads with 208, 128 with 88.
     if (threadIdx.x >= kGroupThreads - kWarpgroupThreads) {
       give_up_registers<88>();
-      copy_tiles<Row, kDim, kCut>(args, num_tiles, ring, tiles, slots, queries);
+      copy_tiles<Row, kDim, kCut, Softmax>(args, num_tiles, ring, tiles, slots, queries);
     } else {
       take_registers<208>();
-      multiply_tiles<Row, kDim, kCut>(args, ring, tiles, slots, queries);
+      multiply_tiles<Row, kDim, kCut, Softmax>(args, ring, tiles, slots, queries);
     }
   }
 }

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: MIT
+#include "cuda/kernels.cuh"
+
+namespace headwise::inline v0::cuda {
+
+HEADWISE_SOFTMAX_KERNELS(template, f16, ShapedDims<f16>, ShapedSoftmax);
+HEADWISE_SOFTMAX_KERNELS(template, f16, SinkDims<f16>, SinkSoftmax);
+
+}  // namespace headwise::inline v0::cuda
