@@ -29,38 +29,54 @@ struct ElementRows {
   }
 
   template <class Isa>
-  static std::int64_t count_overflows([[maybe_unused]] const PageShape& shape,
-                                      [[maybe_unused]] const float* k,
-                                      [[maybe_unused]] const float* v) {
-    if constexpr (std::same_as<E, f32>) {
-      return 0;
-    } else {
-      // Nearly always the squares say that there is none: one pass at a vector's speed. NaNs and
-      // infinities have larger bits than any bound, also to -ffast-math.
-      constexpr float kLittle = std::same_as<E, f16> ? 65504.0F * 65504.0F : 1e38F;
-      const auto squares =
-          simd::Ops<Isa>::add(squares_of<Isa>(k, shape.k_dim), squares_of<Isa>(v, shape.v_dim));
-      if (magnitude(simd::Ops<Isa>::reduce_add(squares)) < magnitude(kLittle)) return 0;
-      return count_row_overflows(k, shape.k_dim) + count_row_overflows(v, shape.v_dim);
-    }
+  static std::int64_t count_overflows(const PageShape& shape, const float* k, const float* v) {
+    Squares<Isa> squares;
+    for (int d = 0; d < shape.k_dim; d += kTile) squares.add_k(k + d);
+    for (int d = 0; d < shape.v_dim; d += kTile) squares.add_v(v + d);
+    return squares.count_overflows(shape, k, v);
   }
+
+  /// Of a token's K and V, summed up while they are stored: nearly always they say that no element
+  /// is too large, in less time than looking at each.
+  template <class Isa>
+  class Squares {
+    using O = simd::Ops<Isa>;
+
+   public:
+    /// @param strip  16 of K's
+    HEADWISE_ALWAYS_INLINE void add_k(const float* strip) { add(strip, k_); }
+    /// @param strip  16 of V's
+    HEADWISE_ALWAYS_INLINE void add_v(const float* strip) { add(strip, v_); }
+    /// Finite elements that rounding made infinite, of the rows that were added whole.
+    HEADWISE_ALWAYS_INLINE std::int64_t count_overflows(const PageShape& shape, const float* k,
+                                                        const float* v) const {
+      if constexpr (std::same_as<E, f32>) {
+        return 0;
+      } else {
+        // NaNs and infinities have larger bits than any bound, also to -ffast-math.
+        constexpr float kLittle = std::same_as<E, f16> ? 65504.0F * 65504.0F : 1e38F;
+        if (magnitude(O::reduce_add(O::add(k_, v_))) < magnitude(kLittle)) return 0;
+        return count_row_overflows(k, shape.k_dim) + count_row_overflows(v, shape.v_dim);
+      }
+    }
+
+   private:
+    HEADWISE_ALWAYS_INLINE static void add(const float* strip, typename O::V& sum) {
+      if constexpr (std::same_as<E, f32>) return;
+      for (int i = 0; i < kTile; i += O::kWidth) {
+        const auto x = O::load(strip + i);
+        sum = O::fma(x, x, sum);
+      }
+    }
+
+    typename O::V k_ = O::zero();  // apart: each sum waits for its last
+    typename O::V v_ = O::zero();
+  };
 
   static void round_row(const PageShape& shape, const float* k, const float* v, float* to_k,
                         float* to_v) {
     for (int d = 0; d < shape.k_dim; ++d) to_k[d] = to_float(from_float<E>(k[d]));
     for (int d = 0; d < shape.v_dim; ++d) to_v[d] = to_float(from_float<E>(v[d]));
-  }
-
-  /// A vector whose sum is that of the row's squares.
-  template <class Isa>
-  HEADWISE_ALWAYS_INLINE static auto squares_of(const float* row, int dim) {
-    using O = simd::Ops<Isa>;
-    auto squares = O::zero();
-    for (int d = 0; d < dim; d += O::kWidth) {
-      const auto x = O::load(row + d);
-      squares = O::fma(x, x, squares);
-    }
-    return squares;
   }
 
   /// Finite floats of a row that rounding makes infinite.

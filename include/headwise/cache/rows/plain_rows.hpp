@@ -87,13 +87,16 @@ struct PlainRows : detail::ElementRows<E> {
     E* elements = reinterpret_cast<E*>(page);
     E* to_k = elements + k_offset(shape, row, 0);
     E* to_v = elements + v_offset(shape, row, 0);
+    typename detail::ElementRows<E>::template Squares<Isa> squares;
     for (int d = 0; d < shape.k_dim; d += detail::kTile) {
       detail::convert_strip<Isa>(k + d, to_k + d);
+      squares.add_k(k + d);
     }
     for (int d = 0; d < shape.v_dim; d += detail::kTile) {
       detail::convert_strip<Isa>(v + d, to_v + d);
+      squares.add_v(v + d);
     }
-    return detail::ElementRows<E>::template count_overflows<Isa>(shape, k, v);
+    return squares.count_overflows(shape, k, v);
   }
 
   template <class Isa>

@@ -46,16 +46,19 @@ struct TiledRows : detail::ElementRows<E> {
   static std::int64_t encode(std::byte* page, const PageShape& shape, std::size_t row,
                              const float* k, const float* v) {
     E* elements = reinterpret_cast<E*>(page);
+    typename detail::ElementRows<E>::template Squares<Isa> squares;
     for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.k_dim); dim += kRows) {
       alignas(64) E strip[kRows];
       detail::convert_strip<Isa>(k + dim, strip);
       E* to = elements + k_offset(shape, row, dim);
       for (std::size_t i = 0; i < kRows; ++i) to[i * kRows] = strip[i];
+      squares.add_k(k + dim);
     }
     for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.v_dim); dim += kRows) {
       detail::convert_strip<Isa>(v + dim, elements + v_offset(shape, row, dim));
+      squares.add_v(v + dim);
     }
-    return detail::ElementRows<E>::template count_overflows<Isa>(shape, k, v);
+    return squares.count_overflows(shape, k, v);
   }
 
   template <class Isa>
