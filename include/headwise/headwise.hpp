@@ -47,6 +47,7 @@
 #include "headwise/policies/q_filter.hpp"
 #include "headwise/policies/random_heads.hpp"
 #include "headwise/policies/razor_attention.hpp"
+#include "headwise/policies/razor_probe.hpp"
 #include "headwise/policies/retrieval_head.hpp"
 #include "headwise/policies/rlkv.hpp"
 #include "headwise/policies/snap_kv.hpp"
