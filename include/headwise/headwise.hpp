@@ -49,6 +49,7 @@
 #include "headwise/policies/razor_attention.hpp"
 #include "headwise/policies/razor_probe.hpp"
 #include "headwise/policies/retrieval_head.hpp"
+#include "headwise/policies/retrieval_probe.hpp"
 #include "headwise/policies/rlkv.hpp"
 #include "headwise/policies/snap_kv.hpp"
 #include "headwise/policies/streaming_llm.hpp"
