@@ -41,6 +41,7 @@
 #include "headwise/policies/kv_zip.hpp"
 #include "headwise/policies/lag_kv.hpp"
 #include "headwise/policies/lazy_eviction.hpp"
+#include "headwise/policies/measured_cost.hpp"
 #include "headwise/policies/pinned.hpp"
 #include "headwise/policies/policy.hpp"
 #include "headwise/policies/pyramid_kv.hpp"
