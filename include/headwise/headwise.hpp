@@ -42,6 +42,7 @@
 #include "headwise/policies/lag_kv.hpp"
 #include "headwise/policies/lazy_eviction.hpp"
 #include "headwise/policies/measured_cost.hpp"
+#include "headwise/policies/on_the_fly.hpp"
 #include "headwise/policies/pinned.hpp"
 #include "headwise/policies/policy.hpp"
 #include "headwise/policies/pyramid_kv.hpp"
