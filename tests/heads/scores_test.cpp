@@ -122,6 +122,18 @@ TEST(Reduce, TakesTheBestOrTheMeanOfEachContiguousGroup) {
   EXPECT_EQ(reduce_mean(scores, 1).num_heads(), 8U);
 }
 
+TEST(Reduce, TakesTheGroupsOfAModelsLayers) {
+  const ModelShape shape({{1, 2, 16, 16}, {2, 3, 16, 16}});
+  const std::vector<int> heads{2, 6};
+  const std::vector<int> kv_heads{1, 2};
+  EXPECT_EQ(reduce_max(QueryHeadScores(heads, {1, 3, 5, 2, 4, -7, -8, -9}), shape),
+            HeadScores(kv_heads, {3, 5, -7}));
+  EXPECT_EQ(message_of<ConfigError>([&] {
+              (void)reduce_max(QueryHeadScores(kv_heads, {1, 2, 3}), shape);
+            }),
+            "scores: layer 0 has 1 values, the model has 2 query heads");
+}
+
 TEST(Reduce, RefusesAGroupThatDoesNotDivide) {
   const QueryHeadScores scores = QueryHeadScores::dense(1, 4, std::vector<double>(4));
   EXPECT_EQ(message_of<ConfigError>([&] { (void)reduce_max(scores, 3); }),

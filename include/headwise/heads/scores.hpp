@@ -126,13 +126,15 @@ void check_shape(const HeadTable<kAxis>& scores, const ModelShape& shape,
 namespace headwise::inline v0::detail {
 
 /// KV head `h` gets `combine` of its group: the contiguous query heads [h * g, (h + 1) * g).
+/// @param group_of  layer -> its query heads per KV head
 /// @param combine  span of a group's values -> their one value.
-template <class Combine>
-HeadScores reduce(const QueryHeadScores& scores, int group_size, Combine combine) {
-  if (group_size < 1) fail<ConfigError>("group_size must be at least 1, got ", group_size);
+template <class GroupOf, class Combine>
+HeadScores reduce(const QueryHeadScores& scores, GroupOf group_of, Combine combine) {
   std::vector<int> kv_heads;
   std::vector<double> values;
   for (int layer = 0; layer < scores.num_layers(); ++layer) {
+    const int group_size = group_of(layer);
+    if (group_size < 1) fail<ConfigError>("group_size must be at least 1, got ", group_size);
     if (scores.num_heads(layer) % group_size != 0) {
       fail<ConfigError>("layer ", layer, ": group_size ", group_size, " does not divide ",
                         scores.num_heads(layer), " query heads");
@@ -146,6 +148,10 @@ HeadScores reduce(const QueryHeadScores& scores, int group_size, Combine combine
   return HeadScores(kv_heads, std::move(values));
 }
 
+inline double largest(std::span<const double> group) {
+  return *std::max_element(group.begin(), group.end());
+}
+
 }  // namespace headwise::inline v0::detail
 
 namespace headwise::inline v0 {
@@ -155,19 +161,27 @@ namespace headwise::inline v0 {
 /// @param group_size  query heads per KV head; divides every layer's number of query heads.
 /// @throws ConfigError where it does not.
 inline HeadScores reduce_max(const QueryHeadScores& scores, int group_size) {
-  return detail::reduce(scores, group_size, [](std::span<const double> group) {
-    return *std::max_element(group.begin(), group.end());
-  });
+  return detail::reduce(
+      scores, [=](int) { return group_size; }, detail::largest);
+}
+/// The same for a model, whose layers may differ in their groups.
+/// @throws ConfigError where the scores are not of its query heads (check_shape()).
+inline HeadScores reduce_max(const QueryHeadScores& scores, const ModelShape& shape) {
+  check_shape(scores, shape);
+  return detail::reduce(
+      scores, [&](int layer) { return shape.layer(layer).group_size; }, detail::largest);
 }
 
 /// A KV head is worth the mean of its query heads: for tables of budgets, whose sum it keeps
 /// (KVCache-Factory's default).
 inline HeadScores reduce_mean(const QueryHeadScores& scores, int group_size) {
-  return detail::reduce(scores, group_size, [](std::span<const double> group) {
-    double sum = 0.0;
-    for (const double value : group) sum += value;
-    return sum / static_cast<double>(group.size());
-  });
+  return detail::reduce(
+      scores, [=](int) { return group_size; },
+      [](std::span<const double> group) {
+        double sum = 0.0;
+        for (const double value : group) sum += value;
+        return sum / static_cast<double>(group.size());
+      });
 }
 
 }  // namespace headwise::inline v0

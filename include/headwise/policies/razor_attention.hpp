@@ -21,8 +21,7 @@
 /// **Which heads.** In a random sequence that is repeated, an *induction* head attends to the token
 /// that followed an earlier occurrence of the current one, an *echo* head to that occurrence
 /// itself. The top 14 % of KV heads by induction and the top 1 % by echo are retrieval heads; a KV
-/// head is worth its best query head (reduce_max()). The scores are the caller's, there is no probe
-/// yet.
+/// head is worth its best query head (reduce_max()). razor_probe.hpp finds the scores.
 ///
 /// **The RazorAttention rule** (Algorithm 1). With n tokens so far, a head that is not a retrieval
 /// head keeps the first N0 tokens and the last L(n) = max(S0, n / C). The Nd = n - N0 - L(n) others

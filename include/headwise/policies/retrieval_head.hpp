@@ -19,7 +19,8 @@
 
 /// Wu et al., Retrieval Head Mechanistically Explains Long-Context Factuality, arXiv:2404.15574.
 /// The scores are of *query heads*: the mean over needle-in-a-haystack runs in which the answer was
-/// right (ROUGE-1 recall above 50 %). Published files: load_head_runs() in heads/json.hpp.
+/// right (ROUGE-1 recall above 50 %). Published files: load_head_runs() in heads/json.hpp; a
+/// model's own: retrieval_probe.hpp.
 ///
 ///     HeadRuns runs = load_head_runs("head_score.json");
 ///     retrieval_head::Policy policy{.group_size = 1, .window = {.sink = 64, .recent = 256}};
