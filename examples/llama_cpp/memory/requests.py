@@ -16,6 +16,7 @@ import random
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -112,17 +113,18 @@ def requests_of(text, count, chance):
 
 
 def measure(args, memory, requests, order):
-    """Share of answers as alone, and what the log says of pages."""
+    """Share of answers that are as alone, and its standard error: a request's answers are alike, so requests count."""
     with Server(args, 1, memory) as alone:
         expected = [alone.answer(request, keep=False) for request in requests]
-    same = total = left = 0
+    answers = [[] for _ in requests]  # of each request: whether as alone
+    total = left = 0
     lock = threading.Lock()
     queue = list(order)
     with Server(args, args.slots, memory) as server:
         began = time.monotonic()
 
         def client():
-            nonlocal same, total, left
+            nonlocal total, left
             while True:
                 with lock:
                     if not queue or server.process.poll() is not None:
@@ -136,7 +138,7 @@ def measure(args, memory, requests, order):
                     answer = server.answer(requests[idx], keep=True)
                     with lock:
                         total += 1
-                        same += answer == expected[idx]
+                        answers[idx].append(answer == expected[idx])
 
         clients = [threading.Thread(target=client) for _ in range(args.slots + 1)]
         for one in clients:
@@ -150,8 +152,11 @@ def measure(args, memory, requests, order):
     if memory and (not pages or any(int(n) != 0 for n in pages)):
         server.fail(f"pages in use at the end: {pages}, expected 0")
     name = "headwise" if memory else "stock"
-    print(f"{name:10} {total:6} {left:6} {100 * same / total:8.1f} % {seconds:10.0f}", flush=True)
-    return same / total
+    shares = [sum(one) / len(one) for one in answers if one]
+    share = statistics.mean(shares)
+    error = statistics.stdev(shares) / len(shares) ** 0.5
+    print(f"{name:10} {total:6} {left:6} {100 * share:8.1f} % {100 * error:6.1f} {seconds:10.0f}", flush=True)
+    return share, error
 
 
 def main():
@@ -170,13 +175,12 @@ def main():
         if not os.path.isfile(path):
             sys.exit(f"{path}: no such file")
     chance = random.Random(args.seed)
-    requests = requests_of(pathlib.Path(args.text).read_text(), 40, chance)
+    requests = requests_of(pathlib.Path(args.text).read_text(), max(2, args.requests // 5), chance)
     order = [(chance.randrange(len(requests)), chance.random() < 0.1) for _ in range(args.requests)]
-    print(f"{'memory':10} {'asked':>6} {'left':>6} {'as alone':>10} {'seconds':>10}")
-    stock = measure(args, None, requests, order)
-    ours = measure(args, args.memory, requests, order)
-    chance_of = 2 * (stock * (1 - stock) / len(order)) ** 0.5 + 1 / len(order)
-    if ours < stock - chance_of:
+    print(f"{'memory':10} {'asked':>6} {'left':>6} {'as alone':>10} {'+-':>6} {'seconds':>10}")
+    stock, of_stock = measure(args, None, requests, order)
+    ours, of_ours = measure(args, args.memory, requests, order)
+    if ours < stock - 2 * (of_stock ** 2 + of_ours ** 2) ** 0.5:
         sys.exit("on Headwise fewer answers are as alone than chance explains")
 
 
