@@ -75,9 +75,9 @@ class KeyBlock {
 }  // namespace detail
 
 /// Calls `visit(row, first, logits, count)` for every query and every block of keys that it sees:
-/// `logits[t]` is `scale * query row . key (first + t)` for t in [0, count). Blocks begin at
-/// multiples of detail::KeyBlock's kKeys whatever the queries are, so that a query's logits are the
-/// same bits however a prompt is cut. Ascending in `first`; `logits` has room for kKeys, aligned.
+/// logits[t] is scale * (query `row` . key `first + t`) for t in [0, count). Blocks begin at
+/// multiples of kKeys whatever the queries are, so that a query's logits are the same bits however
+/// a prompt is cut. Ascending in `first`; `logits` has room for kKeys, aligned.
 /// @param queries  rows after RoPE, as many as `visible`
 /// @param visible  query `i` sees keys [0, visible[i]): causality
 /// @param keys  rows of their KV head, in the order of their positions
