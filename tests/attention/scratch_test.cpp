@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "headwise/attention/attend.hpp"
+#include "headwise/attention/work.hpp"
 #include "headwise/cache/estimate.hpp"
 #include "support/attend_models.hpp"
 
@@ -53,6 +54,18 @@ TEST(ScratchBytes, OfPartialResultsAreBoundedHoweverLongTheContextAndTheChunk) {
 
 TEST(ScratchBytes, RefuseWhatMakesNoSense) {
   EXPECT_THROW((void)scratch_bytes(geometry(1, 100, 1), 0), ConfigError);
+}
+
+TEST(ScratchBytes, RefuseWhatDoesNotFit64Bits) {
+  // Products that would wrap to 0: a share of each of two layers, floats of each thread.
+  EXPECT_THROW((void)scratch_bytes(geometry(1, 100, 1), std::size_t{1} << 63), ConfigError);
+  // Tasks of 8 heads in 2^30 sequences of 2^40 tokens.
+  const ModelShape shape = ModelShape::uniform(1, 8, 8, 16);
+  const CacheOptions options{
+      .max_bytes = 1 << 20, .max_sequences = 1 << 30, .max_context = kMaxTokens};
+  const CacheGeometry largest(shape, HeadPlan(shape), options, &FormatOf<f16>::page_bytes);
+  EXPECT_THROW((void)scratch_bytes(largest, 1), ConfigError);
+  EXPECT_THROW((void)WorkSize::of_largest_step(largest), ConfigError);
 }
 
 /// Threads of an engine's own, which each take a share of every layer.

@@ -16,6 +16,7 @@
 #include "headwise/attention/cpu/prefill.hpp"
 #include "headwise/cache/geometry.hpp"
 #include "headwise/cache/step.hpp"
+#include "headwise/core/checked.hpp"
 #include "headwise/core/memory.hpp"
 #include "headwise/core/scratch.hpp"
 
@@ -154,6 +155,7 @@ struct WorkSize {
   std::size_t thread_floats = 0;    ///< of each thread, in any kind
 
   /// Any step over all sequences of a cache.
+  /// @throws ConfigError where tasks or partial results pass 64 bits.
   static WorkSize of_largest_step(const CacheGeometry& geometry) {
     const std::int64_t sequences = geometry.options().max_sequences;
     const std::int64_t chunk = geometry.options().max_chunk;
@@ -165,11 +167,17 @@ struct WorkSize {
       for (const ClassRun& run : layer.runs) {
         const LargestCut cut =
             LargestCut::of(layer.shape, chunk, geometry.most_rows_seen(run.class_idx));
-        const std::int64_t heads = sequences * run.num_heads;
+        const std::int64_t heads = sequences * run.num_heads;  // at most 2^31 * 2^16
+        const auto of_heads = [&](std::int64_t each, const char* what) {
+          return detail::checked_mul(heads, each, what);
+        };
         kind.num_items += sequences;
-        kind.num_tasks += heads * cut.num_parts;
+        kind.num_tasks =
+            detail::checked_add(kind.num_tasks, of_heads(cut.num_parts, "tasks"), "tasks");
         kind.num_counters += heads;
-        kind.partial_floats += heads * cut.partial_floats;
+        kind.partial_floats =
+            detail::checked_add(kind.partial_floats,
+                                of_heads(cut.partial_floats, "partial results"), "partial results");
       }
       size.add_kind(kind, layer.shape);
     }
@@ -180,7 +188,7 @@ struct WorkSize {
   void add_kind(const WorkSize& kind, const LayerShape& shape) {
     ++num_kinds;
     num_items += kind.num_items;
-    num_tasks += kind.num_tasks;
+    num_tasks = detail::checked_add(num_tasks, kind.num_tasks, "tasks");
     num_counters = std::max(num_counters, kind.num_counters);
     partial_floats = std::max(partial_floats, kind.partial_floats);
     thread_floats =
@@ -263,9 +271,11 @@ class StepWork {
       items = sections.add<WorkItem>(count(size.num_items));
       tasks = sections.add<std::int32_t>(count(size.num_tasks));
       counters = sections.add<std::atomic<std::uint64_t>>(count(size.num_counters));
-      shares = sections.add<std::atomic<bool>>(count(size.num_layers) * num_threads);
+      shares = sections.add<std::atomic<bool>>(
+          detail::checked_mul(count(size.num_layers), num_threads, "layers of all threads"));
       partials = sections.add<float>(count(size.partial_floats));
-      threads = sections.add<float>(num_threads * size.thread_floats);
+      threads = sections.add<float>(
+          detail::checked_mul(num_threads, size.thread_floats, "floats of all threads"));
       end = sections.total_bytes();
     }
   };

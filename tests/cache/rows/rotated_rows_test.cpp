@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
+#include <limits>
 #include <random>
 #include <utility>
 #include <vector>
@@ -70,6 +72,39 @@ TEST(RotatedRows, SpreadASingleChannelAndAConstantOverTheBlock) {
     for (const float x : turned) largest = std::max(largest, std::fabs(x));
     EXPECT_LE(largest, 0.71F * std::sqrt(static_cast<float>(dim))) << dim;
   }
+}
+
+/// What storing one row counts; `count_overflows` must say the same.
+template <class Rows>
+std::int64_t turned_overflows(const std::vector<float>& k) {
+  const PageShape shape{.page_tokens = 16, .k_dim = static_cast<int>(k.size()), .v_dim = 16};
+  std::vector<std::byte> page(RotatedRows<Rows>::page_bytes(shape));
+  const std::vector<float> v(16, 1.0F);
+  const std::int64_t stored =
+      RotatedRows<Rows>::template encode<simd::Scalar>(page.data(), shape, 0, k.data(), v.data());
+  EXPECT_EQ(RotatedRows<Rows>::template count_overflows<simd::Scalar>(shape, k.data(), v.data()),
+            stored);
+  return stored;
+}
+
+TEST(RotatedRows, CountElementsOfAFiniteKThatBecomeInfiniteWhenItIsTurned) {
+  const auto check = []<class Rows>(const Rows*) {
+    // Along a row of the matrix all of K comes together in one element, which is 8 * 6e37.
+    std::vector<float> k(64);
+    for (int d = 0; d < 64; ++d) {
+      k[static_cast<std::size_t>(d)] = detail::is_flipped(d) ? -6e37F : 6e37F;
+    }
+    EXPECT_EQ(turned_overflows<Rows>(k), 1);
+    for (float& x : k) x /= 16.0F;
+    EXPECT_EQ(turned_overflows<Rows>(k), 0);
+    k[3] = std::numeric_limits<float>::infinity();  // it was so before
+    EXPECT_EQ(turned_overflows<Rows>(k), 0);
+  };
+  check(static_cast<const Int8Rows*>(nullptr));
+  check(static_cast<const Int4Rows*>(nullptr));
+  check(static_cast<const KvRows<Int8Rows, Int4Rows>*>(nullptr));
+  check(static_cast<const bf16*>(nullptr));
+  check(static_cast<const f32*>(nullptr));
 }
 
 TEST(RotatedRows, RefuseKWiderThanTheyTurn) {

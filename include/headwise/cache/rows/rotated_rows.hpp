@@ -15,6 +15,7 @@
 
 #include "headwise/cache/rows/format.hpp"
 #include "headwise/cache/rows/tiles.hpp"
+#include "headwise/core/bits.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/config.hpp"
 #include "headwise/core/page_shape.hpp"
@@ -80,8 +81,8 @@ HEADWISE_NEVER_INLINE inline void rotate_back(float* x, int dim) {
 /// calibration text, may subtract it before attend() (but not where the softmax has a learned
 /// sink).
 ///
-/// K above 3.4e38 / sqrt(k_dim) may overflow. Costs 2 k_dim log2(k_dim) flop a stored row and query
-/// row and part of the work.
+/// K above 3.4e38 / sqrt(k_dim) may overflow, which is counted as a format's own overflows are.
+/// Costs 2 k_dim log2(k_dim) flop a stored row and query row and part of the work.
 /// @tparam Rows  a row format whose pages lie in one piece: Int8Rows, Int4Rows, KvRows<...>
 /// @see Ashkboos et al., QuaRot, arXiv:2404.00456, section 4 (keys); signs as in Chee et al., QuIP,
 ///   arXiv:2307.13304
@@ -115,13 +116,17 @@ struct RotatedRows {
   static std::int64_t encode(std::byte* page, const PageShape& shape, std::size_t row,
                              const float* k, const float* v) {
     float turned[detail::kMaxRotatedDim];
-    return Turned::template encode<Isa>(page, shape, row, rotate_k(k, shape.k_dim, turned), v);
+    rotate_k(k, shape.k_dim, turned);
+    return turn_overflows(k, turned, shape.k_dim) +
+           Turned::template encode<Isa>(page, shape, row, turned, v);
   }
 
   template <class Isa>
   static std::int64_t count_overflows(const PageShape& shape, const float* k, const float* v) {
     float turned[detail::kMaxRotatedDim];
-    return Turned::template count_overflows<Isa>(shape, rotate_k(k, shape.k_dim, turned), v);
+    rotate_k(k, shape.k_dim, turned);
+    return turn_overflows(k, turned, shape.k_dim) +
+           Turned::template count_overflows<Isa>(shape, turned, v);
   }
 
   template <class Isa>
@@ -188,6 +193,14 @@ struct RotatedRows {
   }
 
  private:
+  /// Elements of a finite row that are infinite or NaN once it is turned: the stored format, which
+  /// sees the turned row alone, takes them for the engine's own.
+  static std::int64_t turn_overflows(const float* k, const float* turned, int k_dim) {
+    const auto finite = [](float x) { return is_finite(x); };
+    const std::int64_t lost = k_dim - std::count_if(turned, turned + k_dim, finite);
+    return lost == 0 || !std::all_of(k, k + k_dim, finite) ? 0 : lost;
+  }
+
   /// "int8_rotated"
   static constexpr auto kName = [] {
     constexpr std::string_view of = Turned::name(), rotated = "_rotated";
