@@ -84,6 +84,57 @@ double decode_error(std::int64_t past, int group_size) {
   return std::sqrt(error / norm);
 }
 
+/// Worst error of a prompt whose every row has the same score: an output is the mean of what is
+/// seen, in the proportion that a sink logit leaves it.
+double worst_error_of_means(const ModelShape& shape, const HeadBudget& budget, double sink_weight) {
+  constexpr int kDim = 16;
+  constexpr std::int64_t kTokens = 40'000;
+  CacheOptions options{.max_context = kTokens};
+  options.prefill = PrefillMode::kChunkCausal;
+  KvCache<f32> cache(shape, HeadPlan(shape, budget), options);
+  const SequenceId id = *cache.add_sequence();
+  Step step;
+  double sum = 0.0;
+  double worst = 0.0;
+  for (std::int64_t first = 0, chunk = 3000; first < kTokens; first += chunk) {
+    chunk = std::min<std::int64_t>(first % 7 == 0 ? 5 : 3000 - first % 991, kTokens - first);
+    const auto floats = static_cast<std::size_t>(chunk) * kDim;
+    const std::vector<float> zeros(floats);
+    std::vector<float> v(floats);
+    std::vector<float> out(floats);
+    for (std::size_t i = 0; i < floats; ++i) {
+      v[i] = static_cast<float>((first + static_cast<std::int64_t>(i / kDim)) % 256) / 256;
+    }
+    const auto rows = [](const std::vector<float>& x) {
+      return TensorView<const float>::nhd(x.data(), 1, kDim);
+    };
+    EXPECT_EQ(cache.begin(step, {{id, chunk}}), StepStatus::kOk);
+    EXPECT_EQ(attend(cache, step, 0, rows(zeros), rows(zeros), rows(v),
+                     TensorView<float>::nhd(out.data(), 1, kDim)),
+              StepStatus::kOk);
+    EXPECT_EQ(cache.commit(step), StepStatus::kOk);
+    for (std::int64_t i = 0; i < chunk; ++i) {
+      const auto at = static_cast<std::size_t>(i * kDim);
+      sum += static_cast<double>(v[at]);
+      const double expected = sum / (static_cast<double>(first + i + 1) + sink_weight);
+      worst = std::max(worst, std::fabs(expected - static_cast<double>(out[at])));
+    }
+  }
+  return worst;
+}
+
+TEST(LongContext, AHeavyCompensationRowLosesNoneOfTheLightOnes) {
+  EXPECT_LE(worst_error_of_means(ModelShape::uniform(1, 1, 1, 16),
+                                 KeepGrowingWindow{3, 64, 9'999'999}, 0.0),
+            1e-6);
+}
+
+TEST(LongContext, AHeavySinkLosesNoneOfTheLightRows) {
+  LayerShape layer{1, 1, 16, 16};
+  layer.softmax.sinks = {12.0F};
+  EXPECT_LE(worst_error_of_means(ModelShape({layer}), KeepEverything{}, std::exp(12.0)), 1e-6);
+}
+
 TEST(LongContext, DecodeErrorDoesNotGrow) {
   for (const std::int64_t past : {4096, 16384, 65536, 131072}) {
     EXPECT_LE(decode_error(past, 4), 1e-5) << "context " << past;

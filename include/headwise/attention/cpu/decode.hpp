@@ -79,13 +79,12 @@ HEADWISE_ALWAYS_INLINE void attend_split(const HeadProblem<Format>& problem, Que
   CompensationRow mean = split.own_rows ? problem.past.compensation : CompensationRow{};
   if (mean.count > 0) mean.k_mean = as_stored(mean.k_mean, queries.k_dim);
   for (;;) {
-    if (split.own_rows) {
-      reset_state<Isa>(queries, mean, problem.softmax.sinks);
-    } else {
-      reset_state<Isa>(queries);
-    }
+    reset_state<Isa>(queries);
     for_each_stored_block(queries, problem.past, split, attend_rows);
-    if (split.own_rows) attend_own_rows<Isa>(problem, queries, packed);
+    if (split.own_rows) {
+      attend_own_rows<Isa>(problem, queries, packed);
+      add_rows_that_all_see<Isa>(queries, mean, problem.softmax.sinks);
+    }
 
     bool again = false;
     for (std::ptrdiff_t row = 0; row < queries.num_rows(); ++row) {

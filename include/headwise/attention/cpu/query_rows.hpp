@@ -137,22 +137,47 @@ void reset_state(const QueryRows& rows) noexcept {
   std::fill_n(rows.out, static_cast<std::ptrdiff_t>(num_rows) * rows.v_dim, 0.0F);
 }
 
-/// As if sinks and the compensation row were the first rows seen: sinks with a value of 0, the
-/// compensation row with score q.k_mean, capped, + ln(count) and value v_mean.
+/// One more row for every query row, which all of them see: adds `share` of it to the state.
+/// @param score  its logit; -inf: as if not there. +inf or NaN spoil the query row.
+/// @param value  [v_dim], or null for zeros
+template <class Isa>
+void add_row(const QueryRows& rows, std::ptrdiff_t r, float score, const float* value) noexcept {
+  using O = simd::Ops<Isa>;
+  float* sums = rows.lane_sums + r * kTile;
+  if (is_minus_infinity(score)) return;
+  if (!is_finite(score)) {
+    rows.max[r] = score;
+    sums[0] = opaque_float(0x7FC00000U);
+    return;
+  }
+  const float max = std::max(rows.max[r], score);
+  const float kept = std::exp(rows.max[r] - max);
+  const float share = std::exp(score - max);
+  rows.max[r] = max;
+  for (int i = 0; i < kTile; i += O::kWidth) {
+    O::store(sums + i, O::mul(O::load(sums + i), O::broadcast(kept)));
+  }
+  sums[0] += share;
+  float* out = rows.out + r * rows.v_dim;
+  for (int d = 0; d < rows.v_dim; d += O::kWidth) {
+    const auto old = O::mul(O::load(out + d), O::broadcast(kept));
+    const auto added = value == nullptr ? O::zero() : O::load(value + d);
+    O::store(out + d, O::fma(O::broadcast(share * rows.weight[r]), added, old));
+  }
+}
+
+/// Sinks and the compensation row come last: to a sum that holds thousands of rows' weight, and
+/// began with it, each further row would be a few bits.
+/// @param row  with score q.k_mean, capped, + ln(count) and value v_mean
 /// @param sinks  [group_size] or null
 template <class Isa>
-void reset_state(const QueryRows& rows, const CompensationRow& row, const float* sinks) noexcept {
+void add_rows_that_all_see(const QueryRows& rows, const CompensationRow& row,
+                           const float* sinks) noexcept {
   using O = simd::Ops<Isa>;
-  reset_state<Isa>(rows);
-  for (int r = 0; sinks != nullptr && r < rows.num_rows(); ++r) {
-    rows.max[r] = sinks[r % rows.group_size];
-    rows.lane_sums[static_cast<std::ptrdiff_t>(r) * kTile] = 1.0F;
-  }
-  if (row.count <= 0) return;
-  for (int r = 0; r < rows.num_rows(); ++r) {
-    const float* q = rows.q + static_cast<std::ptrdiff_t>(r) * kPanel;
-    float* out = rows.out + static_cast<std::ptrdiff_t>(r) * rows.v_dim;
-    float& sum = rows.lane_sums[static_cast<std::ptrdiff_t>(r) * kTile];
+  for (std::ptrdiff_t r = 0; r < rows.num_rows(); ++r) {
+    if (sinks != nullptr) add_row<Isa>(rows, r, sinks[r % rows.group_size], nullptr);
+    if (row.count <= 0) continue;
+    const float* q = rows.q + r * kPanel;
     auto dot = O::zero();
     for (int d = 0; d < rows.k_dim; d += O::kWidth) {
       const auto x = O::load(q + d / kPanel * rows.q_stride() + d % kPanel);
@@ -162,20 +187,7 @@ void reset_state(const QueryRows& rows, const CompensationRow& row, const float*
     if (const float cap = rows.softmax.soft_cap; cap > 0.0F && !is_nan(score)) {
       score = cap * std::tanh(score / cap);
     }
-    score += std::log(static_cast<float>(row.count));
-    if (is_minus_infinity(score)) continue;  // as if not there
-    if (!is_finite(score)) {
-      rows.max[r] = score;
-      sum = opaque_float(0x7FC00000U);
-      continue;
-    }
-    const float max = std::max(rows.max[r], score);
-    const float share = std::exp(score - max);
-    sum = sum * std::exp(rows.max[r] - max) + share;
-    rows.max[r] = max;
-    for (int d = 0; d < rows.v_dim; d += O::kWidth) {
-      O::store(out + d, O::mul(O::broadcast(share * rows.weight[r]), O::load(row.v_mean + d)));
-    }
+    add_row<Isa>(rows, r, score + std::log(static_cast<float>(row.count)), row.v_mean);
   }
 }
 
