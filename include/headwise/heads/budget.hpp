@@ -62,7 +62,8 @@ struct KeepGrowingWindow {
 
 /// A head that streams from a length on: queries at positions below `from` see everything, later
 /// ones the window. Short contexts stay exact; long ones cost a window. (RTP-LLM's head-wise
-/// attention, from 16384 tokens on, decides once for a prompt, by its length.)
+/// attention, from 16384 tokens on, decides once for a prompt, by its length.) In
+/// PrefillMode::kChunkCausal a prompt chunk's queries follow its first one.
 struct KeepWindowFrom {
   KeepWindow keep;        ///< from position `from` on
   std::int64_t from = 1;  ///< tokens; >= 1
