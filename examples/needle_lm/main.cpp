@@ -273,7 +273,8 @@ void run_logits(const Arguments& arguments) {
 }
 
 /// Every layer's scores, and the command that makes them again.
-void print_found(const FoundHeads& found, const IdentifyOptions& options, const std::string& out) {
+void print_found(const FoundHeads& found, const IdentifyOptions& options, const std::string& out,
+                 const std::string& echo) {
   const auto print = [](const char* name, const headwise::HeadScores& scores) {
     for (int layer = 0; layer < scores.num_layers(); ++layer) {
       std::printf("%-10s layer %2d", name, layer);
@@ -291,7 +292,9 @@ void print_found(const FoundHeads& found, const IdentifyOptions& options, const 
                 static_cast<long long>(options.window.recent));
     if (options.greedy > 0) std::printf(" --greedy %zu", options.greedy);
   }
-  std::printf(" --out %s\n", out.c_str());
+  std::printf(" --out %s", out.c_str());
+  if (!echo.empty()) std::printf(" --echo %s", echo.c_str());
+  std::printf("\n");
 }
 
 IdentifyOptions identify_options(const Arguments& arguments, std::size_t num_heads) {
@@ -344,7 +347,7 @@ void run_identify(const Arguments& arguments) {
   if (echo) echo->stream() << headwise::to_tsv(*found.echo);
   out.finish();
   if (echo) echo->finish();
-  print_found(found, options, path);
+  print_found(found, options, path, arguments.text("--echo", ""));
 }
 
 int run(std::span<const char* const> words) {

@@ -189,6 +189,9 @@ TEST_F(CommandLineTest, IdentifiesHeadsIntoAScoreFile) {
     std::filesystem::remove(out_.file("out.csv"));
   }
   EXPECT_NE(text_of(folder_.file("echo.tsv")), "");
+  EXPECT_THAT(run(common + " --method razor --echo " + folder_.file("echo.tsv")).out,
+              HasSubstr("needle_lm identify --method razor --documents 1 --seed 1 --out " +
+                        folder_.file("found.tsv") + " --echo " + folder_.file("echo.tsv")));
 
   const std::string refused =
       "identify --model " + model_ + " --data " + folder_.file("documents") + " --method ";
