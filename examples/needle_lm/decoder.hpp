@@ -12,9 +12,11 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "headwise/attention/attend.hpp"
@@ -44,6 +46,12 @@ struct Batch {
   }
 };
 
+/// Sees Q [tokens, num_qo_heads, head_dim] and K [tokens, num_kv_heads, head_dim] of a step's
+/// tokens in a layer, after rotary positions: what attention is about to be given. Borrowed for the
+/// call.
+using Observer = std::function<void(int layer, headwise::TensorView<const float> q,
+                                    headwise::TensorView<const float> k, std::int64_t num_tokens)>;
+
 /// @tparam Cache  headwise::KvCache of f16, bf16 or f32 rows, or what has its calls: CudaCache.
 template <class Cache, headwise::Executor E>
 class Decoder {
@@ -54,6 +62,9 @@ class Decoder {
       : model_(model),
         rotary_(model.config.head_dim, model.config.rope_theta, max_context),
         executor_(executor) {}
+
+  /// Has every layer of every step from now on seen.
+  void observe(Observer observer) { observer_ = std::move(observer); }
 
   /// Runs the batch through all layers and appends it to the cache.
   /// @return the last layer's normalised hidden states [hidden, tokens]; valid until the next call.
@@ -113,6 +124,7 @@ class Decoder {
     const auto heads_at = [&](int feature) {
       return headwise::TensorView<const float>{qkv_.data() + feature, qkv_.rows(), config.head_dim};
     };
+    if (observer_) observer_(layer, heads_at(0), heads_at(config.q_size()), hidden_.cols());
     using headwise::attend;    // or the cache's own
     static_cast<void>(attend(  // what it refuses, commit refuses too
         cache, step_, layer, heads_at(0), heads_at(config.q_size()),
@@ -185,6 +197,7 @@ class Decoder {
   const Model& model_;
   Rotary rotary_;
   E& executor_;
+  Observer observer_;    // empty: nobody looks
   headwise::Step step_;  // reused: a step allocates nothing after the first of its size
 
   std::vector<std::int64_t> positions_;  // [tokens]

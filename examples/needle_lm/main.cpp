@@ -19,6 +19,8 @@
 #include "files.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/executor.hpp"
+#include "headwise/heads/tsv.hpp"
+#include "identify.hpp"
 #include "logits.hpp"
 #include "plans.hpp"
 #include "report.hpp"
@@ -35,6 +37,12 @@ constexpr const char* kUsage = R"(usage:
       one plan over held-out documents of 2048 tokens, generating greedily
   needle_lm logits --tokens IDS.txt --out OUT.tsv [plan] [--prompt N]
       logits of every position; the first N tokens are the prompt, the rest decode steps
+  needle_lm identify --method razor|retrieval|on_the_fly|measured --out SCORES.tsv [--seed K]
+      which heads keep everything, by forwards alone, as a score file for --heads
+      --documents N  texts, of each task from the file's second half   (8)
+      --echo OUT.tsv   razor: the second file
+      --sink A --recent B   measured: what a streaming head keeps   (4, 60)
+      --greedy H   measured: ranks H heads as they stream one after the other
 plan:
   --policy full|duo_attention|rlkv|razor_attention|uniform|random   (full)
   --heads SCORES.tsv       (the policy's own file beside the model)
@@ -264,6 +272,84 @@ void run_logits(const Arguments& arguments) {
   out.finish();
 }
 
+/// Every layer's scores, and the command that makes them again.
+void print_found(const FoundHeads& found, const IdentifyOptions& options, const std::string& out,
+                 const std::string& echo) {
+  const auto print = [](const char* name, const headwise::HeadScores& scores) {
+    for (int layer = 0; layer < scores.num_layers(); ++layer) {
+      std::printf("%-10s layer %2d", name, layer);
+      for (const double value : scores.row(layer)) std::printf("  %.6f", value);
+      std::printf("\n");
+    }
+  };
+  print(options.method == "razor" ? "induction" : options.method.c_str(), found.scores);
+  if (found.echo) print("echo", *found.echo);
+  std::printf("\nneedle_lm identify --method %s --documents %zu --seed %llu",
+              options.method.c_str(), options.documents,
+              static_cast<unsigned long long>(options.seed));
+  if (options.method == "measured") {
+    std::printf(" --sink %lld --recent %lld", static_cast<long long>(options.window.sink),
+                static_cast<long long>(options.window.recent));
+    if (options.greedy > 0) std::printf(" --greedy %zu", options.greedy);
+  }
+  std::printf(" --out %s", out.c_str());
+  if (!echo.empty()) std::printf(" --echo %s", echo.c_str());
+  std::printf("\n");
+}
+
+IdentifyOptions identify_options(const Arguments& arguments, std::size_t num_heads) {
+  constexpr std::int64_t kLongest = 1 << 20;
+  IdentifyOptions options;
+  options.method = arguments.choice("--method", options.method, kMethods);
+  const auto belongs_to = [&](const char* name, const char* method) {
+    if (arguments.has(name) && options.method != method) {
+      headwise::fail<headwise::ConfigError>(name, " belongs to --method ", method, ", not ",
+                                            options.method);
+    }
+  };
+  belongs_to("--echo", "razor");
+  for (const char* name : {"--sink", "--recent", "--greedy"}) belongs_to(name, "measured");
+  options.documents = static_cast<std::size_t>(arguments.integer("--documents", 8, 1, 1 << 20));
+  options.seed = static_cast<std::uint64_t>(
+      arguments.integer("--seed", 1, 0, std::numeric_limits<std::int64_t>::max()));
+  options.window.sink = arguments.integer("--sink", options.window.sink, 0, kLongest);
+  options.window.recent = arguments.integer("--recent", options.window.recent, 1, kLongest);
+  options.greedy = static_cast<std::size_t>(
+      arguments.integer("--greedy", 0, 0, static_cast<std::int64_t>(num_heads)));
+  return options;
+}
+
+void run_identify(const Arguments& arguments) {
+  static_cast<void>(arguments.required_text("--method"));
+  const std::string path = arguments.required_text("--out");
+  Engine engine(arguments);
+  const auto num_heads = headwise::HeadPlan(engine.model.config.shape()).num_heads();
+  const IdentifyOptions options = identify_options(arguments, num_heads);
+  OutputFile out(path);
+  std::optional<OutputFile> echo;
+  if (arguments.has("--echo")) echo.emplace(arguments.required_text("--echo"));
+  std::optional<SafeTensors> file;
+  if (options.method != "razor") {
+    file.emplace(arguments.text("--data", in_example("data/documents.safetensors")));
+  }
+  const FoundHeads found = with_cache(arguments, "f32", [&]<class Row, class Cache>() {
+    std::optional<Progress> progress;
+    const auto step = [&] { progress->step(); };
+    using Method = Identify<Cache, PoolExecutor, decltype(step)>;
+    progress.emplace(Method::num_forwards(options, num_heads), "texts");
+    progress->start(options.method);
+    FoundHeads heads =
+        Method(engine.model, file ? &*file : nullptr, options, engine.executor, step).run();
+    progress->finish_plan();
+    return heads;
+  });
+  out.stream() << headwise::to_tsv(found.scores);
+  if (echo) echo->stream() << headwise::to_tsv(*found.echo);
+  out.finish();
+  if (echo) echo->finish();
+  print_found(found, options, path, arguments.text("--echo", ""));
+}
+
 int run(std::span<const char* const> words) {
   const std::string_view command = words.empty() ? "" : words.front();
   if (command == "--help" || command == "-h" || command == "help") {
@@ -282,6 +368,11 @@ int run(std::span<const char* const> words) {
                          kCommonOptions + kPlanOptions +
                              std::vector<std::string_view>{"--tokens", "--out", "--prompt"},
                          flags));
+  } else if (command == "identify") {
+    run_identify(Arguments(
+        options, kCommonOptions + std::vector<std::string_view>{"--method", "--out", "--echo",
+                                                                "--seed", "--documents", "--data",
+                                                                "--sink", "--recent", "--greedy"}));
   } else {
     std::fputs(kUsage, stderr);
     return 2;

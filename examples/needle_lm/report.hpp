@@ -12,6 +12,7 @@
 #include <ostream>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "evaluate.hpp"
@@ -125,7 +126,9 @@ inline void print_questions(const Tasks& tasks, const std::vector<Result>& resul
 /// On a terminal a bar in place, elsewhere one line for each plan that is done; on stderr.
 class Progress {
  public:
-  explicit Progress(std::size_t total) : total_(total) {}
+  /// @param unit  what is counted.
+  explicit Progress(std::size_t total, std::string unit = "documents")
+      : total_(total), unit_(std::move(unit)) {}
 
   void start(const std::string& title) {
     title_ = title;
@@ -139,8 +142,8 @@ class Progress {
     if (is_terminal_) {
       std::fprintf(stderr, "\r%*s\r", kColumns, "");
     } else {
-      std::fprintf(stderr, "%s: done, %zu of %zu documents in %.0f s\n", title_.c_str(), done_,
-                   total_, seconds());
+      std::fprintf(stderr, "%s: done, %zu of %zu %s in %.0f s\n", title_.c_str(), done_, total_,
+                   unit_.c_str(), seconds());
     }
   }
 
@@ -167,6 +170,7 @@ class Progress {
   }
 
   std::size_t total_;
+  std::string unit_;
   std::size_t done_ = 0;
   std::string title_;
   bool is_terminal_ = isatty(STDERR_FILENO) != 0;

@@ -20,9 +20,12 @@
 namespace needle_lm {
 
 // The words of the model's vocabulary that judging needs; training/data.py has them all.
+inline constexpr Token kBeginOfSequence = 1;
 inline constexpr Token kEndOfSequence = 2;
-inline constexpr Token kEndOfNeedle = 6;  ///< `;`
-inline constexpr Token kAnswer = 14;      ///< `ANS`, before a variable and its value
+inline constexpr Token kNeedle = 4;        ///< `#`, before a key and its values
+inline constexpr Token kEndOfNeedle = 6;   ///< `;`
+inline constexpr Token kFirstRandom = 16;  ///< random tokens of echo documents begin here
+inline constexpr Token kAnswer = 14;       ///< `ANS`, before a variable and its value
 
 /// A token as people read it: `#`, `?`, `;`, digits, variables a to z, and of the symbols, which
 /// keys and passkeys are made of, two hexadecimal digits.
@@ -76,6 +79,12 @@ struct Task {
   Token stop{};  ///< last token of every right answer
   std::vector<Document> documents;
 };
+
+/// Documents that a file has of a task.
+inline std::size_t num_documents(const SafeTensors& file, const std::string& name) {
+  const SafeTensors::Shape shape = file.shape(name + ".tokens");
+  return shape.empty() ? 0 : static_cast<std::size_t>(std::max<std::int64_t>(0, shape[0]));
+}
 
 /// The first `count` documents of a task.
 /// @throws ConfigError when there are fewer, FormatError for tokens or lengths out of range.

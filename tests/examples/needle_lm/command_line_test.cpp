@@ -170,6 +170,44 @@ TEST_F(CommandLineTest, RefusesWrongUsage) {
   EXPECT_THAT(refusal(evaluate_command("--compensation")), HasSubstr("--compensation belongs to"));
 }
 
+TEST_F(CommandLineTest, IdentifiesHeadsIntoAScoreFile) {
+  const std::string common = "identify --model " + model_ + " --data " + folder_.file("documents") +
+                             " --documents 1 --out " + folder_.file("found.tsv");
+  for (const std::string method :
+       {"razor --echo " + folder_.file("echo.tsv"), std::string("on_the_fly"),
+        std::string("measured --sink 2 --recent 9 --greedy 1")}) {
+    const Outcome outcome = run(common + " --seed 7 --method " + method);
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+    const std::string found = text_of(folder_.file("found.tsv"));
+    EXPECT_EQ(std::count(found.begin(), found.end(), '\n'), 3) << method;
+    EXPECT_EQ(std::count(found.begin(), found.end(), '\t'), 3) << method;
+    EXPECT_THAT(outcome.out, HasSubstr("--documents 1 --seed 7"));
+    // The same command, the same file; and a file that evaluate takes.
+    ASSERT_EQ(run(common + " --seed 7 --method " + method).exit_code, 0);
+    EXPECT_EQ(text_of(folder_.file("found.tsv")), found);
+    EXPECT_EQ(run(evaluate_command("--heads " + folder_.file("found.tsv"))).exit_code, 0);
+    std::filesystem::remove(out_.file("out.csv"));
+  }
+  EXPECT_NE(text_of(folder_.file("echo.tsv")), "");
+  EXPECT_THAT(run(common + " --method razor --echo " + folder_.file("echo.tsv")).out,
+              HasSubstr("needle_lm identify --method razor --documents 1 --seed 1 --out " +
+                        folder_.file("found.tsv") + " --echo " + folder_.file("echo.tsv")));
+
+  const std::string refused =
+      "identify --model " + model_ + " --data " + folder_.file("documents") + " --method ";
+  const std::string out = " --out " + out_.file("found.tsv");
+  EXPECT_THAT(refusal(refused + "best" + out), HasSubstr("--method best: expected one of razor"));
+  EXPECT_THAT(refusal(refused + "razor"), HasSubstr("--out is required"));
+  EXPECT_THAT(refusal("identify" + out), HasSubstr("--method is required"));
+  EXPECT_THAT(refusal(refused + "razor --recent 9" + out),
+              HasSubstr("--recent belongs to --method measured, not razor"));
+  EXPECT_THAT(refusal(refused + "measured --echo x" + out), HasSubstr("--echo belongs to"));
+  EXPECT_THAT(refusal(refused + "measured --greedy 7" + out), HasSubstr("an integer in 0..6"));
+  EXPECT_THAT(refusal(refused + "on_the_fly --documents 2" + out),
+              HasSubstr("the second half has 1 of task passkey"));
+  EXPECT_THAT(refusal(refused + "retrieval --documents 1" + out), HasSubstr("without the needle"));
+}
+
 TEST_F(CommandLineTest, SaysWhyItCannotUseADevice) {
   // The model's head width has no kernel here; without CUDA, or a device, that is said first.
   const Outcome outcome = run(evaluate_command("--device cuda"));
