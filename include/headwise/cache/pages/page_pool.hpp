@@ -3,12 +3,14 @@
 /// PagePool: one span of bytes, cut into counted pages of one or several sizes.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <numeric>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "headwise/core/check.hpp"
@@ -47,6 +49,10 @@ class PoolShape {
   std::size_t num_sizes() const { return page_bytes_.size(); }
   /// Bytes of a page of size `size`.
   std::size_t page_bytes(std::size_t size) const { return page_bytes_[size]; }
+  /// Bytes of a page of the smallest size.
+  std::size_t smallest_page_bytes() const {
+    return *std::min_element(page_bytes_.begin(), page_bytes_.end());
+  }
   /// Bytes from one page number to the next.
   std::size_t granule() const { return granule_; }
   /// Bytes of a slab.
@@ -71,6 +77,13 @@ class PoolShape {
   std::vector<std::size_t> page_bytes_;
   std::size_t granule_ = 0;
   std::size_t slab_bytes_ = 0;
+};
+
+/// A page whose rows another page is to have, too.
+struct PageCopy {
+  std::int32_t from = 0;  ///< page number
+  std::int32_t to = 0;    ///< page number
+  std::size_t bytes = 0;  ///< of either
 };
 
 /// Hands out pages and counts who shares them; never touches a page's rows (hardened builds fill
