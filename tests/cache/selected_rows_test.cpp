@@ -15,6 +15,7 @@
 #include <span>
 #include <vector>
 
+#include "headwise/core/rounding.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/plan.hpp"
 

@@ -17,6 +17,7 @@
 #include "headwise/cache/geometry.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/memory.hpp"
+#include "headwise/core/rounding.hpp"
 #include "headwise/core/scratch.hpp"
 
 namespace headwise::inline v0 {

@@ -24,6 +24,7 @@
 #include "headwise/cache/step.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/memory.hpp"
+#include "headwise/core/rounding.hpp"
 #include "headwise/heads/kept_positions.hpp"
 
 namespace headwise::inline v0 {

@@ -19,6 +19,7 @@
 #include "headwise/cache/selection_fault.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/memory.hpp"
+#include "headwise/core/rounding.hpp"
 #include "headwise/heads/kept_positions.hpp"
 
 namespace headwise::inline v0 {

@@ -17,6 +17,7 @@
 #include "headwise/core/checked.hpp"
 #include "headwise/core/config.hpp"
 #include "headwise/core/memory.hpp"
+#include "headwise/core/rounding.hpp"
 
 namespace headwise::inline v0 {
 
@@ -68,7 +69,7 @@ class PoolShape {
     for (std::size_t size = 0; size < num_sizes(); ++size) {
       const std::int64_t per_slab = pages_per_slab(size);
       const std::int64_t pages = pages_of_size[size];
-      slabs = detail::checked_add(slabs, pages / per_slab + (pages % per_slab != 0), "slabs");
+      slabs = detail::checked_add(slabs, ceil_div(pages, per_slab), "slabs");
     }
     return slabs;
   }
