@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "headwise/cache/kv_cache.hpp"
+#include "headwise/core/rounding.hpp"
 #include "headwise/heads/shard.hpp"
 
 namespace headwise {

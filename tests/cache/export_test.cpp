@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What a plain gather reads by the exported tables is what the rules let the query see.
 #include "headwise/cache/export.hpp"
+#include "headwise/core/rounding.hpp"
 
 #include <gtest/gtest.h>
 

@@ -18,6 +18,7 @@
 #include "headwise/cache/step.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/memory.hpp"
+#include "headwise/core/rounding.hpp"
 #include "headwise/core/scratch.hpp"
 
 namespace headwise::inline v0 {

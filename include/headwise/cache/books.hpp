@@ -19,10 +19,12 @@
 #include "headwise/cache/keep/keep.hpp"
 #include "headwise/cache/pages/page_pool.hpp"
 #include "headwise/cache/pages/page_tables.hpp"
+#include "headwise/cache/selected_rows.hpp"
 #include "headwise/cache/selection_fault.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/memory.hpp"
+#include "headwise/core/rounding.hpp"
 #include "headwise/heads/kept_positions.hpp"
 
 namespace headwise::inline v0 {
@@ -43,13 +45,6 @@ struct SequenceState {
   bool is_leaving = false;           ///< released while in the open step: goes when that ends
 };
 
-/// A page whose rows another page is to have, too.
-struct PageCopy {
-  std::int32_t from = 0;  ///< page number
-  std::int32_t to = 0;    ///< page number
-  std::size_t bytes = 0;  ///< of either
-};
-
 /// What bounds a fork at an earlier length.
 enum class ReuseEnd : std::uint8_t {
   kAsAsked,        ///< nothing: all that was asked for can be reused
@@ -67,17 +62,16 @@ struct ReuseLimit {
 
 /// Where a cache's metadata lie in their one allocation; their sum is part of estimate().
 struct BooksLayout {
-  Sections sections;           ///< of the allocation
-  PageTables::Shape tables;    ///< what the tables are built for
-  std::size_t sequences;       ///< offset of SequenceState [places]
-  std::size_t states;          ///< of AnyKeepState [places][classes]
-  std::size_t free_sequences;  ///< of int32 [places]: of sequences, then of checkpoints
-  std::size_t demand;          ///< of int64 [page sizes]
-  std::size_t compensation;    ///< of bytes [places][compensation_bytes]
-  std::size_t first_slots;     ///< of int32 [places][heads that are selected from]
-  std::size_t positions;       ///< of int32 [pages][page_tokens], where heads are selected from
-  PagePool::Layout pool;       ///< pages and slabs
-  PageTables::Layout table;    ///< page tables
+  Sections sections;              ///< of the allocation
+  PageTables::Shape tables;       ///< what the tables are built for
+  std::size_t sequences;          ///< offset of SequenceState [places]
+  std::size_t states;             ///< of AnyKeepState [places][classes]
+  std::size_t free_sequences;     ///< of int32 [places]: of sequences, then of checkpoints
+  std::size_t demand;             ///< of int64 [page sizes]
+  std::size_t compensation;       ///< of bytes [places][compensation_bytes]
+  SelectedRows::Layout selected;  ///< of heads that are selected from
+  PagePool::Layout pool;          ///< pages and slabs
+  PageTables::Layout table;       ///< page tables
 
   /// @param keeps_log  whether changes of page tables are noted, for a device.
   /// @throws ConfigError where something passes its width, or the pool holds no page.
@@ -90,32 +84,9 @@ struct BooksLayout {
         demand(sections.add<std::int64_t>(geometry.pool().num_sizes())),
         compensation(sections.add<std::byte>(detail::checked_mul(
             num_places(geometry), geometry.compensation_bytes(), "compensation rows"))),
-        first_slots(sections.add<std::int32_t>(num_first_slots(geometry))),
-        positions(sections.add<std::int32_t>(num_positions(geometry))),
+        selected(sections, geometry),
         pool(sections, geometry.pool(), checked_slabs(geometry)),
         table(sections, tables) {}
-
-  /// First slots of all places' heads that are selected from.
-  static std::size_t num_first_slots(const CacheGeometry& geometry) {
-    return detail::checked_mul(num_places(geometry),
-                               static_cast<std::size_t>(geometry.num_selected_heads()),
-                               "first slots");
-  }
-  /// Positions of the rows of all pages; none where no head is selected from.
-  static std::size_t num_positions(const CacheGeometry& geometry) {
-    if (geometry.num_selected_heads() == 0) return 0;
-    const std::size_t pages = geometry.pool_bytes() / smallest_page_bytes(geometry) + 1;
-    return detail::checked_mul(pages, static_cast<std::size_t>(geometry.options().page_tokens),
-                               "positions of rows");
-  }
-  /// Of the pool's sizes.
-  static std::size_t smallest_page_bytes(const CacheGeometry& geometry) {
-    std::size_t smallest = geometry.pool().page_bytes(0);
-    for (std::size_t size = 1; size < geometry.pool().num_sizes(); ++size) {
-      smallest = std::min(smallest, geometry.pool().page_bytes(size));
-    }
-    return smallest;
-  }
 
  private:
   static std::size_t num_places(const CacheGeometry& geometry) {
@@ -143,15 +114,11 @@ class Books {
         pool_(geometry_.pool(), geometry_.num_slabs(), pages, metadata_, layout_.pool,
               pages_on_host),
         tables_(layout_.tables, metadata_, layout_.table),
+        selected_(geometry_, pool_, tables_, metadata_, layout_.selected),
         sequences_(metadata_.make<SequenceState>(layout_.sequences, num_places())),
         states_(metadata_.make<AnyKeepState>(layout_.states,
                                              num_places() * geometry_.classes().size())),
         free_sequences_(metadata_.make<std::int32_t>(layout_.free_sequences, num_places())),
-        first_slots_(metadata_.make<std::int32_t>(layout_.first_slots,
-                                                  BooksLayout::num_first_slots(geometry_))),
-        positions_(metadata_.make_untouched<std::int32_t>(layout_.positions,
-                                                          BooksLayout::num_positions(geometry_))),
-        smallest_page_bytes_(BooksLayout::smallest_page_bytes(geometry_)),
         demand_(metadata_.make<std::int64_t>(layout_.demand, geometry_.pool().num_sizes())) {
     for (std::size_t i = 0; i < num_places(); ++i) {
       const std::size_t end = i < num_sequences() ? num_sequences() - 1 : num_places() - 1;
@@ -292,11 +259,9 @@ class Books {
     const SequenceState& sequence = state(id);
     for_each_class(id.index, [&](std::size_t c, const AnyKeepRule& rule, const AnyKeepState& kept) {
       for (const EntryRange held : rule.held(kept, sequence.length, sequence.high_water)) {
-        if (held.count() == 0) continue;
         for (std::int64_t h = 0; h < heads_of(c); ++h) {
-          const std::int32_t* entries = tables_.head(id.index, c, h);
-          for (std::int64_t i = held.first; i < held.last; ++i) {
-            fn(entries[i], geometry_.pool().page_bytes(size_of(c)));
+          for (const std::int32_t page : tables_.entries(id.index, c, h, held.first, held.last)) {
+            fn(page, geometry_.pool().page_bytes(size_of(c)));
           }
         }
       }
@@ -339,88 +304,6 @@ class Books {
     return StepStatus::kOk;
   }
 
-  // Selections ------------------------------------------------------------------------------------
-
-  /// Drops, from the heads that are selected from, every stored row but those of `kept`, in all
-  /// layers or none. A head's rows move within its own pages, so that none is taken unless a fork
-  /// or a checkpoint shares it. Nothing can be rolled back behind it. Where every head keeps all
-  /// that it has, nothing is changed.
-  /// @param fault  says what is wrong where kBadSelection is returned.
-  /// @param copy_page  copy_page(PageCopy): a page that somebody else holds, too, and rows move
-  /// into.
-  /// @param copy_rows  copy_rows(layer, class_idx, page, rows, to page, to row): rows of one page
-  /// to
-  ///   as many of another or the same; in such an order that none is overwritten before it has
-  ///   moved.
-  /// @return kInStep, kOutOfPages or kBadSelection change nothing.
-  template <class CopyPage, class CopyRows>
-  StepStatus compact(SequenceId id, const KeptPositions& kept, SelectionFault& fault,
-                     CopyPage&& copy_page, CopyRows&& copy_rows) {
-    fault = {};
-    if (!is_live(id)) return StepStatus::kInvalidChunk;
-    SequenceState& sequence = state(id);
-    if (sequence.pending_length >= 0) return StepStatus::kInStep;
-    fault = fault_in(id.index, kept);
-    if (fault.kind != SelectionFault::Kind::kNone) return StepStatus::kBadSelection;
-
-    std::fill(demand_.begin(), demand_.end(), 0);
-    bool drops = false;
-    for_each_selected(
-        id.index, kept,
-        [&](int, const HeadPlace& head, const auto& rule, const auto& was, Positions positions) {
-          const Moves moves = plan_moves(head, rule, was, positions);
-          drops |= moves.first != was.first;
-          for (const std::int32_t& page : entries(head, written(moves))) {
-            if (pool_.num_holders(page) > 1) ++demand_of(head.c);
-          }
-        });
-    if (!drops) return StepStatus::kOk;
-    if (pool_.missing_bytes(demand_) != 0) return StepStatus::kOutOfPages;
-
-    for_each_selected(id.index, kept,
-                      [&](int layer, const HeadPlace& head, const auto& rule, const auto& was,
-                          Positions positions) {
-                        const Moves moves = plan_moves(head, rule, was, positions);
-                        unshare(head, written(moves), copy_page);
-                        move_rows(layer, head, moves, copy_rows);
-                        note_positions(head, moves, positions);
-                        const std::int64_t page_tokens = geometry_.options().page_tokens;
-                        for (const std::int32_t page :
-                             entries(head, {was.first / page_tokens, moves.first / page_tokens})) {
-                          pool_.give_back(page);
-                        }
-                        first_slots_[first_slot_idx(head.index, head.c, head.h)] =
-                            static_cast<std::int32_t>(moves.first);
-                      });
-    for_each_class(id.index, [&](std::size_t c, const AnyKeepRule& any, const AnyKeepState& was) {
-      any.visit_selecting(was, [&](const auto& rule, const auto&) {
-        std::int32_t first = first_slot(id.index, c, 0);
-        for (std::int64_t h = 1; h < heads_of(c); ++h) {
-          first = std::min(first, first_slot(id.index, c, h));
-        }
-        state_of(id.index, c) = rule.after_selection(sequence.length, first);
-      });
-    });
-    return StepStatus::kOk;
-  }
-
-  /// `fn(position)` for every stored row of a head that is selected from, ascending.
-  template <class Fn>
-  void for_each_position(std::int32_t index, std::size_t c, std::int64_t h, Fn&& fn) const {
-    geometry_.classes()[c].rule.visit_selecting(
-        head_state(index, c, h), [&](const auto& rule, const auto& kept) {
-          walk_positions({index, c, h}, rule, kept, [&](std::int64_t, std::int32_t position) {
-            fn(position);
-            return true;
-          });
-        });
-  }
-
-  /// Slot of the first row of a head that is selected from.
-  std::int32_t first_slot(std::int32_t index, std::size_t c, std::int64_t h) const {
-    return first_slots_[first_slot_idx(index, c, h)];
-  }
-
   /// Bytes of pages that the sequence holds between steps, shared ones in full.
   std::size_t held_bytes(SequenceId id) const {
     if (!is_live(id)) return 0;
@@ -433,15 +316,64 @@ class Books {
         return held[0].count() + held[1].count();
       };
       if (rule.selects()) {
-        for (std::int64_t h = 0; h < heads_of(c); ++h) {
-          pages += count(head_state(id.index, c, h));
-        }
+        for (std::int64_t h = 0; h < heads_of(c); ++h) pages += count(head_state(id.index, c, h));
       } else {
         pages = heads_of(c) * count(kept);
       }
       bytes += static_cast<std::size_t>(pages) * geometry_.pool().page_bytes(size_of(c));
     });
     return bytes;
+  }
+
+  // Selections ------------------------------------------------------------------------------------
+
+  /// Drops, from the heads that are selected from, every stored row but those of `kept`, in all
+  /// layers or none. A head's rows move within its own pages, so that none is taken unless a fork
+  /// or a checkpoint shares it. Nothing can be rolled back behind it. Where every head keeps all
+  /// that it has, nothing is changed.
+  /// @param fault  says what is wrong where kBadSelection is returned.
+  /// @param copy_page  copy_page(PageCopy): a page that somebody else holds, too, and rows move
+  ///   into.
+  /// @param copy_rows  copy_rows(layer, class_idx, page, rows, to page, to row): rows of one page
+  ///   to as many of another or the same; in such an order that none is overwritten before it has
+  ///   moved.
+  /// @return kInStep, kOutOfPages or kBadSelection change nothing.
+  template <class CopyPage, class CopyRows>
+  StepStatus compact(SequenceId id, const KeptPositions& kept, SelectionFault& fault,
+                     CopyPage&& copy_page, CopyRows&& copy_rows) {
+    fault = {};
+    if (!is_live(id)) return StepStatus::kInvalidChunk;
+    if (state(id).pending_length >= 0) return StepStatus::kInStep;
+    const SelectedRows::Sequence sequence = selected_sequence(id.index);
+    fault = selected_.fault_in(sequence, kept);
+    if (fault.kind != SelectionFault::Kind::kNone) return StepStatus::kBadSelection;
+    std::fill(demand_.begin(), demand_.end(), 0);
+    if (!selected_.add_demand(sequence, kept, demand_)) return StepStatus::kOk;
+    if (pool_.missing_bytes(demand_) != 0) return StepStatus::kOutOfPages;
+    selected_.select(sequence, kept, copy_page, copy_rows);
+    for (std::size_t c = 0; c < geometry_.classes().size(); ++c) {
+      state_of(id.index, c) = selected_.state_after(sequence, c);
+    }
+    return StepStatus::kOk;
+  }
+
+  /// `fn(position)` for every stored row of a head that is selected from, ascending.
+  template <class Fn>
+  void for_each_position(std::int32_t index, std::size_t c, std::int64_t h, Fn&& fn) const {
+    selected_.for_each_position(selected_sequence(index), c, h, fn);
+  }
+
+  /// Whether a selection has dropped rows of the sequence: what is left of them is more than
+  /// lengths and rules say. Such a sequence has no snapshot and makes no more checkpoints, between
+  /// which each selection would leave a copy of every row that it moved.
+  bool is_selected_from(std::int32_t index) const {
+    bool is_selected = false;
+    for_each_class(index, [&](std::size_t, const AnyKeepRule& rule, const AnyKeepState& kept) {
+      rule.visit_selecting(kept, [&]<class State>(const auto&, const State& state) {
+        is_selected |= state != State{};
+      });
+    });
+    return is_selected;
   }
 
   // Steps -----------------------------------------------------------------------------------------
@@ -564,19 +496,6 @@ class Books {
     return low;
   }
 
-  /// Whether a selection has dropped rows of the sequence: what is left of them is more than
-  /// lengths and rules say. Such a sequence has no snapshot and makes no more checkpoints, between
-  /// which each selection would leave a copy of every row that it moved.
-  bool is_selected_from(std::int32_t index) const {
-    bool is_selected = false;
-    for_each_class(index, [&](std::size_t, const AnyKeepRule& rule, const AnyKeepState& kept) {
-      rule.visit_selecting(kept, [&]<class State>(const auto&, const State& state) {
-        is_selected |= state != State{};
-      });
-    });
-    return is_selected;
-  }
-
   // What views and appends read -------------------------------------------------------------------
 
   /// What the rule of class `c` remembers of a sequence.
@@ -593,7 +512,9 @@ class Books {
   AnyKeepState head_state(std::int32_t index, std::size_t c, std::int64_t h) const {
     const HeadClass& heads = geometry_.classes()[c];
     const AnyKeepState& kept = keep_state(index, c);
-    return heads.selects() ? heads.rule.of_head(kept, first_slot(index, c, h)) : kept;
+    return heads.selects()
+               ? heads.rule.of_head(kept, selected_.first_slot(index, heads.first_selected + h))
+               : kept;
   }
   /// Compensation rows of one sequence, as HeadGeometry::compensation_offset counts.
   std::byte* compensation(std::int32_t index) const {
@@ -623,6 +544,9 @@ class Books {
   const SequenceState& state(SequenceId id) const { return place(id.index); }
   AnyKeepState& state_of(std::int32_t index, std::size_t c) {
     return states_[static_cast<std::size_t>(index) * geometry_.classes().size() + c];
+  }
+  SelectedRows::Sequence selected_sequence(std::int32_t index) const {
+    return {index, place(index).length, keep_states(index)};
   }
   std::int64_t heads_of(std::size_t c) const { return geometry_.classes()[c].num_heads; }
   std::size_t size_of(std::size_t c) const { return geometry_.classes()[c].page_size; }
@@ -677,14 +601,16 @@ class Books {
     for_each_head(index, [&](std::size_t c, std::int64_t h, const AnyKeepRule& rule,
                              const AnyKeepState& kept) {
       for (const EntryRange held : rule.held(kept, sequence.length, sequence.high_water)) {
-        for (const std::int32_t page : entries({index, c, h}, held)) pool_.give_back(page);
+        for (const std::int32_t page : tables_.entries(index, c, h, held.first, held.last)) {
+          pool_.give_back(page);
+        }
       }
     });
   }
   /// The rules remember an empty sequence.
   void forget(std::int32_t index) {
     std::fill_n(&state_of(index, 0), geometry_.classes().size(), AnyKeepState{});
-    std::ranges::fill(first_slots_of(index), 0);
+    selected_.forget(index);
   }
   void vacate(std::int32_t index) {
     drop_checkpoints(index, 0);
@@ -747,7 +673,7 @@ class Books {
     const bool is_named = static_cast<std::size_t>(index) < num_sequences();  // by a device's steps
     std::copy_n(&state_of(past.index, 0), geometry_.classes().size(), &state_of(index, 0));
     std::memcpy(compensation(index), compensation(past.index), geometry_.compensation_bytes());
-    std::ranges::copy(first_slots_of(past.index), first_slots_of(index).begin());
+    selected_.copy_first_slots(past.index, index);
     for_each_head(index, [&](std::size_t c, std::int64_t h, const AnyKeepRule& rule,
                              const AnyKeepState& kept) {
       const std::int64_t frozen = rule.frozen(kept, past.high_water);
@@ -760,7 +686,8 @@ class Books {
             pool_.share(to[i] = from[i]);
           } else {
             to[i] = pool_.take(size_of(c));
-            copy(copy_of(c, from[i], to[i]));
+            if (rule.selects()) selected_.copy_positions(from[i], to[i]);
+            copy(PageCopy{from[i], to[i], geometry_.pool().page_bytes(size_of(c))});
           }
         }
         if (is_named) tables_.note(index, c, held.first, held.last);
@@ -901,238 +828,16 @@ class Books {
     close_step();
   }
 
-  // Selections ------------------------------------------------------------------------------------
-
-  using Positions = std::span<const std::int32_t>;
-
-  /// One head of one sequence.
-  struct HeadPlace {
-    std::int32_t index;  // of the sequence
-    std::size_t c;       // class
-    std::int64_t h;      // in it
-  };
-  /// What a selection does to a head's rows: those that stay end in slots [first, end), of which
-  /// the ones from `still` on are there already.
-  struct Moves {
-    std::int64_t first;
-    std::int64_t still;
-    std::int64_t end;
-  };
-
-  std::size_t first_slot_idx(std::int32_t index, std::size_t c, std::int64_t h) const {
-    return static_cast<std::size_t>(index) *
-               static_cast<std::size_t>(geometry_.num_selected_heads()) +
-           static_cast<std::size_t>(geometry_.classes()[c].first_selected + h);
-  }
-  std::span<std::int32_t> first_slots_of(std::int32_t index) {
-    const auto heads = static_cast<std::size_t>(geometry_.num_selected_heads());
-    return first_slots_.subspan(static_cast<std::size_t>(index) * heads, heads);
-  }
-  /// Table entries of one head.
-  std::span<std::int32_t> entries(const HeadPlace& head, EntryRange range) const {
-    if (range.count() == 0) return {};
-    return {tables_.head(head.index, head.c, head.h) + range.first,
-            static_cast<std::size_t>(range.count())};
-  }
-  /// Positions of a page's rows, where they are noted. No two pages begin within the smallest page.
-  std::int32_t* positions_of(std::int32_t page) const {
-    const std::size_t begin = static_cast<std::size_t>(page) * geometry_.pool().granule();
-    return positions_.data() +
-           begin / smallest_page_bytes_ * static_cast<std::size_t>(geometry_.options().page_tokens);
-  }
-  /// `fn(slot, position)` for every stored row of a head, ascending, until it says false.
-  template <class Rule, class Fn>
-  void walk_positions(const HeadPlace& head, const Rule& rule, const typename Rule::State& kept,
-                      Fn&& fn) const {
-    const std::int64_t length = sequences_[static_cast<std::size_t>(head.index)].length;
-    const std::int64_t page_tokens = geometry_.options().page_tokens;
-    for (std::int64_t slot = kept.first; slot < length;) {
-      const std::int64_t entry = slot / page_tokens;
-      const std::int64_t end = std::min(length, (entry + 1) * page_tokens);
-      const std::int32_t* noted =
-          positions_of(tables_.head(head.index, head.c, head.h)[entry]) - entry * page_tokens;
-      for (; slot < end; ++slot) {
-        if (!fn(slot, rule.position_is_slot(kept, slot) ? static_cast<std::int32_t>(slot)
-                                                        : noted[slot])) {
-          return;
-        }
-      }
-    }
-  }
-  /// A page's rows, and their positions with them.
-  PageCopy copy_of(std::size_t c, std::int32_t from, std::int32_t to) {
-    if (geometry_.classes()[c].selects()) {
-      std::copy_n(positions_of(from), geometry_.options().page_tokens, positions_of(to));
-    }
-    return {from, to, geometry_.pool().page_bytes(size_of(c))};
-  }
-
-  /// `fn(layer, kv_head, head)` for every head, layer by layer, until it says false.
-  template <class Fn>
-  void for_each_in_layers(std::int32_t index, Fn&& fn) const {
-    const int num_layers = static_cast<int>(geometry_.layers().size());
-    for (int l = 0; l < num_layers; ++l) {
-      for (int h = 0; h < geometry_.layer(l).shape.num_kv_heads; ++h) {
-        const HeadGeometry& at = geometry_.head(l, h);
-        if (!fn(l, h, HeadPlace{index, static_cast<std::size_t>(at.class_idx), at.idx_in_class})) {
-          return;
-        }
-      }
-    }
-  }
-  /// Whether the rows of a layer's head are selected from: where layers share rows, in one of them.
-  bool is_selected_from(int layer, const HeadPlace& head) const {
-    return geometry_.classes()[head.c].selects() && geometry_.layer(layer).shape.owns_kv();
-  }
-  /// `fn(rule, state)` of a head that is selected from.
-  template <class Fn>
-  void visit_selected(const HeadPlace& head, Fn&& fn) const {
-    geometry_.classes()[head.c].rule.visit_selecting(head_state(head.index, head.c, head.h), fn);
-  }
-  /// `fn(layer, head, rule, state, kept positions)` for every head that is selected from.
-  template <class Fn>
-  void for_each_selected(std::int32_t index, const KeptPositions& kept, Fn&& fn) const {
-    std::int64_t at = 0;
-    for_each_in_layers(index, [&](int layer, int, const HeadPlace& head) {
-      const Positions positions = kept.of_head(at++);
-      if (is_selected_from(layer, head)) {
-        visit_selected(head, [&](const auto& rule, const auto& was) {
-          fn(layer, head, rule, was, positions);
-        });
-      }
-      return true;
-    });
-  }
-
-  /// What is wrong with kept positions; nothing is changed.
-  SelectionFault fault_in(std::int32_t index, const KeptPositions& kept) const {
-    using Kind = SelectionFault::Kind;
-    const auto num_heads = static_cast<std::int64_t>(geometry_.heads().size());
-    if (kept.num_heads() != num_heads) {
-      return {Kind::kNumHeads, -1, -1, kept.num_heads(), num_heads};
-    }
-    const std::int64_t length = sequences_[static_cast<std::size_t>(index)].length;
-    SelectionFault fault;
-    std::int64_t at = 0;
-    for_each_in_layers(index, [&](int layer, int kv_head, const HeadPlace& head) {
-      const Positions positions = kept.of_head(at++);
-      const auto refuse = [&](Kind kind, std::int64_t value, std::int64_t limit) {
-        fault = {kind, layer, kv_head, value, limit};
-        return false;
-      };
-      if (!is_selected_from(layer, head)) {
-        return positions.empty() || refuse(Kind::kNotSelectable, std::ssize(positions), 0);
-      }
-      std::int64_t last = -1;
-      for (const std::int32_t position : positions) {
-        if (position < 0 || position >= length) return refuse(Kind::kOutOfRange, position, length);
-        if (position <= last) return refuse(Kind::kNotAscending, position, last);
-        last = position;
-      }
-      auto next = positions.begin();
-      visit_selected(head, [&](const auto& rule, const auto& was) {
-        walk_positions(head, rule, was, [&](std::int64_t, std::int32_t stored) {
-          if (next != positions.end() && *next == stored) ++next;
-          return next != positions.end() && *next > stored;
-        });
-        if (next != positions.end()) refuse(Kind::kNotStored, *next, was.selected);
-      });
-      return next == positions.end();
-    });
-    return fault;
-  }
-
-  /// Where kept rows are now, in from_slots_, and what becomes of them.
-  template <class Rule>
-  Moves plan_moves(const HeadPlace& head, const Rule& rule, const typename Rule::State& was,
-                   Positions kept) {
-    from_slots_.clear();
-    walk_positions(head, rule, was, [&](std::int64_t slot, std::int32_t position) {
-      if (from_slots_.size() < kept.size() && kept[from_slots_.size()] == position) {
-        from_slots_.push_back(slot);
-      }
-      return from_slots_.size() < kept.size();
-    });
-    const std::int64_t length = sequences_[static_cast<std::size_t>(head.index)].length;
-    Moves moves{rule.first_after(length, std::ssize(kept)), length, length};
-    for (std::size_t i = kept.size(); i > 0 && from_slots_[i - 1] == moves.still - 1; --i) {
-      --moves.still;
-    }
-    return moves;
-  }
-  /// Entries of the pages that rows move into.
-  EntryRange written(const Moves& moves) const {
-    const std::int64_t page_tokens = geometry_.options().page_tokens;
-    if (moves.first >= moves.still) return {};
-    return {moves.first / page_tokens, ceil_div(moves.still, page_tokens)};
-  }
-  /// Pages of its own for a head, with the rows that it shared.
-  template <class CopyPage>
-  void unshare(const HeadPlace& head, EntryRange range, CopyPage&& copy_page) {
-    std::int64_t at = range.first;
-    for (std::int32_t& page : entries(head, range)) {
-      if (pool_.num_holders(page) > 1) {
-        const std::int32_t own = pool_.take(size_of(head.c));
-        copy_page(copy_of(head.c, page, own));
-        pool_.give_back(page);
-        page = own;
-        tables_.note(head.index, head.c, at, at + 1);
-      }
-      ++at;
-    }
-  }
-  /// Moves rows from from_slots_ to their slots, page by page and the newest first: none goes to a
-  /// lower slot, and so none is overwritten that has yet to move.
-  template <class CopyRows>
-  void move_rows(int layer, const HeadPlace& head, const Moves& moves, CopyRows&& copy_rows) {
-    const std::int64_t page_tokens = geometry_.options().page_tokens;
-    const std::int32_t* table = tables_.head(head.index, head.c, head.h);
-    for (std::int64_t to_end = moves.still; to_end > moves.first;) {
-      // As many rows as come from one page and go to one.
-      const auto from_of = [&](std::int64_t to) {
-        return from_slots_[static_cast<std::size_t>(to - moves.first)];
-      };
-      const std::int64_t from_entry = from_of(to_end - 1) / page_tokens;
-      const std::int64_t to_entry = (to_end - 1) / page_tokens;
-      const std::int64_t lowest = std::max(moves.first, to_entry * page_tokens);
-      std::int64_t to = to_end;
-      while (to > lowest && from_of(to - 1) >= from_entry * page_tokens) --to;
-      rows_.clear();
-      for (std::int64_t slot = to; slot < to_end; ++slot) {
-        rows_.push_back(static_cast<std::int32_t>(from_of(slot) - from_entry * page_tokens));
-      }
-      copy_rows(layer, static_cast<int>(head.c), table[from_entry], Positions(rows_),
-                table[to_entry], to - to_entry * page_tokens);
-      to_end = to;
-    }
-  }
-  /// Writes down whose rows now lie in the slots of a head.
-  void note_positions(const HeadPlace& head, const Moves& moves, Positions kept) {
-    const std::int64_t page_tokens = geometry_.options().page_tokens;
-    const std::int32_t* table = tables_.head(head.index, head.c, head.h);
-    for (std::int64_t slot = moves.first; slot < moves.end;) {
-      const std::int64_t entry = slot / page_tokens;
-      const std::int64_t end = std::min(moves.end, (entry + 1) * page_tokens);
-      std::copy_n(kept.begin() + (slot - moves.first), end - slot,
-                  positions_of(table[entry]) + (slot - entry * page_tokens));
-      slot = end;
-    }
-  }
-
   CacheGeometry geometry_;
   BooksLayout layout_;
   Allocation metadata_;
   PagePool pool_;
   PageTables tables_;
+  SelectedRows selected_;
   std::span<SequenceState> sequences_;
   std::span<AnyKeepState> states_;
   std::span<std::int32_t> free_sequences_;
-  std::span<std::int32_t> first_slots_;  // [places][heads that are selected from]
-  std::span<std::int32_t> positions_;    // [pages][page_tokens], of the smallest size
-  std::size_t smallest_page_bytes_;
-  std::vector<std::int64_t> from_slots_;  // of the selection in progress: one head's kept rows
-  std::vector<std::int32_t> rows_;        // of one page
-  std::span<std::int64_t> demand_;        // pages of each size: of the call in progress
+  std::span<std::int64_t> demand_;  // pages of each size: of the call in progress
   std::size_t num_free_sequences_ = 0;
   std::size_t num_free_checkpoints_ = 0;
   std::vector<StepChunk> open_chunks_;  // a copy: the engine's Step may be gone before a drop

@@ -11,6 +11,7 @@
 
 #include "headwise/cache/books.hpp"
 #include "headwise/cache/geometry.hpp"
+#include "headwise/cache/pages/page_pool.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/memory.hpp"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Promises that every kind of budget makes, whatever it keeps.
 #include "headwise/cache/keep/keep.hpp"
+#include "headwise/core/rounding.hpp"
 
 #include <gtest/gtest.h>
 

@@ -67,6 +67,8 @@ TEST(PoolShape, SizesShareSlabsAndAreNamedByTheirCommonDivisor) {
   EXPECT_EQ(shape.slab_bytes(), 16U * 640);
   EXPECT_EQ(shape.pages_per_slab(0), 16 * 640 / 384);
   EXPECT_EQ(shape.pages_per_slab(1), 16);
+  EXPECT_EQ(shape.smallest_page_bytes(), 64U * 6);
+  EXPECT_EQ(PoolShape({640, 256, 384}).smallest_page_bytes(), 256U);
 }
 
 TEST(PoolShape, ASlabsEndWastesAtMostASixteenth) {

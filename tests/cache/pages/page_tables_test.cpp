@@ -87,6 +87,16 @@ TEST(PageTables, ABlockThatIsLongEnoughStaysWhereItIs) {
   }
 }
 
+TEST(PageTables, EntriesOfARangeAreThoseOfTheTableAndNoneNeedNoBlock) {
+  OwnTables tables(shape_of(100, 2));
+  EXPECT_TRUE(tables->entries(0, 0, 0, 0, 0).empty());
+  EXPECT_TRUE(tables->entries(0, 0, 0, 3, 1).empty());
+  ASSERT_TRUE(tables->reserve(0, 4));
+  const auto entries = tables->entries(0, 0, 1, 1, 4);
+  EXPECT_EQ(entries.data(), tables->head(0, 0, 1) + 1);
+  EXPECT_EQ(entries.size(), 3U);
+}
+
 TEST(PageTables, HeadsShareNoEntry) {
   OwnTables tables(shape_of(100, 2));
   ASSERT_TRUE(tables->reserve(0, 4));

@@ -17,11 +17,6 @@
 
 namespace headwise::inline v0 {
 
-/// a / b rounded up, for a >= 0 and b > 0.
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }
-/// The least multiple of b that is no less than a, for a >= 0 and b > 0.
-constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
-
 /// What a rule needs to know of the cache that it keeps rows in; CacheOptions says what they mean.
 struct KeepLimits {
   std::int64_t page_tokens = 0;

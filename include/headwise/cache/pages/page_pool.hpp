@@ -3,18 +3,21 @@
 /// PagePool: one span of bytes, cut into counted pages of one or several sizes.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <numeric>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/config.hpp"
 #include "headwise/core/memory.hpp"
+#include "headwise/core/rounding.hpp"
 
 namespace headwise::inline v0 {
 
@@ -47,6 +50,10 @@ class PoolShape {
   std::size_t num_sizes() const { return page_bytes_.size(); }
   /// Bytes of a page of size `size`.
   std::size_t page_bytes(std::size_t size) const { return page_bytes_[size]; }
+  /// Bytes of a page of the smallest size.
+  std::size_t smallest_page_bytes() const {
+    return *std::min_element(page_bytes_.begin(), page_bytes_.end());
+  }
   /// Bytes from one page number to the next.
   std::size_t granule() const { return granule_; }
   /// Bytes of a slab.
@@ -62,7 +69,7 @@ class PoolShape {
     for (std::size_t size = 0; size < num_sizes(); ++size) {
       const std::int64_t per_slab = pages_per_slab(size);
       const std::int64_t pages = pages_of_size[size];
-      slabs = detail::checked_add(slabs, pages / per_slab + (pages % per_slab != 0), "slabs");
+      slabs = detail::checked_add(slabs, ceil_div(pages, per_slab), "slabs");
     }
     return slabs;
   }
@@ -71,6 +78,13 @@ class PoolShape {
   std::vector<std::size_t> page_bytes_;
   std::size_t granule_ = 0;
   std::size_t slab_bytes_ = 0;
+};
+
+/// A page whose rows another page is to have, too.
+struct PageCopy {
+  std::int32_t from = 0;  ///< page number
+  std::int32_t to = 0;    ///< page number
+  std::size_t bytes = 0;  ///< of either
 };
 
 /// Hands out pages and counts who shares them; never touches a page's rows (hardened builds fill

@@ -152,6 +152,12 @@ class PageTables {
   std::int32_t* head(std::int32_t index, std::size_t c, std::int64_t h) const {
     return entries_.data() + offset(index, c) + h * stride(index, c);
   }
+  /// Entries [first, last) of that table; none, also without a block, where last is no higher.
+  std::span<std::int32_t> entries(std::int32_t index, std::size_t c, std::int64_t h,
+                                  std::int64_t first, std::int64_t last) const {
+    if (first >= last) return {};
+    return {head(index, c, h) + first, static_cast<std::size_t>(last - first)};
+  }
   /// Where the class's first head begins in the arena.
   std::int64_t offset(std::int32_t index, std::size_t c) const {
     const Block& block = blocks_[static_cast<std::size_t>(index)];
