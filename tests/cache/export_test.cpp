@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // What a plain gather reads by the exported tables is what the rules let the query see.
 #include "headwise/cache/export.hpp"
-#include "headwise/core/rounding.hpp"
 
 #include <gtest/gtest.h>
 
@@ -15,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "headwise/core/rounding.hpp"
 #include "support/boundary_lengths.hpp"
 #include "support/cache_model.hpp"
 #include "support/errors.hpp"

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Promises that every kind of budget makes, whatever it keeps.
 #include "headwise/cache/keep/keep.hpp"
-#include "headwise/core/rounding.hpp"
 
 #include <gtest/gtest.h>
 
@@ -17,6 +16,7 @@
 #include <variant>
 #include <vector>
 
+#include "headwise/core/rounding.hpp"
 #include "support/sight.hpp"
 
 namespace headwise {
