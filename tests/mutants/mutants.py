@@ -201,7 +201,9 @@ def main():
     survivors = []
     uncompiled = 0
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for mutant, noticed in zip(mutants, pool.map(lambda one: answer(args, one), mutants)):
+        asked = {pool.submit(answer, args, mutant): mutant for mutant in mutants}
+        for done in concurrent.futures.as_completed(asked):
+            mutant, noticed = asked[done], done.result()
             print(f"{'SURVIVES' if noticed is None else 'killed  '}  {mutant.name}\n          {noticed or '-'}", flush=True)
             if noticed is None or noticed.startswith("STALE"):
                 survivors.append(mutant)
