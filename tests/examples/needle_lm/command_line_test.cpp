@@ -173,7 +173,7 @@ TEST_F(CommandLineTest, RefusesWrongUsage) {
 TEST_F(CommandLineTest, IdentifiesHeadsIntoAScoreFile) {
   const std::string common = "identify --model " + model_ + " --data " + folder_.file("documents") +
                              " --documents 1 --out " + folder_.file("found.tsv");
-  for (const std::string method :
+  for (const std::string& method :
        {"razor --echo " + folder_.file("echo.tsv"), std::string("on_the_fly"),
         std::string("measured --sink 2 --recent 9 --greedy 1")}) {
     const Outcome outcome = run(common + " --seed 7 --method " + method);
