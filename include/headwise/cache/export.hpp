@@ -16,6 +16,7 @@
 #include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
 #include "headwise/core/window.hpp"
 

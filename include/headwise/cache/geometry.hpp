@@ -19,6 +19,7 @@
 #include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/page_shape.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/fingerprint.hpp"

@@ -34,6 +34,7 @@
 #include "headwise/core/checksum.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/core/kv_view.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/tensor_view.hpp"
 #include "headwise/core/window.hpp"
 #include "headwise/heads/kept_positions.hpp"

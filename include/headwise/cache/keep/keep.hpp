@@ -18,6 +18,7 @@
 #include "headwise/cache/keep/window.hpp"
 #include "headwise/cache/keep/window_from.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/heads/budget.hpp"
 
 namespace headwise::inline v0 {

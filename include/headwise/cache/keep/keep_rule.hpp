@@ -10,8 +10,8 @@
 #include <optional>
 #include <type_traits>
 
-#include "headwise/cache/options.hpp"
 #include "headwise/core/kv_view.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/slot_map.hpp"
 #include "headwise/core/window.hpp"
 

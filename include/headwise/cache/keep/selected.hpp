@@ -11,6 +11,7 @@
 
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
 #include "headwise/heads/budget.hpp"
 
