@@ -3,6 +3,8 @@
 /// A retrieval head: page after page, slot == pos.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 

@@ -4,9 +4,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
-#include <utility>
 
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/core/check.hpp"
