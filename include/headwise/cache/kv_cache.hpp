@@ -257,7 +257,7 @@ class KvCache {
     const StepStatus status = books_.compact(
         id, kept, found,
         [&](const PageCopy& copy) {
-          (void)place_.copy_pages({&copy, 1}, Stream{});
+          std::memcpy(books_.pool().address(copy.to), books_.pool().address(copy.from), copy.bytes);
         },
         [&](int layer, int class_idx, std::int32_t from, std::span<const std::int32_t> rows,
             std::int32_t to, std::int64_t to_row) {
