@@ -25,6 +25,7 @@ namespace headwise::inline v0 {
 struct WindowRule {
   using Budget = KeepWindow;
   static constexpr bool kSelects = false;
+  static constexpr bool kKeepsEverything = false;
   /// Which bank holds the committed rows.
   struct State {
     std::uint8_t bank = 0;  ///< 0 or 1
@@ -55,6 +56,8 @@ struct WindowRule {
     rule.chunk_causal = limits.prefill == PrefillMode::kChunkCausal;
     return rule;
   }
+
+  static constexpr KeepWindow class_budget(const KeepWindow& budget) { return budget; }
 
   /// The second bank comes where a ring can be full.
   constexpr std::int64_t table_entries(std::int64_t pages) const {
