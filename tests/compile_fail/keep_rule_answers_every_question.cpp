@@ -9,8 +9,10 @@ using namespace headwise;
 struct ForgetsForks {
   using Budget = KeepEverything;
   static constexpr bool kSelects = false;
+  static constexpr bool kKeepsEverything = true;
   using State = EverythingRule::State;
   static ForgetsForks make(const Budget&, const KeepLimits&) { return {}; }
+  static Budget class_budget(const Budget& budget) { return budget; }
   std::int64_t table_entries(std::int64_t pages) const { return pages; }
   std::array<EntryRange, 2> held(State, std::int64_t, std::int64_t) const { return {}; }
   KeepChanges<State> changes(State, const StepLengths&) const { return {}; }

@@ -13,7 +13,7 @@ set(policies_may_include core simd heads cache attention policies)
 set(adapters_may_include core simd heads cache attention policies adapters)
 # What a room keeps from another, folder by folder: a budget knows no row, a row no budget, a page neither of them;
 # instructions know no kernel, and no kernel the other one.
-set(cache/keep_must_not_include cache/rows cache/pages cache/cuda cache/[a-z_]*cache simd)
+set(cache/keep_must_not_include cache/rows cache/pages cache/cuda cache/[a-z_]*cache cache/options simd)
 set(cache/rows_must_not_include cache/keep cache/pages cache/cuda cache/[a-z_]*cache cache/books cache/selected_rows heads)
 set(cache/pages_must_not_include cache/keep cache/rows cache/[a-z_]*cache cache/books cache/selected_rows heads simd)
 set(attention/cuda/ptx_must_not_include cache heads simd attention/cuda/decode attention/cuda/prefill)

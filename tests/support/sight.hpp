@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <variant>
 
-#include "headwise/cache/options.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/core/window.hpp"
 #include "headwise/heads/budget.hpp"

@@ -8,6 +8,7 @@
 
 #include "headwise/attention/attend.hpp"
 #include "headwise/cache/kv_cache.hpp"
+#include "headwise/core/phase.hpp"
 
 namespace headwise::inline v0 {
 

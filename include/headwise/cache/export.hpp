@@ -16,6 +16,7 @@
 #include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
 #include "headwise/core/window.hpp"
 
@@ -97,7 +98,7 @@ inline int split_heads(const CacheGeometry& geometry, int layer, std::span<int> 
   HEADWISE_ASSERT(heads.size() >= static_cast<std::size_t>(num_heads), "too few places for heads");
   const auto keeps_everything = [&](int h) {
     const auto class_idx = static_cast<std::size_t>(geometry.head(layer, h).class_idx);
-    return geometry.classes()[class_idx].rule.get_if<EverythingRule>() != nullptr;
+    return geometry.classes()[class_idx].rule.keeps_everything();
   };
   std::size_t num_split = 0;
   for (int h = 0; h < num_heads; ++h) {

@@ -9,7 +9,6 @@
 #include <span>
 #include <tuple>
 #include <utility>
-#include <variant>
 #include <vector>
 
 #include "headwise/cache/keep/keep.hpp"
@@ -19,6 +18,7 @@
 #include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/page_shape.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
 #include "headwise/core/shape.hpp"
 #include "headwise/heads/fingerprint.hpp"
@@ -431,16 +431,6 @@ class CacheGeometry {
     return {within_window(budget, layer.sliding_window), format, page_size, PrefillMode::kWindowed};
   }
 
-  /// What a budget's class is known by: heads that are selected from are one class, whatever is
-  /// forecast of each.
-  struct ClassBudget {
-    template <class Budget>
-    HeadBudget operator()(const Budget& budget) const {
-      return budget;
-    }
-    HeadBudget operator()(KeepSelected) const { return KeepSelected{}; }
-  };
-
   int class_of(const ClassKey& key, std::vector<ClassKey>& known) {
     const auto found = std::find(known.begin(), known.end(), key);
     const auto class_idx = static_cast<int>(found - known.begin());
@@ -469,7 +459,7 @@ class CacheGeometry {
   /// The format of a budget's heads.
   int format_of(const HeadBudget& budget, int num_formats) const {
     if (options_.format_of == nullptr) {
-      return std::holds_alternative<KeepEverything>(budget) ? 0 : num_formats - 1;
+      return AnyKeepRule::keeps_everything(budget) ? 0 : num_formats - 1;
     }
     return detail::checked_range(options_.format_of(budget), 0, num_formats - 1,
                                  "format of a head");
@@ -494,14 +484,14 @@ class CacheGeometry {
         const auto page_size = static_cast<std::size_t>(found - sizes.begin());
         if (found == sizes.end()) sizes.push_back(bytes);
         add_head(
-            class_of(class_key(shape, std::visit(ClassBudget{}, budget), format, page_size), known),
+            class_of(class_key(shape, AnyKeepRule::class_budget(budget), format, page_size), known),
             layer.page);
       } else {
         heads_.push_back(HeadGeometry(head(shape.kv_layer, h)));
       }
       HeadClass& heads = classes_[static_cast<std::size_t>(heads_.back().class_idx)];
       if (heads.selects() && shape.owns_kv()) {
-        heads.forecast.push_back(std::get<KeepSelected>(budget).tokens);
+        heads.forecast.push_back(AnyKeepRule::forecast(budget));
       }
       if (heads.rule.compensation_rows() > 0 && !shape.softmax.alibi_slopes.empty()) {
         fail<ConfigError>("layer ", l, ", KV head ", h,

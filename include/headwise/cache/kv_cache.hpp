@@ -34,6 +34,7 @@
 #include "headwise/core/checksum.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/core/kv_view.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/tensor_view.hpp"
 #include "headwise/core/window.hpp"
 #include "headwise/heads/kept_positions.hpp"
@@ -256,7 +257,7 @@ class KvCache {
     const StepStatus status = books_.compact(
         id, kept, found,
         [&](const PageCopy& copy) {
-          (void)place_.copy_pages({&copy, 1}, Stream{});
+          std::memcpy(books_.pool().address(copy.to), books_.pool().address(copy.from), copy.bytes);
         },
         [&](int layer, int class_idx, std::int32_t from, std::span<const std::int32_t> rows,
             std::int32_t to, std::int64_t to_row) {

@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "headwise/cache/keep/keep_rule.hpp"
-#include "headwise/cache/options.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/scratch.hpp"
 
 namespace headwise::inline v0 {

@@ -496,6 +496,23 @@ TEST(KeepRules, EachBudgetHasTheRuleThatNamesIt) {
   static_assert(std::variant_size_v<KeepRules> == std::variant_size_v<HeadBudget>);
 }
 
+TEST(KeepRules, ABudgetIsAskedThroughItsRule) {
+  const std::vector<HeadBudget> others{KeepEverything{}, KeepWindow{{4, 8}},
+                                       KeepGrowingWindow{4, 8, 2}, KeepWindowFrom{{{4, 8}}, 2}};
+  const KeepLimits limits = limits_of(0, PrefillMode::kChunkCausal);
+  for (const HeadBudget& budget : others) {
+    EXPECT_EQ(AnyKeepRule::class_budget(budget), budget);
+    EXPECT_EQ(AnyKeepRule::forecast(budget), 0);
+    EXPECT_EQ(AnyKeepRule::keeps_everything(budget), budget.index() == 0);
+    EXPECT_EQ(AnyKeepRule::make(budget, limits).keeps_everything(), budget.index() == 0);
+  }
+  const HeadBudget selected = KeepSelected{30};
+  EXPECT_EQ(AnyKeepRule::class_budget(selected), HeadBudget(KeepSelected{0}));
+  EXPECT_EQ(AnyKeepRule::forecast(selected), 30);
+  EXPECT_FALSE(AnyKeepRule::keeps_everything(selected));
+  EXPECT_FALSE(AnyKeepRule::make(selected, limits).keeps_everything());
+}
+
 /// All that a rule answers about one step of a sequence.
 template <class Rule>
 auto answers(const Rule& rule, const typename Rule::State& state, const StepLengths& step) {

@@ -11,6 +11,7 @@
 #include "headwise/cache/cuda/step_state.cuh"
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/slot_map.hpp"
 #include "headwise/core/window.hpp"
 

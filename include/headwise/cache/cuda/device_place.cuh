@@ -19,11 +19,32 @@
 #include "headwise/cache/cuda/step_state.cuh"
 #include "headwise/cache/cuda/table_update.cuh"
 #include "headwise/cache/geometry.hpp"
+#include "headwise/cache/keep/keep.hpp"
 #include "headwise/cache/place.hpp"
 #include "headwise/cache/step.hpp"
 #include "headwise/core/slot_map.hpp"
 
 namespace headwise::inline v0::cuda {
+
+namespace detail {
+
+/// Which kinds of heads a device keeps; a kind without a case does not compile.
+struct CheckOnDevice {
+  void operator()(const EverythingRule&) const {}
+  void operator()(const WindowRule&) const {}
+  void operator()(const WindowFromRule& late) const {
+    fail<ConfigError>("heads that stream from a length on (KeepWindowFrom), here from ", late.from,
+                      " tokens on, are not on the device yet");
+  }
+  void operator()(const GrowingWindowRule&) const {
+    fail<ConfigError>("growing windows (RazorAttention) are not on the device yet");
+  }
+  void operator()(const SelectedRule&) const {
+    fail<ConfigError>("selected heads (KeepSelected) are not on the device yet");
+  }
+};
+
+}  // namespace detail
 
 /// The place of a KvCache whose rows are on a device: KvCache<PlainRows<f16>, DevicePlace>.
 ///
@@ -206,16 +227,7 @@ class DevicePlace {
       }
     }
     for (const HeadClass& heads : geometry.classes()) {
-      if (const auto* late = heads.rule.get_if<WindowFromRule>()) {
-        fail<ConfigError>("heads that stream from a length on (KeepWindowFrom), here from ",
-                          late->from, " tokens on, are not on the device yet");
-      }
-      if (heads.rule.compensation_rows() > 0) {
-        fail<ConfigError>("growing windows (RazorAttention) are not on the device yet");
-      }
-      if (heads.selects()) {
-        fail<ConfigError>("selected heads (KeepSelected) are not on the device yet");
-      }
+      heads.rule.visit({}, [](const auto& rule, const auto&) { detail::CheckOnDevice{}(rule); });
     }
   }
   static StepLayout checked_layout(const CacheGeometry& geometry) {

@@ -3,10 +3,13 @@
 /// A retrieval head: page after page, slot == pos.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
 #include "headwise/heads/budget.hpp"
 
@@ -16,6 +19,7 @@ namespace headwise::inline v0 {
 struct EverythingRule {
   using Budget = KeepEverything;
   static constexpr bool kSelects = false;
+  static constexpr bool kKeepsEverything = true;
   /// Everything follows from the length.
   struct State {
     friend constexpr bool operator==(State, State) = default;
@@ -28,6 +32,8 @@ struct EverythingRule {
   static constexpr EverythingRule make(const KeepEverything&, const KeepLimits& limits) {
     return {limits.page_tokens, limits.max_context, limits.max_rollback};
   }
+
+  static constexpr KeepEverything class_budget(const KeepEverything& budget) { return budget; }
 
   constexpr std::int64_t table_entries(std::int64_t pages) const { return pages; }
   constexpr std::array<EntryRange, 2> held(State, std::int64_t length, std::int64_t) const {

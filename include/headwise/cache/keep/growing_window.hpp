@@ -4,12 +4,13 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
-#include <utility>
 
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
 #include "headwise/heads/budget.hpp"
 
@@ -25,6 +26,7 @@ namespace headwise::inline v0 {
 struct GrowingWindowRule {
   using Budget = KeepGrowingWindow;
   static constexpr bool kSelects = false;
+  static constexpr bool kKeepsEverything = false;
   /// Which bank holds the committed compensation rows.
   struct State {
     std::uint8_t bank = 0;  ///< 0 or 1
@@ -52,6 +54,10 @@ struct GrowingWindowRule {
     kept.sink = std::min(kept.sink, limits.max_context);
     kept.min_recent = std::min(kept.min_recent, limits.max_context);
     return {limits.page_tokens, limits.max_context, limits.max_rollback, kept};
+  }
+
+  static constexpr KeepGrowingWindow class_budget(const KeepGrowingWindow& budget) {
+    return budget;
   }
 
   constexpr std::int64_t table_entries(std::int64_t pages) const { return pages; }

@@ -18,6 +18,7 @@
 #include "headwise/cache/keep/window.hpp"
 #include "headwise/cache/keep/window_from.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/heads/budget.hpp"
 
 namespace headwise::inline v0 {
@@ -82,6 +83,15 @@ class AnyKeepRule {
     }
     return fn(*std::get_if<kIdx>(&kind_));
   }
+  /// `fn.operator()<Rule>(budget)` with the budget and its rule as what they are.
+  template <class Fn>
+  static decltype(auto) ask_kind(const Budget& budget, Fn&& fn) {
+    return std::visit(
+        [&]<class Kind>(const Kind& of_kind) {
+          return fn.template operator()<typename detail::RuleFor<Kind, KeepRules>::type>(of_kind);
+        },
+        budget);
+  }
 
  public:
   /// A rule of one kind.
@@ -92,11 +102,32 @@ class AnyKeepRule {
   /// The rule that keeps a budget.
   /// @throws ConfigError as the kind's make().
   static AnyKeepRule make(const Budget& budget, const KeepLimits& limits) {
-    return std::visit(
-        [&]<class Kind>(const Kind& kind) -> AnyKeepRule {
-          return detail::RuleFor<Kind, KeepRules>::type::make(kind, limits);
-        },
-        budget);
+    return ask_kind(budget, [&]<class Rule>(const auto& of_kind) -> AnyKeepRule {
+      return Rule::make(of_kind, limits);
+    });
+  }
+
+  /// Of the rule that keeps a budget, as KeepRule says: kKeepsEverything.
+  static bool keeps_everything(const Budget& budget) {
+    return ask_kind(budget, []<class Rule>(const auto&) { return Rule::kKeepsEverything; });
+  }
+  /// Likewise: what its class is known by.
+  static Budget class_budget(const Budget& budget) {
+    return ask_kind(budget, []<class Rule>(const auto& of_kind) -> Budget {
+      return Rule::class_budget(of_kind);
+    });
+  }
+  /// Likewise: rows that selections are to leave.
+  /// @return 0 too where nothing is selected.
+  static std::int64_t forecast(const Budget& budget) {
+    return ask_kind(budget, []<class Rule>(const auto& of_kind) -> std::int64_t {
+      if constexpr (SelectsRows<Rule>) {
+        return Rule::forecast(of_kind);
+      } else {
+        static_assert(!Rule::kSelects, "a rule that selects answers as SelectsRows says");
+        return 0;
+      }
+    });
   }
 
   /// The rule as this kind; null if it is of another.
@@ -115,6 +146,9 @@ class AnyKeepRule {
   // As KeepRule says.
   constexpr bool selects() const {  // kSelects
     return ask([]<class Rule>(const Rule&) { return Rule::kSelects; });
+  }
+  constexpr bool keeps_everything() const {  // kKeepsEverything
+    return ask([]<class Rule>(const Rule&) { return Rule::kKeepsEverything; });
   }
   constexpr std::int64_t table_entries(std::int64_t pages) const {
     return ask([&](const auto& rule) { return rule.table_entries(pages); });

@@ -10,8 +10,8 @@
 #include <optional>
 #include <type_traits>
 
-#include "headwise/cache/options.hpp"
 #include "headwise/core/kv_view.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/slot_map.hpp"
 #include "headwise/core/window.hpp"
 
@@ -107,6 +107,9 @@ struct FoldMove {
 ///   the two begin at different entries, the held pages are carried over first.
 /// - `compensation_rows()`, `for_each_fold(state, lengths, fn)`: compensation rows of one head, and
 ///   the FoldMoves of a step, in order.
+/// - `class_budget(budget)`: what of a budget its class of heads is known by; heads that it makes
+///   equal have equal rules.
+/// - `kKeepsEverything`: whether every row stays, so that each query sees all before it.
 /// - `kSelects`: whether a selection may drop any rows of any of its heads; if so, see SelectsRows.
 template <class R>
 concept KeepRule = std::is_trivially_copyable_v<typename R::State> &&
@@ -135,12 +138,17 @@ concept KeepRule = std::is_trivially_copyable_v<typename R::State> &&
   { rule.append_slots(state, lengths) } -> std::same_as<SlotMap>;
   { rule.compensation_rows() } -> std::same_as<std::int64_t>;
   rule.for_each_fold(state, lengths, fold);
+  { R::class_budget(budget) } -> std::same_as<typename R::Budget>;
+  { R::kKeepsEverything } -> std::convertible_to<bool>;
   { R::kSelects } -> std::convertible_to<bool>;
 };
 
 /// A rule of which each head may have lost other rows than its neighbours. What a step changes is
 /// the same for all heads of a class; what one head holds and shows is asked of its own state.
 ///
+/// - `State::first`, `State::selected`: the slot of the first row, and the length at the last
+///   selection, 0 where there was none.
+/// - `forecast(budget)`: rows that selections are to leave of a head; 0: not known, all of them.
 /// - `of_head(state, first)`: the state of the head whose first row lies in slot `first`.
 /// - `after_selection(length, first)`: the class's state once a selection at this length has left
 ///   rows from slot `first` on in the head that has most; each head's end at `length`.
@@ -149,7 +157,11 @@ concept KeepRule = std::is_trivially_copyable_v<typename R::State> &&
 ///   the cache has noted the position.
 template <class R>
 concept SelectsRows = KeepRule<R> && R::kSelects &&
-    requires(const R rule, const typename R::State& state, std::int64_t tokens) {
+    requires(const R rule, const typename R::Budget& budget, const typename R::State& state,
+             std::int64_t tokens) {
+  { state.first } -> std::convertible_to<std::int64_t>;
+  { state.selected } -> std::convertible_to<std::int64_t>;
+  { R::forecast(budget) } -> std::same_as<std::int64_t>;
   { rule.of_head(state, tokens) } -> std::same_as<typename R::State>;
   { rule.after_selection(tokens, tokens) } -> std::same_as<typename R::State>;
   { rule.first_after(tokens, tokens) } -> std::same_as<std::int64_t>;

@@ -11,6 +11,7 @@
 
 #include "headwise/cache/keep/keep_rule.hpp"
 #include "headwise/core/check.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
 #include "headwise/heads/budget.hpp"
 
@@ -29,6 +30,7 @@ namespace headwise::inline v0 {
 struct SelectedRule {
   using Budget = KeepSelected;
   static constexpr bool kSelects = true;
+  static constexpr bool kKeepsEverything = false;
   /// What the last selection left, of a class's longest head or of one head.
   struct State {
     std::int32_t selected = 0;  ///< length at the last selection; 0: there was none
@@ -49,6 +51,10 @@ struct SelectedRule {
     }
     return {limits.page_tokens, limits.max_context, limits.max_rollback};
   }
+
+  /// Heads are one class, whatever is forecast of each.
+  static constexpr KeepSelected class_budget(const KeepSelected&) { return {}; }
+  static constexpr std::int64_t forecast(const KeepSelected& budget) { return budget.tokens; }
 
   constexpr std::int64_t table_entries(std::int64_t pages) const { return pages; }
   constexpr std::array<EntryRange, 2> held(State state, std::int64_t length, std::int64_t) const {

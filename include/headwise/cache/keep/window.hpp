@@ -4,10 +4,12 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
 #include "headwise/heads/budget.hpp"
 
@@ -23,6 +25,7 @@ namespace headwise::inline v0 {
 struct WindowRule {
   using Budget = KeepWindow;
   static constexpr bool kSelects = false;
+  static constexpr bool kKeepsEverything = false;
   /// Which bank holds the committed rows.
   struct State {
     std::uint8_t bank = 0;  ///< 0 or 1
@@ -53,6 +56,8 @@ struct WindowRule {
     rule.chunk_causal = limits.prefill == PrefillMode::kChunkCausal;
     return rule;
   }
+
+  static constexpr KeepWindow class_budget(const KeepWindow& budget) { return budget; }
 
   /// The second bank comes where a ring can be full.
   constexpr std::int64_t table_entries(std::int64_t pages) const {

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
+#include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
 #include "headwise/heads/budget.hpp"
 
@@ -24,6 +25,7 @@ namespace headwise::inline v0 {
 struct WindowFromRule {
   using Budget = KeepWindowFrom;
   static constexpr bool kSelects = false;
+  static constexpr bool kKeepsEverything = false;
   /// Everything follows from the lengths.
   struct State {
     friend constexpr bool operator==(State, State) = default;
@@ -51,6 +53,8 @@ struct WindowFromRule {
     rule.chunk_causal = limits.prefill == PrefillMode::kChunkCausal;
     return rule;
   }
+
+  static constexpr KeepWindowFrom class_budget(const KeepWindowFrom& budget) { return budget; }
 
   constexpr std::int64_t table_entries(std::int64_t pages) const { return pages; }
   constexpr std::array<EntryRange, 2> held(State, std::int64_t length,
