@@ -44,6 +44,7 @@
 #include "headwise/policies/measured_cost.hpp"
 #include "headwise/policies/on_the_fly.hpp"
 #include "headwise/policies/pinned.hpp"
+#include "headwise/policies/plphp.hpp"
 #include "headwise/policies/policy.hpp"
 #include "headwise/policies/pyramid_kv.hpp"
 #include "headwise/policies/q_filter.hpp"
