@@ -9,14 +9,14 @@
 #include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
+#include "headwise/cache/keep/page_by_page.hpp"
 #include "headwise/core/phase.hpp"
-#include "headwise/core/rounding.hpp"
 #include "headwise/heads/budget.hpp"
 
 namespace headwise::inline v0 {
 
 /// How a cache keeps KeepEverything; KeepRule says what each member answers.
-struct EverythingRule {
+struct EverythingRule : PageByPage {
   using Budget = KeepEverything;
   static constexpr bool kSelects = false;
   static constexpr bool kKeepsEverything = true;
@@ -25,17 +25,12 @@ struct EverythingRule {
     friend constexpr bool operator==(State, State) = default;
   };
 
-  std::int64_t page_tokens = 0;
-  std::int64_t max_context = 0;
-  std::int64_t max_rollback = 0;
-
   static constexpr EverythingRule make(const KeepEverything&, const KeepLimits& limits) {
-    return {limits.page_tokens, limits.max_context, limits.max_rollback};
+    return {{limits.page_tokens, limits.max_context, limits.max_rollback}};
   }
 
   static constexpr KeepEverything class_budget(const KeepEverything& budget) { return budget; }
 
-  constexpr std::int64_t table_entries(std::int64_t pages) const { return pages; }
   constexpr std::array<EntryRange, 2> held(State, std::int64_t length, std::int64_t) const {
     return {{{0, pages_of(length)}, {}}};
   }
@@ -52,10 +47,6 @@ struct EverythingRule {
   constexpr std::int64_t peak_entries(std::int64_t) const { return pages_of(max_context); }
   constexpr std::int64_t most_rows() const { return max_context; }
   constexpr std::int64_t lowest_kept(State, std::int64_t) const { return 0; }
-  constexpr std::int64_t fork_entries() const {
-    return std::min(pages_of(max_context),
-                    pages_of(std::max<std::int64_t>(0, max_rollback - 1)) + 1);
-  }
   constexpr std::int64_t released_entries() const { return 0; }
 
   constexpr std::int64_t slots_written(State, std::int64_t length) const { return length; }
@@ -78,11 +69,6 @@ struct EverythingRule {
   constexpr void for_each_fold(State, const StepLengths&, Fn&&) const {}
 
   friend constexpr bool operator==(const EverythingRule&, const EverythingRule&) = default;
-
- private:
-  constexpr std::int64_t pages_of(std::int64_t tokens) const {
-    return ceil_div(tokens, page_tokens);
-  }
 };
 static_assert(KeepRule<EverythingRule>);
 

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
+#include "headwise/cache/keep/page_by_page.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
@@ -23,7 +24,7 @@ namespace headwise::inline v0 {
 /// released once no permitted rollback can reach a length that still sees its rows; up to one page
 /// more than the paper's buffer stays visible. Folding adds a *new* row of sums: nothing is ever
 /// subtracted. Rows lie in two banks of `versions()`, so that a dropped step leaves the old ones.
-struct GrowingWindowRule {
+struct GrowingWindowRule : PageByPage {
   using Budget = KeepGrowingWindow;
   static constexpr bool kSelects = false;
   static constexpr bool kKeepsEverything = false;
@@ -33,9 +34,6 @@ struct GrowingWindowRule {
     friend constexpr bool operator==(State, State) = default;
   };
 
-  std::int64_t page_tokens = 0;
-  std::int64_t max_context = 0;
-  std::int64_t max_rollback = 0;
   KeepGrowingWindow budget;
 
   /// @throws ConfigError in windowed prefill, which would need rows that are folded already, or
@@ -53,14 +51,13 @@ struct GrowingWindowRule {
     KeepGrowingWindow kept = budget;  // more than the context is as good as the context
     kept.sink = std::min(kept.sink, limits.max_context);
     kept.min_recent = std::min(kept.min_recent, limits.max_context);
-    return {limits.page_tokens, limits.max_context, limits.max_rollback, kept};
+    return {{limits.page_tokens, limits.max_context, limits.max_rollback}, kept};
   }
 
   static constexpr KeepGrowingWindow class_budget(const KeepGrowingWindow& budget) {
     return budget;
   }
 
-  constexpr std::int64_t table_entries(std::int64_t pages) const { return pages; }
   constexpr std::array<EntryRange, 2> held(State, std::int64_t length,
                                            std::int64_t high_water) const {
     const std::int64_t end = pages_of(length);
@@ -97,10 +94,6 @@ struct GrowingWindowRule {
   /// Until a page is released nothing is gone.
   constexpr std::int64_t lowest_kept(State, std::int64_t high_water) const {
     return settled_fold(high_water) == 0 ? 0 : high_water - max_rollback;
-  }
-  constexpr std::int64_t fork_entries() const {
-    return std::min(pages_of(max_context),
-                    pages_of(std::max<std::int64_t>(0, max_rollback - 1)) + 1);
   }
   constexpr std::int64_t released_entries() const {
     return std::max<std::int64_t>(0, settled_entry(max_context) - sink_pages());
@@ -170,9 +163,6 @@ struct GrowingWindowRule {
   friend constexpr bool operator==(const GrowingWindowRule&, const GrowingWindowRule&) = default;
 
  private:
-  constexpr std::int64_t pages_of(std::int64_t tokens) const {
-    return ceil_div(tokens, page_tokens);
-  }
   /// Pages that hold the sinks; never released.
   constexpr std::int64_t sink_pages() const { return pages_of(budget.sink); }
   /// First entry behind the sinks that is still held.

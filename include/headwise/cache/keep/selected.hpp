@@ -10,9 +10,9 @@
 #include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
+#include "headwise/cache/keep/page_by_page.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/phase.hpp"
-#include "headwise/core/rounding.hpp"
 #include "headwise/heads/budget.hpp"
 
 namespace headwise::inline v0 {
@@ -27,7 +27,7 @@ namespace headwise::inline v0 {
 ///
 /// All kept keys are older than every later query, so that kernels take a row's slot for its
 /// position.
-struct SelectedRule {
+struct SelectedRule : PageByPage {
   using Budget = KeepSelected;
   static constexpr bool kSelects = true;
   static constexpr bool kKeepsEverything = false;
@@ -38,10 +38,6 @@ struct SelectedRule {
     friend constexpr bool operator==(State, State) = default;
   };
 
-  std::int64_t page_tokens = 0;
-  std::int64_t max_context = 0;
-  std::int64_t max_rollback = 0;
-
   /// @throws ConfigError for contexts whose positions do not fit 32 bits.
   static SelectedRule make(const KeepSelected&, const KeepLimits& limits) {
     constexpr std::int64_t kLongest = std::numeric_limits<std::int32_t>::max();
@@ -49,14 +45,13 @@ struct SelectedRule {
       fail<ConfigError>("selected heads have a max_context of at most ", kLongest, ", got ",
                         limits.max_context);
     }
-    return {limits.page_tokens, limits.max_context, limits.max_rollback};
+    return {{limits.page_tokens, limits.max_context, limits.max_rollback}};
   }
 
   /// Heads are one class, whatever is forecast of each.
   static constexpr KeepSelected class_budget(const KeepSelected&) { return {}; }
   static constexpr std::int64_t forecast(const KeepSelected& budget) { return budget.tokens; }
 
-  constexpr std::int64_t table_entries(std::int64_t pages) const { return pages; }
   constexpr std::array<EntryRange, 2> held(State state, std::int64_t length, std::int64_t) const {
     return {{{state.first / page_tokens, pages_of(length)}, {}}};
   }
@@ -75,10 +70,6 @@ struct SelectedRule {
   constexpr std::int64_t most_rows() const { return max_context; }
   /// Nothing is rolled back behind a selection, and no fork begins there.
   constexpr std::int64_t lowest_kept(State state, std::int64_t) const { return state.selected; }
-  constexpr std::int64_t fork_entries() const {
-    return std::min(pages_of(max_context),
-                    pages_of(std::max<std::int64_t>(0, max_rollback - 1)) + 1);
-  }
   /// A selection leaves to the forks made before all that it drops or moves.
   constexpr std::int64_t released_entries() const { return pages_of(max_context); }
 
@@ -123,11 +114,6 @@ struct SelectedRule {
   }
 
   friend constexpr bool operator==(const SelectedRule&, const SelectedRule&) = default;
-
- private:
-  constexpr std::int64_t pages_of(std::int64_t tokens) const {
-    return ceil_div(tokens, page_tokens);
-  }
 };
 static_assert(SelectsRows<SelectedRule>);
 

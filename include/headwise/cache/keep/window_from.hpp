@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "headwise/cache/keep/keep_rule.hpp"
+#include "headwise/cache/keep/page_by_page.hpp"
 #include "headwise/core/phase.hpp"
 #include "headwise/core/rounding.hpp"
 #include "headwise/heads/budget.hpp"
@@ -22,7 +23,7 @@ namespace headwise::inline v0 {
 /// the pages between the sinks and the window of the lowest length in reach are released, oldest
 /// first. Nothing moves when a head begins to stream, so that a step costs what it always does; the
 /// table has an entry for each page of the context, which a ring does without.
-struct WindowFromRule {
+struct WindowFromRule : PageByPage {
   using Budget = KeepWindowFrom;
   static constexpr bool kSelects = false;
   static constexpr bool kKeepsEverything = false;
@@ -31,9 +32,6 @@ struct WindowFromRule {
     friend constexpr bool operator==(State, State) = default;
   };
 
-  std::int64_t page_tokens = 0;
-  std::int64_t max_context = 0;
-  std::int64_t max_rollback = 0;
   std::int64_t from = 0;
   std::int64_t sink = 0;
   std::int64_t recent = 0;         ///< of decode, at most the context in whole pages
@@ -56,7 +54,6 @@ struct WindowFromRule {
 
   static constexpr KeepWindowFrom class_budget(const KeepWindowFrom& budget) { return budget; }
 
-  constexpr std::int64_t table_entries(std::int64_t pages) const { return pages; }
   constexpr std::array<EntryRange, 2> held(State, std::int64_t length,
                                            std::int64_t high_water) const {
     const std::int64_t end = pages_of(length);
@@ -93,10 +90,6 @@ struct WindowFromRule {
   constexpr std::int64_t lowest_kept(State, std::int64_t high_water) const {
     return settled_entry(high_water) == sink_pages() ? 0 : high_water - max_rollback;
   }
-  constexpr std::int64_t fork_entries() const {
-    return std::min(pages_of(max_context),
-                    pages_of(std::max<std::int64_t>(0, max_rollback - 1)) + 1);
-  }
   constexpr std::int64_t released_entries() const {
     return settled_entry(max_context) - sink_pages();
   }
@@ -129,9 +122,6 @@ struct WindowFromRule {
   friend constexpr bool operator==(const WindowFromRule&, const WindowFromRule&) = default;
 
  private:
-  constexpr std::int64_t pages_of(std::int64_t tokens) const {
-    return ceil_div(tokens, page_tokens);
-  }
   /// Pages that hold the sinks; never released.
   constexpr std::int64_t sink_pages() const { return pages_of(sink); }
   /// Newest tokens that a query of this phase sees, its own included.
