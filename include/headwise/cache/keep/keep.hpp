@@ -83,12 +83,12 @@ class AnyKeepRule {
     }
     return fn(*std::get_if<kIdx>(&kind_));
   }
-  /// `fn.operator()<Rule>(budget)` with the budget and its rule as what they are.
+  /// `fn(std::type_identity<Rule>, budget)` with the budget as what it is, and its rule's type.
   template <class Fn>
   static decltype(auto) ask_kind(const Budget& budget, Fn&& fn) {
     return std::visit(
         [&]<class Kind>(const Kind& of_kind) {
-          return fn.template operator()<typename detail::RuleFor<Kind, KeepRules>::type>(of_kind);
+          return fn(std::type_identity<typename detail::RuleFor<Kind, KeepRules>::type>{}, of_kind);
         },
         budget);
   }
@@ -102,32 +102,37 @@ class AnyKeepRule {
   /// The rule that keeps a budget.
   /// @throws ConfigError as the kind's make().
   static AnyKeepRule make(const Budget& budget, const KeepLimits& limits) {
-    return ask_kind(budget, [&]<class Rule>(const auto& of_kind) -> AnyKeepRule {
-      return Rule::make(of_kind, limits);
-    });
+    return ask_kind(budget,
+                    [&]<class Rule>(std::type_identity<Rule>, const auto& of_kind) -> AnyKeepRule {
+                      return Rule::make(of_kind, limits);
+                    });
   }
 
   /// Of the rule that keeps a budget, as KeepRule says: kKeepsEverything.
   static bool keeps_everything(const Budget& budget) {
-    return ask_kind(budget, []<class Rule>(const auto&) { return Rule::kKeepsEverything; });
+    return ask_kind(budget, []<class Rule>(std::type_identity<Rule>, const auto&) {
+      return Rule::kKeepsEverything;
+    });
   }
   /// Likewise: what its class is known by.
   static Budget class_budget(const Budget& budget) {
-    return ask_kind(budget, []<class Rule>(const auto& of_kind) -> Budget {
-      return Rule::class_budget(of_kind);
-    });
+    return ask_kind(budget,
+                    []<class Rule>(std::type_identity<Rule>, const auto& of_kind) -> Budget {
+                      return Rule::class_budget(of_kind);
+                    });
   }
   /// Likewise: rows that selections are to leave.
   /// @return 0 too where nothing is selected.
   static std::int64_t forecast(const Budget& budget) {
-    return ask_kind(budget, []<class Rule>(const auto& of_kind) -> std::int64_t {
-      if constexpr (SelectsRows<Rule>) {
-        return Rule::forecast(of_kind);
-      } else {
-        static_assert(!Rule::kSelects, "a rule that selects answers as SelectsRows says");
-        return 0;
-      }
-    });
+    return ask_kind(
+        budget, []<class Rule>(std::type_identity<Rule>, const auto& of_kind) -> std::int64_t {
+          if constexpr (SelectsRows<Rule>) {
+            return Rule::forecast(of_kind);
+          } else {
+            static_assert(!Rule::kSelects, "a rule that selects answers as SelectsRows says");
+            return 0;
+          }
+        });
   }
 
   /// The rule as this kind; null if it is of another.
