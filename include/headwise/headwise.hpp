@@ -56,6 +56,7 @@
 #include "headwise/policies/rlkv.hpp"
 #include "headwise/policies/snap_kv.hpp"
 #include "headwise/policies/streaming_llm.hpp"
+#include "headwise/policies/task_kv.hpp"
 #include "headwise/policies/tova.hpp"
 #include "headwise/policies/tri_attention.hpp"
 #include "headwise/policies/uniform_budget.hpp"
