@@ -32,6 +32,7 @@
 #include "headwise/policies/compress_kv.hpp"
 #include "headwise/policies/critical_kv.hpp"
 #include "headwise/policies/duo_attention.hpp"
+#include "headwise/policies/ems.hpp"
 #include "headwise/policies/expected_attention.hpp"
 #include "headwise/policies/h2o.hpp"
 #include "headwise/policies/head_kv.hpp"
