@@ -33,7 +33,7 @@
 ///     }                                                     // after each compact(): keep()
 ///
 /// The released code stores keys before RoPE and counts positions anew after a cut; here they stay
-/// at their positions. Training is not here.
+/// at their positions. Weights: locret_weights.hpp. Training is not here.
 namespace headwise::inline v0::locret {
 
 /// The published knobs, for Phi-3-mini-128K; Llama-3.1-8B's budget is 16384 in its comparisons.
