@@ -42,6 +42,7 @@
 #include "headwise/policies/kv_zip.hpp"
 #include "headwise/policies/lag_kv.hpp"
 #include "headwise/policies/lazy_eviction.hpp"
+#include "headwise/policies/locret.hpp"
 #include "headwise/policies/measured_cost.hpp"
 #include "headwise/policies/on_the_fly.hpp"
 #include "headwise/policies/pinned.hpp"

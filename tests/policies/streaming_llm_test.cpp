@@ -15,9 +15,9 @@ TEST(StreamingLlm, StreamsEveryHead) {
 TEST(StreamingLlm, SeesTheCachedTokensAndItsOwn) {
   // S = 4, R = 3 over tokens 0..9: after the trim {0,1,2,3,7,8,9} are cached, and token 10 sees
   // these and itself.
-  constexpr Window kWindow = Window::from_exclusive(4, 3);
+  constexpr Window kFromExclusive = Window::from_exclusive(4, 3);
   for (int key = 0; key <= 10; ++key) {
-    EXPECT_EQ(kWindow.sees(Pos{10}, Pos{key}), key < 4 || key >= 7) << key;
+    EXPECT_EQ(kFromExclusive.sees(Pos{10}, Pos{key}), key < 4 || key >= 7) << key;
   }
 }
 
