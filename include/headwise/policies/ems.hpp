@@ -33,7 +33,7 @@
 /// its merge. Merged rows are for an engine that writes its own, in the order of the kept
 /// positions.
 ///
-/// There is no released code. Ours, as far as the paper is silent or was not read: the constants
+/// No released code was found. Ours, as far as the paper is silent or was not read: the constants
 /// of Policy; global attention is scaled to the local mean; cosines below 0 count as 0 in a
 /// redundancy (a product of two negative ones would be a likeness); a group's attention is its
 /// mean; merged keys stay at their centre's position.

@@ -113,7 +113,7 @@ inline int layer_of(std::string_view key, std::string_view name) {
 }  // namespace detail
 
 /// Retaining heads of all layers from the bytes of a safetensors file: tensors named
-/// `..layers.<layer>...retaining_head_w1.weight` [hidden, features] and
+/// `..layers.N...retaining_head_w1.weight` [hidden, features] and
 /// `..retaining_head_w2.weight` [num_kv_heads, hidden], of F32, F16 or BF16; others are passed
 /// over.
 /// @param name  what errors call the bytes
