@@ -229,8 +229,8 @@ class AnyKeepRule {
       return rule.append_slots(kept, lengths);
     });
   }
-  /// slots(), append_slots() and the first of held() at once: one row of one head is stored in the
-  /// time of two such questions.
+  /// slots(), append_slots() and the first of held() at once: a decode step stores one row a
+  /// head, beside which three questions are a good part of the time.
   constexpr AppendSlots append(const State& state, const StepLengths& lengths) const {
     return visit(state, [&](const auto& rule, const auto& kept) -> AppendSlots {
       return {rule.slots(kept), rule.append_slots(kept, lengths),
