@@ -285,10 +285,12 @@ class KvCache {
   /// @pre is_live(id)
   /// @tparam F  the format of the head's rows: see visit_format()
   template <class F = Format>
-  KvView<F> stored(SequenceId id, int layer, int kv_head) const requires(Place::kOnHost) {
+  KvView<F> stored(SequenceId id, int layer, int kv_head) const& requires(Place::kOnHost) {
     const std::int64_t now = length(id);
     return seen<F>({id, {now, high_water(id), now}, 0, Phase::kDecode}, layer, kv_head).view;
   }
+  template <class F = Format>
+  KvView<F> stored(SequenceId id, int layer, int kv_head) const&& = delete;
 
   // Memory ----------------------------------------------------------------------------------------
 
@@ -344,7 +346,7 @@ class KvCache {
   /// What the chunk's queries may see of one head, as of the step's start. Any thread.
   /// @tparam F  the format of the head's rows: see visit_format()
   template <class F = Format>
-  SeenRows<F> seen(const StepChunk& chunk, int layer, int kv_head) const requires(Place::kOnHost) {
+  SeenRows<F> seen(const StepChunk& chunk, int layer, int kv_head) const& requires(Place::kOnHost) {
     const LayerGeometry& of_layer = geometry().layer(layer);
     const HeadGeometry& head = geometry().head(layer, kv_head);
     const AnyKeepRule& rule = class_of(head).rule;
@@ -362,6 +364,8 @@ class KvCache {
     }
     return seen;
   }
+  template <class F = Format>
+  SeenRows<F> seen(const StepChunk& chunk, int layer, int kv_head) const&& = delete;
 
   /// Stores the chunk's rows of one head, after everything that reads the rows they may overwrite.
   /// One call per head and step; heads may run at once on different threads. Elements that become

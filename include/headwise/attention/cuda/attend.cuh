@@ -99,10 +99,15 @@ class DeviceAttention {
     chunks_.reserve(static_cast<std::size_t>(cache.geometry().options().max_sequences));
   }
 
+  /// Would outlive the cache.
+  explicit DeviceAttention(const DeviceCache<Row>&& cache,
+                           std::int64_t max_converted_rows = 0) = delete;
+
   /// Bytes of device memory, all of it taken at construction.
   std::size_t device_bytes() const { return launches_.layout().total_bytes; }
   /// The launches themselves, for who drives them without a cache's steps: benchmarks.
-  const LayerLaunches<Row, Dims, Io, Softmax>& launches() const { return launches_; }
+  const LayerLaunches<Row, Dims, Io, Softmax>& launches() const& { return launches_; }
+  const LayerLaunches<Row, Dims, Io, Softmax>& launches() const&& = delete;
 
   /// Cuts the open step's work into equal shares. A small launch, and another one for a step with
   /// several tokens of a sequence; needed before attend wherever a chunk of the step is decode's

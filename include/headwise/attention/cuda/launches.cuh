@@ -355,11 +355,13 @@ class LayerLaunches {
   }
 
   /// Where everything lies.
-  const LaunchLayout& layout() const { return layout_; }
+  const LaunchLayout& layout() const& { return layout_; }
+  const LaunchLayout& layout() const&& = delete;
   /// Layers there are.
   int num_layers() const { return static_cast<int>(layers_.size()); }
   /// As the model has it.
-  const LayerShape& shape(int layer) const { return at(layer).shape; }
+  const LayerShape& shape(int layer) const& { return at(layer).shape; }
+  const LayerShape& shape(int layer) const&& = delete;
 
   /// Cuts the step's decode work into equal shares. One small launch; needed before decode.
   cudaError_t plan_work(const DeviceStep& step, cudaStream_t stream) const {
