@@ -8,6 +8,7 @@
 
 #if __cplusplus >= 202002L  // else config.hpp has said what is wrong: once, and not once a line
 #include "headwise/attention/attend.hpp"
+#include "headwise/attention/mixed_attention.hpp"
 #include "headwise/attention/query_moments.hpp"
 #include "headwise/attention/query_window.hpp"
 #include "headwise/attention/reference.hpp"
