@@ -14,10 +14,10 @@ namespace {
 
 using testing::message_of;
 
-ModelShape two_by_two() { return ModelShape::uniform(2, 2, 2, 16); }
+ModelShape four_gates() { return ModelShape::uniform(2, 2, 2, 16); }
 
 TEST(GateOptimizer, BeginsWithTheUnchangedModel) {
-  const GateOptimizer optimizer(two_by_two(), {});
+  const GateOptimizer optimizer(four_gates(), {});
   EXPECT_EQ(optimizer.scores(), HeadScores::dense(2, 2, std::vector<double>{1, 1, 1, 1}));
 }
 
@@ -34,7 +34,7 @@ TEST(GateOptimizer, KnowsLayersThatAreNotAlike) {
 /// By hand, from the algorithm: the first step is lr x sign; the second has m = .9 x .1 g1 + .1 g2
 /// over 1 - .81, and likewise of squares.
 TEST(GateOptimizer, TakesTheStepsOfAdamW) {
-  GateOptimizer optimizer(two_by_two(), {.weight_decay = 0.1});
+  GateOptimizer optimizer(four_gates(), {.weight_decay = 0.1});
   optimizer.step(std::vector<double>{0.5, -0.25, 1e-3, 0.0}, 0.01);
   const double decayed = 1.0 - 0.01 * 0.1;
   EXPECT_NEAR(optimizer.gates()[0], decayed - 0.01, 1e-9);
@@ -52,17 +52,17 @@ TEST(GateOptimizer, TakesTheStepsOfAdamW) {
 
 TEST(GateOptimizer, ShortensLongGradientsTogether) {
   const AdamW clipped{.beta1 = 0.0, .beta2 = 0.0, .epsilon = 1.0, .max_norm = 1.0};
-  GateOptimizer optimizer(two_by_two(), clipped);
+  GateOptimizer optimizer(four_gates(), clipped);
   optimizer.step(std::vector<double>{3.0, 4.0, 0.0, 0.0}, 1.0);  // g / (|g| + 1) of .6 and .8
   EXPECT_NEAR(optimizer.gates()[0], 1.0 - 0.6 / 1.6, 1e-6);
   EXPECT_NEAR(optimizer.gates()[1], 1.0 - 0.8 / 1.8, 1e-6);
-  GateOptimizer other(two_by_two(), clipped);
+  GateOptimizer other(four_gates(), clipped);
   other.step(std::vector<double>{0.3, 0.4, 0.0, 0.0}, 1.0);  // short enough
   EXPECT_NEAR(other.gates()[0], 1.0 - 0.3 / 1.3, 1e-9);
 }
 
 TEST(GateOptimizer, ClampsWhenItIsTold) {
-  GateOptimizer optimizer(two_by_two(), {});
+  GateOptimizer optimizer(four_gates(), {});
   optimizer.step(std::vector<double>{1, -1, 1, 1}, 1.5);
   EXPECT_LT(optimizer.gates()[0], -0.4);
   EXPECT_GT(optimizer.gates()[1], 2.4);
@@ -72,7 +72,7 @@ TEST(GateOptimizer, ClampsWhenItIsTold) {
 }
 
 TEST(GateOptimizer, RefusesWhatWouldSpoilIt) {
-  GateOptimizer optimizer(two_by_two(), {});
+  GateOptimizer optimizer(four_gates(), {});
   EXPECT_EQ(message_of<ConfigError>([&] { optimizer.step(std::vector<double>{1}, 0.1); }),
             "1 gradients for 4 gates");
   const std::vector<double> bad{0, 0, std::numeric_limits<double>::quiet_NaN(), 0};
@@ -80,10 +80,10 @@ TEST(GateOptimizer, RefusesWhatWouldSpoilIt) {
             "the gradient of gate 2 must be finite, got nan");
   EXPECT_EQ(optimizer.num_steps(), 0);
   EXPECT_THROW(optimizer.step(std::vector<double>(4), -0.1), ConfigError);
-  EXPECT_THROW(GateOptimizer(two_by_two(), {.beta1 = 1.0}), ConfigError);
-  EXPECT_THROW(GateOptimizer(two_by_two(), {.epsilon = 0.0}), ConfigError);
-  EXPECT_THROW(GateOptimizer(two_by_two(), {.weight_decay = -1.0}), ConfigError);
-  EXPECT_THROW(GateOptimizer(two_by_two(), {}, std::nan("")), ConfigError);
+  EXPECT_THROW(GateOptimizer(four_gates(), {.beta1 = 1.0}), ConfigError);
+  EXPECT_THROW(GateOptimizer(four_gates(), {.epsilon = 0.0}), ConfigError);
+  EXPECT_THROW(GateOptimizer(four_gates(), {.weight_decay = -1.0}), ConfigError);
+  EXPECT_THROW(GateOptimizer(four_gates(), {}, std::nan("")), ConfigError);
 }
 
 /// The specification's figures: the code's mean; the papers' sum is 1.75.
