@@ -8,6 +8,7 @@
 
 #if __cplusplus >= 202002L  // else config.hpp has said what is wrong: once, and not once a line
 #include "headwise/attention/attend.hpp"
+#include "headwise/attention/mixed_attention.hpp"
 #include "headwise/attention/query_moments.hpp"
 #include "headwise/attention/query_window.hpp"
 #include "headwise/attention/reference.hpp"
@@ -32,8 +33,10 @@
 #include "headwise/policies/compress_kv.hpp"
 #include "headwise/policies/critical_kv.hpp"
 #include "headwise/policies/duo_attention.hpp"
+#include "headwise/policies/duo_attention_training.hpp"
 #include "headwise/policies/ems.hpp"
 #include "headwise/policies/expected_attention.hpp"
+#include "headwise/policies/gate_optimizer.hpp"
 #include "headwise/policies/h2o.hpp"
 #include "headwise/policies/head_kv.hpp"
 #include "headwise/policies/key_diff.hpp"
@@ -56,6 +59,7 @@
 #include "headwise/policies/retrieval_head.hpp"
 #include "headwise/policies/retrieval_probe.hpp"
 #include "headwise/policies/rlkv.hpp"
+#include "headwise/policies/rlkv_training.hpp"
 #include "headwise/policies/snap_kv.hpp"
 #include "headwise/policies/streaming_llm.hpp"
 #include "headwise/policies/task_kv.hpp"
