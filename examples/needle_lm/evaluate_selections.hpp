@@ -79,7 +79,7 @@ std::size_t selected_bytes(const headwise::ModelShape& shape, headwise::HeadPlan
 /// @throws ConfigError for a share that is less than what a method must keep of a prompt.
 template <class Row, headwise::Executor E, class OnFinished>
 std::vector<Result> evaluate_selections(const Model& model, const Tasks& tasks,
-                                        const NamedPlan& named,
+                                        const NamedPlan& named, const SelectionPolicies& policies,
                                         std::span<const Selection> selections,
                                         const QueryCentres& centres, const RunOptions& run,
                                         E& executor, OnFinished on_finished) {
@@ -93,7 +93,6 @@ std::vector<Result> evaluate_selections(const Model& model, const Tasks& tasks,
                .max_context = max_context,
                .prefill = run.prefill});
   Decoder<Cache, E> decoder(model, max_context, executor);
-  const SelectionPolicies policies(model.config.rope_theta);
   PromptReader<Cache, E> reader(model.config, plan, policies, centres, decoder, cache, executor);
 
   const auto require_ok = [](headwise::StepStatus status) {

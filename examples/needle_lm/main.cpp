@@ -39,6 +39,7 @@ constexpr const char* kUsage = R"(usage:
       every policy over held-out documents, as a table
       --selection   also methods that select a prompt's tokens, at 50, 25 and 10 % of
                     them, alone and on the heads that RLKV keeps   (cpu)
+      --pool N      of these, SnapKV's pooling: neighbours that stay together, odd   (7)
   needle_lm evaluate --csv OUT [plan] [--documents N] [--batch B] [--data D.safetensors]
       one plan over held-out documents of 2048 tokens, generating greedily
   needle_lm logits --tokens IDS.txt --out OUT.tsv [plan] [--prompt N]
@@ -250,11 +251,17 @@ class SelectionRows {
   /// @throws ConfigError for a device, documents that centres are calibrated on, or a model whose
   ///   positions do not reach as far as KVzip's pass.
   SelectionRows(const Arguments& arguments, const Tasks& tasks, const ModelConfig& config)
-      : selections_(all_selections(kShares)) {
+      : policies_(config.rope_theta,
+                  static_cast<int>(arguments.integer("--pool", kPublishedPool, 1, 4095))),
+        selections_(all_selections(kShares)) {
     if (arguments.text("--device", "cpu") != "cpu") {
       headwise::fail<headwise::ConfigError>("--selection needs --device cpu, not ",
                                             arguments.text("--device", "cpu"),
                                             ": scores are made of a host's rows");
+    }
+    if (policies_.snap_kv.kernel % 2 == 0) {
+      headwise::fail<headwise::ConfigError>("--pool ", policies_.snap_kv.kernel,
+                                            ": expected an odd number");
     }
     const SafeTensors file(arguments.text("--data", in_example("data/documents.safetensors")));
     for (const Task* task : {&tasks.passkey, &tasks.cot}) {
@@ -289,8 +296,8 @@ class SelectionRows {
         for (const NamedPlan& plan : plans(engine.model.config.shape())) {
           progress.start(plan.title + (plan.title.empty() ? "selections" : " + selections"));
           const auto rows =
-              evaluate_selections<Row>(engine.model, tasks, plan, selections_, centres, run,
-                                       engine.executor, [&] { progress.step(); });
+              evaluate_selections<Row>(engine.model, tasks, plan, policies_, selections_, centres,
+                                       run, engine.executor, [&] { progress.step(); });
           results.insert(results.end(), rows.begin(), rows.end());
           progress.finish_plan();
         }
@@ -299,6 +306,7 @@ class SelectionRows {
   }
 
  private:
+  SelectionPolicies policies_;
   std::vector<Selection> selections_;
   std::vector<Document> texts_;
 };
@@ -310,6 +318,9 @@ void run_demo(const Arguments& arguments) {
   const std::vector<NamedPlan> plans = demo_plans(engine.model.config.shape());
   std::optional<SelectionRows> selections;
   if (arguments.has("--selection")) selections.emplace(arguments, tasks, engine.model.config);
+  if (arguments.has("--pool") && !selections) {
+    headwise::fail<headwise::ConfigError>("--pool belongs to --selection");
+  }
   std::optional<OutputFile> csv;
   if (arguments.has("--csv")) csv.emplace(arguments.required_text("--csv"));
   const std::size_t num_rows = plans.size() + (selections ? selections->num_rows() : 0);
@@ -446,7 +457,8 @@ int run(std::span<const char* const> words) {
   const std::vector<std::string_view> flags{"--compensation"};
   const auto options = words.empty() ? words : words.subspan(1);
   if (command == "demo") {
-    run_demo(Arguments(options, kCommonOptions + tasks, {"--selection"}));
+    run_demo(Arguments(options, kCommonOptions + tasks + std::vector<std::string_view>{"--pool"},
+                       {"--selection"}));
   } else if (command == "evaluate") {
     run_evaluate(Arguments(options, kCommonOptions + kPlanOptions + tasks, flags));
   } else if (command == "logits") {

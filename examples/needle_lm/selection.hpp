@@ -43,12 +43,15 @@ struct Selection {
   double share = 0.5;  ///< of the prompt's tokens, the mean over the heads that are selected from
 };
 
+/// SnapKV's pooling kernel in the papers' comparisons.
+inline constexpr int kPublishedPool = 7;
+
 /// Where the methods stand, with the papers' knobs.
 struct SelectionPolicies {
   /// As in the papers' comparisons: with the released code's window of 32 PyramidKV has no pyramid
   /// below 640 tokens a head, which a quarter of these prompts is.
   headwise::snap_kv::Policy snap_kv{
-      .window = 8, .kernel = 7, .pool = headwise::snap_kv::Pool::kMax};
+      .window = 8, .kernel = kPublishedPool, .pool = headwise::snap_kv::Pool::kMax};
   headwise::ada_kv::Policy ada_kv = {};
   headwise::pyramid_kv::Policy pyramid_kv = {};
   headwise::expected_attention::Policy expected_attention = {};
@@ -56,7 +59,9 @@ struct SelectionPolicies {
   headwise::tri_attention::Policy tri_attention = {};
   std::int64_t kv_zip_prefix = 1;  ///< `<s>`: the template of KVzip's prompts
 
-  explicit SelectionPolicies(double rope_theta) {
+  /// @param pool  SnapKV's kernel: tokens that share the highest score among them; odd
+  explicit SelectionPolicies(double rope_theta, int pool = kPublishedPool) {
+    snap_kv.kernel = pool;
     expected_attention.rope.theta = rope_theta;
     tri_attention.rope.theta = rope_theta;
   }
