@@ -150,8 +150,8 @@ def draw_selection(rows: list[Row]) -> Figure:
             axes.plot([row.kv_share for row in points], [row.accuracy[measure] for row in points], color=colour,
                       marker=marker, markersize=size, linewidth=1.4, label=name, clip_on=False, zorder=3, **how)
 
-        for policy in ("full", "rlkv"):
-            plot(policy, *POLICIES[policy], linestyle="none")
+        plot("full", "full cache", "#000000", "o", 8.0, linestyle="none")
+        plot("rlkv", "RLKV", "#000000", "*", 11.0, linestyle="none")
         for method, (name, colour, marker, size) in SELECTIONS.items():
             plot(method, name, colour, marker, size, linestyle="-")
         for method, (name, colour, marker, size) in SELECTIONS.items():

@@ -247,6 +247,25 @@ class PromptReaderTest : public ::testing::Test {
     return dot / std::sqrt(static_cast<double>(config.head_dim));
   }
 
+  /// A query as it was before rotary positions.
+  std::vector<float> turned_back(const Observed& of, std::size_t layer, std::size_t token,
+                                 int query_head) const {
+    const auto dim = static_cast<std::size_t>(model_.config.head_dim);
+    const float* q = of.q[layer].data() + token * static_cast<std::size_t>(model_.config.q_size()) +
+                     static_cast<std::size_t>(query_head) * dim;
+    std::vector<float> plain(dim);
+    for (std::size_t i = 0; i < dim / 2; ++i) {
+      const double angle = static_cast<double>(token) *
+                           std::pow(model_.config.rope_theta,
+                                    -2.0 * static_cast<double>(i) / static_cast<double>(dim));
+      const auto x = static_cast<double>(q[i]);
+      const auto y = static_cast<double>(q[i + dim / 2]);
+      plain[i] = static_cast<float>(x * std::cos(angle) + y * std::sin(angle));
+      plain[i + dim / 2] = static_cast<float>(y * std::cos(angle) - x * std::sin(angle));
+    }
+    return plain;
+  }
+
   QueryCentres centres(const std::vector<Document>& texts) {
     return calibrated_centres<FloatCache>(model_, texts, executor_);
   }
@@ -327,33 +346,59 @@ TEST_F(PromptReaderTest, ScoresAsTheMethodsDoHoweverThePromptIsCut) {
       }
     }
 
-    // Expected Attention and TriAttention, in layer 0: moments of plain queries from the sinks on.
+    // Expected Attention and TriAttention: moments of queries turned back, from the sinks on.
     headwise::StoredRows rows;
-    for (int head = 0; head < 2; ++head) {
-      std::vector<headwise::QueryMoments> moments;
-      for (int query_head = 2 * head; query_head < 2 * head + 2; ++query_head) {
-        headwise::QueryMoments& of_head = moments.emplace_back(16);
-        for (std::size_t i = 4; i < 90; ++i) {
-          const std::vector<double> q = plain_query(prompt[i], query_head);
-          const std::vector<float> row(q.begin(), q.end());
-          of_head.add(headwise::RowView::dense(row.data(), 1, 16));
+    for (int layer = 0; layer < 3; ++layer) {
+      for (int head = 0; head < 2; ++head) {
+        std::vector<headwise::QueryMoments> moments;
+        for (int query_head = 2 * head; query_head < 2 * head + 2; ++query_head) {
+          headwise::QueryMoments& of_head = moments.emplace_back(16);
+          for (std::size_t i = 4; i < 90; ++i) {
+            const auto row = turned_back(of, static_cast<std::size_t>(layer), i, query_head);
+            of_head.add(headwise::RowView::dense(row.data(), 1, 16));
+          }
         }
-      }
-      rows.read(cache.stored(read.started.sequence, 0, head));
-      const auto stored = cache.stored_positions(read.started.sequence, 0, head);
-      TokenScores expected(90);
-      headwise::expected_attention::add_head({.rope = {.theta = 1000.0}}, moments, rows.keys(),
-                                             rows.values(), stored, expected);
-      headwise::tri_attention::add_head(
-          {.recent = 3, .rope = {.theta = 1000.0}},
-          std::span(calibrated).subspan(static_cast<std::size_t>(2 * head), 2), rows.keys(), stored,
-          expected);
-      for (std::size_t j = 0; j < 90; ++j) {
-        EXPECT_NEAR(read.scores.expected_attention[0].scores(head)[j], expected.scores(0)[j], 1e-5);
-        EXPECT_NEAR(read.scores.tri_attention[0].scores(head)[j], expected.scores(1)[j], 1e-5);
+        rows.read(cache.stored(read.started.sequence, layer, head));
+        const auto stored = cache.stored_positions(read.started.sequence, layer, head);
+        TokenScores expected(90);
+        headwise::expected_attention::add_head({.rope = {.theta = 1000.0}}, moments, rows.keys(),
+                                               rows.values(), stored, expected);
+        const auto first_centre = static_cast<std::size_t>(4 * layer + 2 * head);
+        headwise::tri_attention::add_head({.recent = 3, .rope = {.theta = 1000.0}},
+                                          std::span(calibrated).subspan(first_centre, 2),
+                                          rows.keys(), stored, expected);
+        const auto in_layer = static_cast<std::size_t>(layer);
+        for (std::size_t j = 0; j < 90; ++j) {
+          EXPECT_NEAR(read.scores.expected_attention[in_layer].scores(head)[j],
+                      expected.scores(0)[j], 1e-5);
+          EXPECT_NEAR(read.scores.tri_attention[in_layer].scores(head)[j], expected.scores(1)[j],
+                      1e-4);
+        }
       }
     }
   }
+}
+
+TEST_F(PromptReaderTest, KeepsTheQuestionFromKvZipAlone) {
+  std::vector<Token> prompt = random_prompt(60);
+  const SelectionPolicies policies(model_.config.rope_theta);
+  const QueryCentres calibrated = centres({{random_prompt(40), 3, 3}});
+  constexpr std::int64_t kLongest = 60 + kRepeated + kCue;
+  FloatCache cache(model_.config.shape(), plan_, {.max_sequences = 3, .max_context = kLongest});
+  Decoder<FloatCache, SelectionExecutor> decoder(model_, kLongest, executor_);
+  PromptReader<FloatCache, SelectionExecutor> reader(model_.config, plan_, policies, calibrated,
+                                                     decoder, cache, executor_);
+  const ScoredPrompt one = reader.read(prompt, 512);
+  prompt[59] = prompt[59] == 20 ? 21 : 20;
+  const ScoredPrompt other = reader.read(prompt, 512);
+  const auto scores = [](const std::vector<TokenScores>& group, std::int64_t head) {
+    const auto all = group.back().scores(head);
+    return std::vector<float>(all.begin(), all.begin() + 57);
+  };
+  EXPECT_EQ(scores(one.scores.kv_zip, 5), scores(other.scores.kv_zip, 5));
+  EXPECT_NE(scores(one.scores.snap_kv, 1), scores(other.scores.snap_kv, 1));
+  EXPECT_NE(scores(one.scores.expected_attention, 1), scores(other.scores.expected_attention, 1));
+  EXPECT_EQ(scores(one.scores.tri_attention, 1), scores(other.scores.tri_attention, 1));
 }
 
 TEST_F(PromptReaderTest, RepeatsTheContextAndNotesWhatIsLookedAt) {
