@@ -48,8 +48,8 @@ inline constexpr int kPublishedPool = 7;
 
 /// Where the methods stand, with the papers' knobs.
 struct SelectionPolicies {
-  /// As in the papers' comparisons: with the released code's window of 32 PyramidKV has no pyramid
-  /// below 640 tokens a head, which a quarter of these prompts is.
+  /// As in the papers' comparisons. The released code's window of 32 leaves PyramidKV no pyramid
+  /// below 640 tokens a head; a quarter of these prompts is 500.
   headwise::snap_kv::Policy snap_kv{
       .window = 8, .kernel = kPublishedPool, .pool = headwise::snap_kv::Pool::kMax};
   headwise::ada_kv::Policy ada_kv = {};
