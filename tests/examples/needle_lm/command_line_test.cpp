@@ -170,6 +170,17 @@ TEST_F(CommandLineTest, RefusesWrongUsage) {
   EXPECT_THAT(refusal(evaluate_command("--compensation")), HasSubstr("--compensation belongs to"));
 }
 
+TEST_F(CommandLineTest, RefusesSelectionsThatCannotBe) {
+  EXPECT_THAT(refusal("demo --selection --documents 2 --device cuda"),
+              HasSubstr("--selection needs --device cpu, not cuda"));
+  EXPECT_THAT(refusal("demo --selection --documents 129"),
+              HasSubstr("--selection takes at most 128 documents of task passkey, got 129"));
+  EXPECT_THAT(refusal("demo --selection --pool 8"), HasSubstr("--pool 8: expected an odd number"));
+  EXPECT_THAT(refusal("demo --selection --pool 0"), HasSubstr("--pool 0: expected an integer"));
+  EXPECT_THAT(refusal("demo --pool 7"), HasSubstr("--pool belongs to --selection"));
+  EXPECT_THAT(refusal(evaluate_command("--selection")), HasSubstr("unknown option --selection"));
+}
+
 TEST_F(CommandLineTest, IdentifiesHeadsIntoAScoreFile) {
   const std::string common = "identify --model " + model_ + " --data " + folder_.file("documents") +
                              " --documents 1 --out " + folder_.file("found.tsv");
