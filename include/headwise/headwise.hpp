@@ -45,6 +45,7 @@
 #include "headwise/policies/lazy_eviction.hpp"
 #include "headwise/policies/locret.hpp"
 #include "headwise/policies/measured_cost.hpp"
+#include "headwise/policies/multi_passkey.hpp"
 #include "headwise/policies/on_the_fly.hpp"
 #include "headwise/policies/pinned.hpp"
 #include "headwise/policies/plphp.hpp"
