@@ -22,6 +22,7 @@
 #include "files.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/executor.hpp"
+#include "headwise/heads/token_counts.hpp"
 #include "headwise/heads/tsv.hpp"
 #include "identify.hpp"
 #include "logits.hpp"
@@ -248,8 +249,8 @@ class SelectionRows {
  public:
   static constexpr std::array kShares{0.5, 0.25, 0.1};
 
-  /// @throws ConfigError for a device, documents that centres are calibrated on, or a model whose
-  ///   positions do not reach as far as KVzip's pass.
+  /// @throws ConfigError for a device, documents that centres are calibrated on, prompts that are
+  ///   too short, or a model whose positions do not reach as far as KVzip's pass.
   SelectionRows(const Arguments& arguments, const Tasks& tasks, const ModelConfig& config)
       : policies_(config.rope_theta,
                   static_cast<int>(arguments.integer("--pool", kPublishedPool, 1, 4095))),
@@ -271,6 +272,7 @@ class SelectionRows {
             "--selection takes at most ", unseen, " documents of task ", task->name, ", got ",
             task->documents.size(), ": TriAttention is calibrated on the others");
       }
+      for (const Document& document : task->documents) require_prompt(document);
     }
     require_context(max_selection_context(tasks), config);
     texts_ = centre_texts(file, config);
@@ -306,6 +308,17 @@ class SelectionRows {
   }
 
  private:
+  /// At the smallest share a head keeps SnapKV's window, the most that a method protects.
+  void require_prompt(const Document& document) const {
+    const auto length = static_cast<std::int64_t>(document.prompt_length);
+    const std::int64_t kept = headwise::tokens_left(length, 1.0 - kShares.back());
+    if (kept < policies_.snap_kv.window) {
+      headwise::fail<headwise::ConfigError>("--selection: 10 % of a prompt of ", length,
+                                            " tokens are ", kept, ", SnapKV's window has ",
+                                            policies_.snap_kv.window);
+    }
+  }
+
   SelectionPolicies policies_;
   std::vector<Selection> selections_;
   std::vector<Document> texts_;
