@@ -73,5 +73,7 @@ extern template cudaError_t prepare_prefill<f16, HeadDims<64>, ShapedSoftmax>(in
 HEADWISE_SOFTMAX_KERNELS(extern template, bf16, ShapedDims<bf16>, ShapedSoftmax);
 HEADWISE_SOFTMAX_KERNELS(extern template, f16, SinkDims<f16>, SinkSoftmax);
 HEADWISE_SOFTMAX_KERNELS(extern template, bf16, SinkDims<bf16>, SinkSoftmax);
+HEADWISE_SOFTMAX_KERNELS(extern template, f16, ShapedDims<f16>, CompensatedSoftmax);
+HEADWISE_SOFTMAX_KERNELS(extern template, bf16, ShapedDims<bf16>, CompensatedSoftmax);
 
 }  // namespace headwise::inline v0::cuda

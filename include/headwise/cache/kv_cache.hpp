@@ -420,6 +420,12 @@ class KvCache {
   void send_copies(StepStatus& copied, Stream stream) {
     if (copied == StepStatus::kOk && !copies_.empty()) copied = place_.copy_pages(copies_, stream);
     copies_.clear();
+    if constexpr (!Place::kOnHost) {
+      if (copied == StepStatus::kOk && !books_.sums_copies().empty()) {
+        copied = place_.copy_sums(books_.sums_copies(), stream);
+      }
+      books_.clear_sums_copies();
+    }
   }
 
   const HeadClass& class_of(const HeadGeometry& head) const {
