@@ -6,9 +6,11 @@
 // f16, width 128, one token a sequence or as many as the row's name says; the layers of one cache
 // are the rotating buffers, 512 MiB of K and V or more (8.5 x the L2 cache of an H200). Pages are
 // those of prompts in one chunk; the rows named "interleaved" grew by a page at a time, all heads
-// in turn. All rows use one allocation, made first, as an engine makes its own: in one that follows
-// the freeing of another of gigabytes, some rows of many heads take 12 % longer, from one run to
-// the next (bench/results).
+// in turn. Those that end in /sinks, /cap or /growing have more than a scale in their softmax, and
+// other kernels: learned sinks, a soft-cap, or streaming heads that keep a compensation row beside
+// as large a window. All rows use one allocation, made first, as an engine makes its own: in one
+// that follows the freeing of another of gigabytes, some rows of many heads take 12 % longer, from
+// one run to the next (bench/results).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -27,6 +29,9 @@ namespace {
 constexpr int kDim = 128;
 using Dims = cuda::HeadDims<kDim>;
 
+enum class Softmax { kPlain, kSinks, kCap, kGrowing };
+constexpr const char* kSoftmaxNames[] = {"", "/sinks", "/cap", "/growing"};
+
 struct Row {
   int num_qo_heads;
   int num_kv_heads;
@@ -36,6 +41,7 @@ struct Row {
   bool dense;
   bool interleaved;
   std::int64_t tokens = 1;  ///< of each sequence's step
+  Softmax softmax = Softmax::kPlain;
 };
 
 /// Equal layers that keep what the row says: as many as make the rotating buffers.
@@ -43,13 +49,14 @@ struct Layers {
   explicit Layers(const Row& row)
       : bytes(bytes_of(row)),
         count(std::max(2, static_cast<int>(std::ceil(512.0 * (1 << 20) / bytes)))),
-        shape(ModelShape::uniform(count, row.num_qo_heads, row.num_kv_heads, kDim)),
+        shape(std::vector<LayerShape>(static_cast<std::size_t>(count), layer_of(row))),
         plan(shape) {
     for (int l = 0; l < count; ++l) {
       for (int h = 0; h < row.num_kv_heads; ++h) {
-        if (streams(row, h)) plan.set(l, h, KeepWindow{row.window});
+        if (streams(row, h)) plan.set(l, h, budget_of(row));
       }
     }
+    if (row.softmax == Softmax::kGrowing) options.prefill = PrefillMode::kChunkCausal;
     options.max_sequences = row.batch;
     options.max_context = row.length;
     options.max_rollback = row.tokens - 1;  // as a speculating engine has it
@@ -66,6 +73,20 @@ struct Layers {
   static bool streams(const Row& row, int head) {
     return !row.dense && head >= (row.num_kv_heads + 1) / 2;
   }
+  static LayerShape layer_of(const Row& row) {
+    LayerShape layer{row.num_kv_heads, row.num_qo_heads / row.num_kv_heads, kDim, kDim};
+    if (row.softmax == Softmax::kCap) layer.softmax.soft_cap = 50.0F;
+    if (row.softmax == Softmax::kSinks) {
+      layer.softmax.sinks.assign(static_cast<std::size_t>(row.num_qo_heads), 0.5F);
+    }
+    return layer;
+  }
+  static HeadBudget budget_of(const Row& row) {
+    if (row.softmax != Softmax::kGrowing) return KeepWindow{row.window};
+    return KeepGrowingWindow{.sink = row.window.sink,
+                             .min_recent = row.window.recent,
+                             .divisor = row.length};  // it does not grow
+  }
   std::size_t page_bytes() const {
     return CacheGeometry(shape, plan, options, &PlainRows<f16>::page_bytes).pool_bytes();
   }
@@ -78,13 +99,14 @@ struct Layers {
 };
 
 /// A cache at the row's length, and its attention.
+template <class Kind>
 class Decoder {
  public:
   /// @param pages  Layers::page_bytes() or more
   Decoder(const Row& row, std::byte* pages) : row_(row), layers_(row) {
     layers_.options.page_memory = {pages, layers_.page_bytes()};
     cache_ = std::make_unique<cuda::DeviceCache<f16>>(layers_.shape, layers_.plan, layers_.options);
-    attention_ = std::make_unique<cuda::DeviceAttention<f16, Dims>>(*cache_);
+    attention_ = std::make_unique<Attention>(*cache_);
     const std::size_t elements =
         static_cast<std::size_t>(row.batch * row.tokens * row.num_qo_heads) * kDim;
     q_ = cuda::DeviceMemory(elements * 2);
@@ -139,6 +161,8 @@ class Decoder {
   }
 
  private:
+  using Attention = cuda::DeviceAttention<f16, Dims, f16, Kind>;
+
   cudaError_t plan() {
     const auto& launches = attention_->launches();
     const cuda::DeviceStep step = cache_->place().step();
@@ -170,7 +194,7 @@ class Decoder {
   Layers layers_;
   cuda::DeviceMemory q_, out_;
   std::unique_ptr<cuda::DeviceCache<f16>> cache_;
-  std::unique_ptr<cuda::DeviceAttention<f16, Dims>> attention_;
+  std::unique_ptr<Attention> attention_;
   cudaStream_t stream_ = nullptr;
   Step step_;
 };
@@ -194,11 +218,13 @@ std::string name_of(const Row& row) {
                           std::to_string(row.window.recent);
   if (row.interleaved) name += "/interleaved";
   if (row.tokens > 1) name += "/tokens=" + std::to_string(row.tokens);
+  name += kSoftmaxNames[static_cast<int>(row.softmax)];
   return name;
 }
 
-Result measure(const Row& row, std::byte* pages, int num_sms) {
-  Decoder decoder(row, pages);
+template <class Kind>
+Result measure_as(const Row& row, std::byte* pages, int num_sms) {
+  Decoder<Kind> decoder(row, pages);
   Result result;
   result.name = name_of(row);
   result.us = decoder.microseconds_a_layer();
@@ -208,6 +234,20 @@ Result measure(const Row& row, std::byte* pages, int num_sms) {
   result.floor = read_floor(decoder.stream(), pages, decoder.layers().page_bytes(),
                             static_cast<std::size_t>(result.bytes), num_sms);
   return result;
+}
+
+Result measure(const Row& row, std::byte* pages, int num_sms) {
+  switch (row.softmax) {
+    case Softmax::kSinks:
+      return measure_as<cuda::SinkSoftmax>(row, pages, num_sms);
+    case Softmax::kCap:
+      return measure_as<cuda::ShapedSoftmax>(row, pages, num_sms);
+    case Softmax::kGrowing:
+      return measure_as<cuda::CompensatedSoftmax>(row, pages, num_sms);
+    case Softmax::kPlain:
+      break;
+  }
+  return measure_as<cuda::PlainSoftmax>(row, pages, num_sms);
 }
 
 /// 1 / ((1 - s) + s W / L): what half of the heads streaming would give if time were bytes.
@@ -276,6 +316,12 @@ std::vector<Row> all_rows() {
     }
     rows.push_back({32, 8, 16, 16384, wide, dense, false, 4});
   }
+  for (const std::int64_t tokens : {1, 4}) {
+    for (const Softmax softmax :
+         {Softmax::kPlain, Softmax::kSinks, Softmax::kCap, Softmax::kGrowing}) {
+      rows.push_back({32, 8, 16, 65536, wide, false, false, tokens, softmax});
+    }
+  }
   return rows;
 }
 
@@ -298,6 +344,7 @@ int run(const char* path, const std::string& wanted) {
     Row dense = row;
     dense.dense = true;
     dense.interleaved = false;
+    dense.softmax = Softmax::kPlain;
     if (row.dense) dense_us[name_of(dense)] = result.us;
     const auto found = dense_us.find(name_of(dense));
     if (found != dense_us.end()) result.dense_us = found->second;

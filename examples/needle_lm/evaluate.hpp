@@ -73,8 +73,16 @@ struct Tasks {
 
 namespace detail {
 
+/// @throws std::logic_error when headwise::estimate said anything else than the cache.
+inline void require_estimated(std::size_t held, std::size_t estimated_bytes) {
+  if (held != estimated_bytes) {
+    throw std::logic_error("the cache holds " + std::to_string(held) + " bytes, estimated were " +
+                           std::to_string(estimated_bytes));
+  }
+}
+
 /// Page bytes that a sequence of kMeasuredTokens really holds in the cache.
-/// @throws std::logic_error when headwise::estimate said anything else.
+/// @throws std::logic_error as require_estimated().
 template <class Cache, headwise::Executor E>
 std::size_t measure_kv_bytes(Decoder<Cache, E>& decoder, Cache& cache, std::size_t chunk,
                              std::size_t estimated_bytes) {
@@ -83,22 +91,17 @@ std::size_t measure_kv_bytes(Decoder<Cache, E>& decoder, Cache& cache, std::size
   prefill(decoder, cache, sequence.value(), std::span(tokens), chunk);
   const std::size_t held = cache.held_bytes(*sequence);
   cache.release(*sequence);
-  if (held != estimated_bytes) {
-    throw std::logic_error("the cache holds " + std::to_string(held) + " bytes, estimated were " +
-                           std::to_string(estimated_bytes));
-  }
+  require_estimated(held, estimated_bytes);
   return held;
 }
 
-template <class Cache, headwise::Executor E, class OnFinished>
-std::vector<std::vector<Token>> answer(Decoder<Cache, E>& decoder, Cache& cache, const Task& task,
-                                       std::size_t chunk, DecodeTime& time,
-                                       OnFinished on_finished) {
+/// What is asked of a task's documents.
+inline std::vector<Request> requests_of(const Task& task) {
   std::vector<Request> requests;
   for (const Document& document : task.documents) {
     requests.push_back({document.prompt(), task.stop, document.answer_length + kOverlength});
   }
-  return generate(decoder, cache, requests, chunk, time, on_finished);
+  return requests;
 }
 
 /// Documents of a task whose output the judge accepts.
@@ -109,6 +112,29 @@ std::size_t count(const std::vector<std::vector<Token>>& outputs, const Task& ta
     if (judge(outputs[i], task.documents[i])) ++accepted;
   }
   return accepted;
+}
+
+/// Outputs of both tasks, a document each.
+struct Outputs {
+  std::vector<std::vector<Token>> passkeys;
+  std::vector<std::vector<Token>> thoughts;
+};
+
+/// Fills in what outputs say of a plan.
+inline void judge(const Tasks& tasks, const Outputs& outputs, const DecodeTime& time,
+                  Result& result) {
+  const auto& [passkeys, thoughts] = outputs;
+  if (time.tokens > 0) result.tokens_per_s = static_cast<double>(time.tokens) / time.seconds;
+  result.num_documents = thoughts.size();
+  result.passkey_exact = count(passkeys, tasks.passkey, is_exact);
+  result.cot_exact = count(thoughts, tasks.cot, is_exact);
+  result.answer_exact = count(thoughts, tasks.cot, has_right_value);
+  result.passkey_output = passkeys.front();
+  result.cot_output = thoughts.front();
+  for (const auto& output : thoughts) {
+    result.mean_output_tokens +=
+        static_cast<double>(output.size()) / static_cast<double>(thoughts.size());
+  }
 }
 
 }  // namespace detail
@@ -138,19 +164,13 @@ Result evaluate(const Model& model, const Tasks& tasks, const NamedPlan& named,
                     static_cast<double>(estimated(headwise::HeadPlan(shape)));
 
   DecodeTime time;
-  const auto passkeys = detail::answer(decoder, cache, tasks.passkey, run.chunk, time, on_finished);
-  const auto thoughts = detail::answer(decoder, cache, tasks.cot, run.chunk, time, on_finished);
-  if (time.tokens > 0) result.tokens_per_s = static_cast<double>(time.tokens) / time.seconds;
-  result.num_documents = thoughts.size();
-  result.passkey_exact = detail::count(passkeys, tasks.passkey, is_exact);
-  result.cot_exact = detail::count(thoughts, tasks.cot, is_exact);
-  result.answer_exact = detail::count(thoughts, tasks.cot, has_right_value);
-  result.passkey_output = passkeys.front();
-  result.cot_output = thoughts.front();
-  for (const auto& output : thoughts) {
-    result.mean_output_tokens +=
-        static_cast<double>(output.size()) / static_cast<double>(thoughts.size());
-  }
+  const auto answer = [&](const Task& task) {
+    return generate(decoder, cache, detail::requests_of(task), run.chunk, time, on_finished);
+  };
+  detail::Outputs outputs;
+  outputs.passkeys = answer(tasks.passkey);
+  outputs.thoughts = answer(tasks.cot);
+  detail::judge(tasks, outputs, time, result);
   return result;
 }
 

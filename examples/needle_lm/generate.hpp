@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -51,14 +52,30 @@ inline Token likeliest(const Matrix& logits, Eigen::Index column) {
   return static_cast<Token>(best);
 }
 
-/// Answers all requests, as many at a time as the cache has sequences: a request that has finished
+/// Appends a prompt as prefill() does.
+/// @return the likeliest token after it.
+template <class Cache, headwise::Executor E>
+Token read_prompt(Decoder<Cache, E>& decoder, Cache& cache, headwise::SequenceId sequence,
+                  std::span<const Token> prompt, std::size_t chunk) {
+  const std::size_t count = prefill(decoder, cache, sequence, prompt, chunk);
+  return likeliest(decoder.logits(static_cast<Eigen::Index>(count) - 1, 1), 0);
+}
+
+/// A sequence that has read a request's prompt, and the likeliest token after it.
+struct Started {
+  headwise::SequenceId sequence;
+  Token first{};
+};
+
+/// Answers all requests, as many at a time as `start` has room for: a request that has finished
 /// makes room for the next one, and its pages serve the others at once.
-/// @param on_finished  called after each request.
+/// @param start  start(i): request i's prompt, read; nothing where there is no room now.
+/// @param on_finished  called after each request, whose sequence is released.
 /// @return one output a request, in their order.
-template <class Cache, headwise::Executor E, class OnFinished>
-std::vector<std::vector<Token>> generate(Decoder<Cache, E>& decoder, Cache& cache,
-                                         std::span<const Request> requests, std::size_t chunk,
-                                         DecodeTime& time, OnFinished on_finished) {
+template <class Cache, headwise::Executor E, class Start, class OnFinished>
+std::vector<std::vector<Token>> generate_from(Decoder<Cache, E>& decoder, Cache& cache,
+                                              std::span<const Request> requests, DecodeTime& time,
+                                              Start start, OnFinished on_finished) {
   struct Running {
     headwise::SequenceId sequence;
     std::size_t request;
@@ -67,13 +84,6 @@ std::vector<std::vector<Token>> generate(Decoder<Cache, E>& decoder, Cache& cach
   std::vector<Running> running;
   std::size_t num_started = 0;
 
-  const auto start_next = [&](headwise::SequenceId sequence) {
-    const Request& request = requests[num_started];
-    const std::size_t count = prefill(decoder, cache, sequence, request.prompt, chunk);
-    const Matrix logits = decoder.logits(static_cast<Eigen::Index>(count) - 1, 1);
-    outputs[num_started].push_back(likeliest(logits, 0));
-    running.push_back({sequence, num_started++});
-  };
   const auto release_if_finished = [&](const Running& run) {
     const Request& request = requests[run.request];
     const std::vector<Token>& output = outputs[run.request];
@@ -95,18 +105,32 @@ std::vector<std::vector<Token>> generate(Decoder<Cache, E>& decoder, Cache& cach
 
   while (num_started < requests.size() || !running.empty()) {
     while (num_started < requests.size()) {
-      const auto sequence = cache.add_sequence();
-      if (!sequence) break;
-      start_next(*sequence);
+      const std::optional<Started> next = start(num_started);
+      if (!next) break;
+      outputs[num_started].push_back(next->first);
+      running.push_back({next->sequence, num_started++});
     }
     std::erase_if(running, release_if_finished);
     if (running.empty()) continue;
-    const auto start = std::chrono::steady_clock::now();
+    const auto begin = std::chrono::steady_clock::now();
     decode_one_token_each();
-    time.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    time.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     time.tokens += static_cast<std::int64_t>(running.size());
   }
   return outputs;
+}
+
+/// The same, each prompt read by a sequence of its own.
+template <class Cache, headwise::Executor E, class OnFinished>
+std::vector<std::vector<Token>> generate(Decoder<Cache, E>& decoder, Cache& cache,
+                                         std::span<const Request> requests, std::size_t chunk,
+                                         DecodeTime& time, OnFinished on_finished) {
+  const auto start = [&](std::size_t i) -> std::optional<Started> {
+    const auto sequence = cache.add_sequence();
+    if (!sequence) return std::nullopt;
+    return Started{*sequence, read_prompt(decoder, cache, *sequence, requests[i].prompt, chunk)};
+  };
+  return generate_from(decoder, cache, requests, time, start, on_finished);
 }
 
 }  // namespace needle_lm

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // needle_lm: a trained model answers from head-aware KV caches.
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -10,19 +11,23 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <type_traits>
 #include <unsupported/Eigen/CXX11/ThreadPool>
 #include <vector>
 
 #include "arguments.hpp"
 #include "cuda_cache.hpp"
 #include "evaluate.hpp"
+#include "evaluate_selections.hpp"
 #include "files.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/executor.hpp"
+#include "headwise/heads/token_counts.hpp"
 #include "headwise/heads/tsv.hpp"
 #include "identify.hpp"
 #include "logits.hpp"
 #include "plans.hpp"
+#include "prompt_reader.hpp"
 #include "report.hpp"
 #include "tasks.hpp"
 #include "weights.hpp"
@@ -31,8 +36,11 @@ namespace needle_lm {
 namespace {
 
 constexpr const char* kUsage = R"(usage:
-  needle_lm demo [--documents N] [--csv OUT]
+  needle_lm demo [--documents N] [--csv OUT] [--selection]
       every policy over held-out documents, as a table
+      --selection   also methods that select a prompt's tokens, at 50, 25 and 10 % of
+                    them, alone and on the heads that RLKV keeps   (cpu)
+      --pool N      of these, SnapKV's pooling: neighbours that stay together, odd   (7)
   needle_lm evaluate --csv OUT [plan] [--documents N] [--batch B] [--data D.safetensors]
       one plan over held-out documents of 2048 tokens, generating greedily
   needle_lm logits --tokens IDS.txt --out OUT.tsv [plan] [--prompt N]
@@ -174,11 +182,10 @@ Tasks load_tasks(const Arguments& arguments, const ModelConfig& config) {
   return tasks;
 }
 
-/// Runs the plans one after the other and prints the table.
+/// Runs the plans one after the other.
 std::vector<Result> evaluate_all(Engine& engine, const Tasks& tasks, const RunOptions& run,
-                                 const std::vector<NamedPlan>& plans, const Arguments& arguments) {
-  const std::size_t num_documents = tasks.passkey.documents.size() + tasks.cot.documents.size();
-  Progress progress(plans.size() * num_documents);
+                                 const std::vector<NamedPlan>& plans, const Arguments& arguments,
+                                 Progress& progress) {
   std::vector<Result> results;
   for (const NamedPlan& plan : plans) {
     progress.start(plan.title);
@@ -188,15 +195,26 @@ std::vector<Result> evaluate_all(Engine& engine, const Tasks& tasks, const RunOp
     }));
     progress.finish_plan();
   }
+  return results;
+}
+
+/// The table, what it means, and how it was made.
+void print_report(const Engine& engine, const Tasks& tasks, const RunOptions& run,
+                  const std::vector<Result>& results, const Arguments& arguments) {
   print_table(results, stdout);
   print_legend(tasks, stdout);
+  if (arguments.has("--selection")) print_selection_legend(stdout);
   print_questions(tasks, results, stdout);
   std::printf(
       "\n%zu documents a task, %zu at a time, %s prefill, %s rows;\ndevice %s, %d threads.\n",
       tasks.cot.documents.size(), run.batch, arguments.text("--prefill", "windowed").c_str(),
       arguments.text("--rows", "f16").c_str(), arguments.text("--device", "cpu").c_str(),
       engine.num_threads);
-  return results;
+}
+
+/// Documents that both tasks have.
+std::size_t documents_of(const Tasks& tasks) {
+  return tasks.passkey.documents.size() + tasks.cot.documents.size();
 }
 
 /// The table's rows: each policy at 50 % and at 33 % retrieval heads, all with the same window.
@@ -227,14 +245,103 @@ std::vector<NamedPlan> demo_plans(const headwise::ModelShape& shape) {
   return plans;
 }
 
+/// What --selection adds to the table: a document is read once for all selections of a plan.
+class SelectionRows {
+ public:
+  static constexpr std::array kShares{0.5, 0.25, 0.1};
+
+  /// @throws ConfigError for a device, documents that centres are calibrated on, prompts that are
+  ///   too short, or a model whose positions do not reach as far as KVzip's pass.
+  SelectionRows(const Arguments& arguments, const Tasks& tasks, const ModelConfig& config)
+      : policies_(config.rope_theta,
+                  static_cast<int>(arguments.integer("--pool", kPublishedPool, 1, 4095))),
+        selections_(all_selections(kShares)) {
+    if (arguments.text("--device", "cpu") != "cpu") {
+      headwise::fail<headwise::ConfigError>("--selection needs --device cpu, not ",
+                                            arguments.text("--device", "cpu"),
+                                            ": scores are made of a host's rows");
+    }
+    if (policies_.snap_kv.kernel % 2 == 0) {
+      headwise::fail<headwise::ConfigError>("--pool ", policies_.snap_kv.kernel,
+                                            ": expected an odd number");
+    }
+    const SafeTensors file(arguments.text("--data", in_example("data/documents.safetensors")));
+    for (const Task* task : {&tasks.passkey, &tasks.cot}) {
+      const std::size_t unseen = num_documents(file, task->name) / 2;
+      if (task->documents.size() > unseen) {
+        headwise::fail<headwise::ConfigError>(
+            "--selection takes at most ", unseen, " documents of task ", task->name, ", got ",
+            task->documents.size(), ": TriAttention is calibrated on the others");
+      }
+      for (const Document& document : task->documents) require_prompt(document);
+    }
+    require_context(max_selection_context(tasks), config);
+    texts_ = centre_texts(file, config);
+  }
+
+  /// Alone, and on the heads that RLKV keeps at 50 %.
+  std::vector<NamedPlan> plans(const headwise::ModelShape& shape) const {
+    return {{"", "", headwise::HeadPlan(shape)},
+            {"rlkv", "RLKV",
+             make_plan({.policy = "rlkv", .heads = in_example("heads/rlkv.tsv")}, shape)}};
+  }
+
+  std::size_t num_rows() const { return 2 * selections_.size(); }
+
+  /// Adds their rows.
+  void evaluate(Engine& engine, const Tasks& tasks, const RunOptions& run,
+                const Arguments& arguments, Progress& progress,
+                std::vector<Result>& results) const {
+    with_cache(arguments, "f16", [&]<class Row, class Cache>() {
+      if constexpr (std::is_same_v<Cache, headwise::KvCache<Row>>) {
+        const QueryCentres centres =
+            calibrated_centres<Cache>(engine.model, texts_, engine.executor);
+        for (const NamedPlan& plan : plans(engine.model.config.shape())) {
+          progress.start(plan.title + (plan.title.empty() ? "selections" : " + selections"));
+          const auto rows =
+              evaluate_selections<Row>(engine.model, tasks, plan, policies_, selections_, centres,
+                                       run, engine.executor, [&] { progress.step(); });
+          results.insert(results.end(), rows.begin(), rows.end());
+          progress.finish_plan();
+        }
+      }
+    });
+  }
+
+ private:
+  /// At the smallest share a head keeps SnapKV's window, the most that a method protects.
+  void require_prompt(const Document& document) const {
+    const auto length = static_cast<std::int64_t>(document.prompt_length);
+    const std::int64_t kept = headwise::tokens_left(length, 1.0 - kShares.back());
+    if (kept < policies_.snap_kv.window) {
+      headwise::fail<headwise::ConfigError>("--selection: 10 % of a prompt of ", length,
+                                            " tokens are ", kept, ", SnapKV's window has ",
+                                            policies_.snap_kv.window);
+    }
+  }
+
+  SelectionPolicies policies_;
+  std::vector<Selection> selections_;
+  std::vector<Document> texts_;
+};
+
 void run_demo(const Arguments& arguments) {
   Engine engine(arguments);
   const RunOptions run = run_options(arguments);
   const Tasks tasks = load_tasks(arguments, engine.model.config);
   const std::vector<NamedPlan> plans = demo_plans(engine.model.config.shape());
+  std::optional<SelectionRows> selections;
+  if (arguments.has("--selection")) selections.emplace(arguments, tasks, engine.model.config);
+  if (arguments.has("--pool") && !selections) {
+    headwise::fail<headwise::ConfigError>("--pool belongs to --selection");
+  }
   std::optional<OutputFile> csv;
   if (arguments.has("--csv")) csv.emplace(arguments.required_text("--csv"));
-  const std::vector<Result> results = evaluate_all(engine, tasks, run, plans, arguments);
+  const std::size_t num_rows = plans.size() + (selections ? selections->num_rows() : 0);
+  Progress progress(num_rows * documents_of(tasks));
+  std::vector<Result> results = evaluate_all(engine, tasks, run, plans, arguments, progress);
+  if (selections) selections->evaluate(engine, tasks, run, arguments, progress, results);
+  print_report(engine, tasks, run, results, arguments);
   if (csv) {
     write_csv(csv->stream(), results);
     csv->finish();
@@ -249,7 +356,10 @@ void run_evaluate(const Arguments& arguments) {
   const Tasks tasks = load_tasks(arguments, engine.model.config);
   const NamedPlan plan{options.policy, options.policy,
                        make_plan(options, engine.model.config.shape())};
-  write_csv(csv.stream(), evaluate_all(engine, tasks, run, {plan}, arguments));
+  Progress progress(documents_of(tasks));
+  const auto results = evaluate_all(engine, tasks, run, {plan}, arguments, progress);
+  print_report(engine, tasks, run, results, arguments);
+  write_csv(csv.stream(), results);
   csv.finish();
 }
 
@@ -369,7 +479,8 @@ int run(std::span<const char* const> words) {
   const std::vector<std::string_view> flags{"--compensation"};
   const auto options = words.empty() ? words : words.subspan(1);
   if (command == "demo") {
-    run_demo(Arguments(options, kCommonOptions + tasks));
+    run_demo(Arguments(options, kCommonOptions + tasks + std::vector<std::string_view>{"--pool"},
+                       {"--selection"}));
   } else if (command == "evaluate") {
     run_evaluate(Arguments(options, kCommonOptions + kPlanOptions + tasks, flags));
   } else if (command == "logits") {

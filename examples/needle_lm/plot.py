@@ -8,6 +8,7 @@
 writes, beside the CSV,
 
     needle_lm_accuracy   accuracy against memory, a panel for each task
+    needle_lm_selection  the same for methods that select tokens, where the CSV has them (demo --selection)
     needle_lm_heads      layers x KV heads, retrieval or streaming, for each plan with scores
 
 Needs matplotlib (Debian, Ubuntu: python3-matplotlib), nothing else. The head map needs no CSV: leave it out.
@@ -21,6 +22,7 @@ import math
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,15 @@ POLICIES = {
     "razor_attention": ("RazorAttention heads", "#009E73", "D", 5.0),
     "random": ("random heads", "#555555", "x", 6.0),
     "uniform": ("all heads stream", "#CC79A7", "v", 8.0),
+}
+# Methods that select tokens, as they are in the CSV, each alone and ("rlkv_") on RLKV's heads.
+SELECTIONS = {
+    "kv_zip": ("KVzip", "#D55E00", "^", 9.0),
+    "ada_kv": ("AdaKV", "#56B4E9", "s", 8.0),
+    "snap_kv": ("SnapKV", "#0072B2", "D", 6.5),
+    "pyramid_kv": ("PyramidKV", "#009E73", "v", 6.0),
+    "expected_attention": ("Expected Attention", "#E69F00", "P", 6.0),
+    "tri_attention": ("TriAttention", "#CC79A7", "X", 5.0),
 }
 MEASURES = {
     "passkey_em": "passkey: all 13 tokens right",
@@ -75,20 +86,18 @@ def load_rows(path: Path) -> list[Row]:
                     {measure: float(row[measure]) for measure in MEASURES}) for row in table]
 
 
-def draw_accuracy(rows: list[Row]) -> Figure:
-    """Accuracy against memory: points of one policy are joined, seeds of random heads are not."""
-    by_policy: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_policy[row.policy].append(row)
+def selection_of(policy: str) -> str:
+    """The method of a row that selects tokens, "" of any other."""
+    method = policy.removeprefix("rlkv_")
+    return method if method in SELECTIONS else ""
+
+
+def draw_panels(title: str, draw: Callable[[Axes, str], None], columns: int) -> Figure:
+    """Accuracy against memory: a panel for each measure, which `draw` fills; names below in `columns`."""
     figure, panels = plt.subplots(1, len(MEASURES), figsize=(10.5, 4.2), sharey=True, layout="constrained")
-    for axes, (measure, title) in zip(panels, MEASURES.items()):
-        for policy in sorted(by_policy, key=lambda name: list(POLICIES).index(name) if name in POLICIES else 99):
-            name, colour, marker, size = POLICIES.get(policy, (policy, "#56B4E9", "P", 8.0))
-            points = sorted(by_policy[policy], key=lambda row: row.kv_share)
-            axes.plot([row.kv_share for row in points], [row.accuracy[measure] for row in points], color=colour,
-                      marker=marker, markersize=size, linewidth=1.4,
-                      linestyle="none" if policy == "random" else "-", label=name, clip_on=False, zorder=3)
-        axes.set_title(title, loc="left", fontsize=10)
+    for axes, (measure, name) in zip(panels, MEASURES.items()):
+        draw(axes, measure)
+        axes.set_title(name, loc="left", fontsize=10)
         axes.set_xlabel("K and V in memory")
         axes.set_xlim(0.0, 1.04)
         axes.set_ylim(0.0, 1.04)
@@ -101,10 +110,54 @@ def draw_accuracy(rows: list[Row]) -> Figure:
             axes.spines[side].set_visible(False)
     panels[0].set_ylabel("documents")
     handles, names = panels[0].get_legend_handles_labels()
-    figure.suptitle("needle_lm: what is still right, and what it costs", fontsize=12, x=0.01, ha="left", weight="bold")
-    figure.supxlabel(" ")  # room for the legend, which must not hide a point
-    figure.legend(handles, names, loc="lower center", ncols=len(names), fontsize=9, frameon=False)
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left", weight="bold")
+    # Room for the legend, which must not hide a point.
+    figure.supxlabel("\n" * (math.ceil(len(names) / columns) - 1) + " ")
+    figure.legend(handles, names, loc="lower center", ncols=columns, fontsize=9, frameon=False)
     return figure
+
+
+def grouped(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows of each policy, those of least memory first."""
+    by_policy: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.kv_share):
+        by_policy[row.policy].append(row)
+    return by_policy
+
+
+def draw_accuracy(rows: list[Row]) -> Figure:
+    """Plans of heads: points of one policy are joined, seeds of random heads are not."""
+    by_policy = grouped([row for row in rows if not selection_of(row.policy)])
+
+    def draw(axes: Axes, measure: str) -> None:
+        for policy in sorted(by_policy, key=lambda name: list(POLICIES).index(name) if name in POLICIES else 99):
+            name, colour, marker, size = POLICIES.get(policy, (policy, "#56B4E9", "P", 8.0))
+            points = by_policy[policy]
+            axes.plot([row.kv_share for row in points], [row.accuracy[measure] for row in points], color=colour,
+                      marker=marker, markersize=size, linewidth=1.4,
+                      linestyle="none" if policy == "random" else "-", label=name, clip_on=False, zorder=3)
+
+    return draw_panels("needle_lm: what is still right, and what it costs", draw, len(by_policy))
+
+
+def draw_selection(rows: list[Row]) -> Figure:
+    """Methods that select tokens: alone filled and joined by lines, on RLKV's heads hollow and dashed."""
+    by_policy = grouped(rows)
+
+    def draw(axes: Axes, measure: str) -> None:
+        def plot(policy: str, name: str, colour: str, marker: str, size: float, **how: str) -> None:
+            points = by_policy.get(policy, [])
+            axes.plot([row.kv_share for row in points], [row.accuracy[measure] for row in points], color=colour,
+                      marker=marker, markersize=size, linewidth=1.4, label=name, clip_on=False, zorder=3, **how)
+
+        plot("full", "full cache", "#000000", "o", 8.0, linestyle="none")
+        plot("rlkv", "RLKV", "#000000", "*", 11.0, linestyle="none")
+        for method, (name, colour, marker, size) in SELECTIONS.items():
+            plot(method, name, colour, marker, size, linestyle="-")
+        for method, (name, colour, marker, size) in SELECTIONS.items():
+            plot("rlkv_" + method, "RLKV + " + name, colour, marker, size, linestyle="--", markerfacecolor="none")
+
+    return draw_panels("needle_lm: tokens selected where the prompt ends", draw, 5)
 
 
 def load_scores(path: Path) -> Scores:
@@ -220,7 +273,10 @@ def main() -> int:
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "headwise", "font.size": 10})
     try:
         if arguments.csv:
-            save(draw_accuracy(load_rows(arguments.csv)), out / "needle_lm_accuracy")
+            rows = load_rows(arguments.csv)
+            save(draw_accuracy(rows), out / "needle_lm_accuracy")
+            if any(selection_of(row.policy) for row in rows):
+                save(draw_selection(rows), out / "needle_lm_selection")
         save(draw_head_maps(arguments.heads), out / "needle_lm_heads")
     except (OSError, ValueError) as error:
         print(f"plot.py: {error}", file=sys.stderr)

@@ -81,6 +81,18 @@ inline void print_legend(const Tasks& tasks, std::FILE* out) {
                kOverlength);
 }
 
+/// What the rows of run-time selection are.
+inline void print_selection_legend(std::FILE* out) {
+  std::fprintf(
+      out,
+      "\n"
+      "SnapKV 25%% ..  a prompt is read whole, then each KV head keeps a quarter of its\n"
+      "               tokens (the heads' mean), chosen by the method, and all that\n"
+      "               is generated. The question is read too, and always kept.\n"
+      "               \"RLKV + \": of the heads that RLKV keeps, the others stream. KV is\n"
+      "               what a prompt of that length holds once tokens were dropped\n");
+}
+
 /// The first question of each task, its answer, and what every policy made of it.
 inline void print_questions(const Tasks& tasks, const std::vector<Result>& results,
                             std::FILE* out) {

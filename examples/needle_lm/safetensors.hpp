@@ -108,8 +108,16 @@ class SafeTensors {
   void read_header(std::string_view text) {
     const auto header = headwise::parse_bounded_json(text, path_ + ": header");
     if (!header.is_object()) fail("the header is no JSON object");
+    std::size_t unread = data_.size();  // bytes that no tensor has had so far
     for (const auto& [name, entry] : header.items()) {
-      if (name != "__metadata__") tensors_.emplace(name, read_entry(name, entry));
+      if (name == "__metadata__") continue;
+      const Tensor tensor = read_entry(name, entry);
+      if (tensor.bytes.size() > unread) {  // a small file would fill the memory
+        fail(headwise::detail::excerpt(name), ": ", tensor.bytes.size(), " bytes of ", data_.size(),
+             ", of which other tensors leave ", unread);
+      }
+      unread -= tensor.bytes.size();
+      tensors_.emplace(name, tensor);
     }
   }
 

@@ -23,6 +23,7 @@ namespace needle_lm {
 inline constexpr Token kBeginOfSequence = 1;
 inline constexpr Token kEndOfSequence = 2;
 inline constexpr Token kNeedle = 4;        ///< `#`, before a key and its values
+inline constexpr Token kQuestion = 5;      ///< `?`, before what is asked for
 inline constexpr Token kEndOfNeedle = 6;   ///< `;`
 inline constexpr Token kFirstRandom = 16;  ///< random tokens of echo documents begin here
 inline constexpr Token kAnswer = 14;       ///< `ANS`, before a variable and its value
@@ -79,6 +80,15 @@ struct Task {
   Token stop{};  ///< last token of every right answer
   std::vector<Document> documents;
 };
+
+/// Tokens of the question that ends a prompt: `? key`, or `? variable THINK`; 0 where there is
+/// none.
+inline std::size_t question_length(std::span<const Token> prompt) {
+  constexpr std::size_t kLongest = 3;
+  const auto tail = prompt.last(std::min(kLongest, prompt.size()));
+  const auto mark = std::find(tail.begin(), tail.end(), kQuestion);
+  return static_cast<std::size_t>(tail.end() - mark);
+}
 
 /// Documents that a file has of a task.
 inline std::size_t num_documents(const SafeTensors& file, const std::string& name) {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
 /// @file headwise.hpp
-/// Everything for the CPU. JSON readers (heads/json.hpp) and CUDA (headwise.cuh) are included by
-/// name.
+/// Everything that running a model on the CPU takes. JSON readers (heads/json.hpp), the training of
+/// gates (attention/mixed_attention.hpp, policies/*_training.hpp) and CUDA (headwise.cuh) are
+/// included by name.
 #pragma once
 
 #include "headwise/core/config.hpp"
 
 #if __cplusplus >= 202002L  // else config.hpp has said what is wrong: once, and not once a line
 #include "headwise/attention/attend.hpp"
-#include "headwise/attention/mixed_attention.hpp"
 #include "headwise/attention/query_moments.hpp"
 #include "headwise/attention/query_window.hpp"
 #include "headwise/attention/reference.hpp"
@@ -33,10 +33,8 @@
 #include "headwise/policies/compress_kv.hpp"
 #include "headwise/policies/critical_kv.hpp"
 #include "headwise/policies/duo_attention.hpp"
-#include "headwise/policies/duo_attention_training.hpp"
 #include "headwise/policies/ems.hpp"
 #include "headwise/policies/expected_attention.hpp"
-#include "headwise/policies/gate_optimizer.hpp"
 #include "headwise/policies/h2o.hpp"
 #include "headwise/policies/head_kv.hpp"
 #include "headwise/policies/key_diff.hpp"
@@ -60,7 +58,6 @@
 #include "headwise/policies/retrieval_head.hpp"
 #include "headwise/policies/retrieval_probe.hpp"
 #include "headwise/policies/rlkv.hpp"
-#include "headwise/policies/rlkv_training.hpp"
 #include "headwise/policies/snap_kv.hpp"
 #include "headwise/policies/streaming_llm.hpp"
 #include "headwise/policies/task_kv.hpp"

@@ -3,6 +3,9 @@
 /// Definitions of headwise.h. Include it in one .cpp file of the engine, and link that.
 #pragma once
 
+#include "headwise/core/config.hpp"
+
+#if __cplusplus >= 202002L  // else config.hpp has said what is wrong, once
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -618,3 +621,4 @@ int64_t headwise_longest_chunk(headwise_cache* cache, headwise_sequence sequence
 }
 
 }  // extern "C"
+#endif

@@ -895,6 +895,31 @@ TEST(Books, TablesNeverRunOutBeforePagesWithoutForks) {
   EXPECT_GT(refused, 50);
 }
 
+TEST(Books, TablesNeverRunOutBeforePagesWithCheckpoints) {
+  for (const std::int64_t tokens : {40, 500, 3000}) {
+    SCOPED_TRACE(tokens);
+    CacheOptions options = options_of(3);
+    options.max_context = 1'000'000;
+    options.max_bytes = 400 * slab_bytes_of(options);
+    options.checkpoint_tokens = tokens;
+    ASSERT_GT(geometry_of(options).tables(true).levels.size(), 1U);
+    BooksOf own(options);
+    const SequenceId a = own.add();  // alone at first, later one of three
+    const SequenceId b = own.add();
+    const SequenceId c = own.add();
+    StepStatus status = StepStatus::kOk;
+    for (int op = 0; status == StepStatus::kOk; ++op) {
+      const SequenceId id = op < 100 ? a : op < 150 ? b : op % 2 == 0 ? a : c;
+      status = own.begin({{id, 40}});
+      if (status == StepStatus::kOk) {
+        ASSERT_EQ(own.commit(), StepStatus::kOk);
+      }
+    }
+    EXPECT_EQ(status, StepStatus::kOutOfPages) << to_string(status);
+    EXPECT_GT(own.books.length(a), 4000);
+  }
+}
+
 TEST(Books, StepsThatCameToNothingLeaveTheTablesToOthers) {
   CacheOptions options = options_of(64);
   options.max_context = 400'000;

@@ -359,6 +359,10 @@ TEST(CacheGeometry, MemoryOfTablesFollowsUseWhereThePoolCannotFillThem) {
     const CacheGeometry geometry(shape, plan, options, half_bytes);
     EXPECT_LT(metadata_bytes(geometry), std::size_t{256} << 20);
     EXPECT_GT(geometry.tables(true).levels.size(), 5U);
+    // Checkpoints are as many as the pool's tokens have, not the longest context's.
+    options.checkpoint_tokens = 100'000;
+    EXPECT_LT(metadata_bytes(CacheGeometry(shape, plan, options, half_bytes)),
+              std::size_t{256} << 20);
   }
 }
 

@@ -78,6 +78,22 @@ TEST(SlotMap, KeepsExactlyThePositionsThatNobodyOverwrote) {
   }
 }
 
+TEST(SlotMap, SaysWhichPositionsLieInARow) {
+  for (const SlotMap& map : {SlotMap{}, SlotMap{0, 0, 7}, SlotMap{0, 3, 5}, SlotMap{2, 20, 30}}) {
+    for (std::int64_t first = 0; first < 90; ++first) {
+      for (std::int64_t count = 1; count <= 40; ++count) {
+        bool in_a_row = true;
+        for (std::int64_t i = 1; i < count; ++i) {
+          in_a_row = in_a_row && map.slot({first + i}).value == map.slot({first}).value + i;
+        }
+        // From a sink to a later turn's slots there may be a step of one, too: a row of its own.
+        if (map.turn > 0 && first < map.sink && first + count > map.sink) in_a_row = false;
+        EXPECT_EQ(map.in_a_row({first}, count), in_a_row) << first << " + " << count;
+      }
+    }
+  }
+}
+
 TEST(SlotMap, RunsCoverExactlyThePositionsAskedFor) {
   for (std::int64_t sink = 0; sink <= 4; ++sink) {
     for (std::int64_t turn = 1; turn <= 8; ++turn) {

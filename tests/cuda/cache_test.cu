@@ -20,8 +20,6 @@ TEST(CudaCache, RefusesWhatTheDeviceCannotHold) {
   refused(shape, plan, {.page_tokens = 32, .max_context = 100});
   refused(shape, plan, {.max_context = std::int64_t{1} << 31});
   refused(ModelShape({{2, 1, 64, 128}}), plan, {.max_context = 100});
-  const HeadPlan growing(shape, KeepGrowingWindow{});
-  refused(shape, growing, {.max_context = 100, .prefill = PrefillMode::kChunkCausal});
   refused(shape, HeadPlan(shape, KeepWindowFrom{{{4, 60}}, 90}), {.max_context = 100});
   LayerShape shared = shape.layer(0);
   shared.kv_layer = 0;

@@ -25,6 +25,7 @@
 #include "headwise/core/alibi.hpp"
 #include "headwise/core/dtype.hpp"
 #include "headwise/headwise.cuh"
+#include "support/sight.hpp"
 
 namespace headwise::test {
 
@@ -61,23 +62,26 @@ struct OracleSoftmax {
   double slope = 0.0;       ///< ALiBi's
 };
 
+/// The mean of rows that a head has dropped, and how many there were.
+struct OracleMean {
+  std::vector<double> k, v;
+  std::int64_t count = 0;  ///< 0: none
+};
+
 /// Attention of one query, at position n - 1, in double over the rows that `sees(j)` names.
 /// @param k,v  rows of `dim` floats, `stride` apart.
 template <class Sees>
 std::vector<double> oracle_row(const float* q, const float* k, const float* v, std::int64_t n,
                                int dim, std::int64_t stride, double scale, Sees sees,
-                               const OracleSoftmax& softmax = {}) {
+                               const OracleSoftmax& softmax = {}, const OracleMean& mean = {}) {
   std::vector<double> out(static_cast<std::size_t>(dim), 0.0);
   const bool has_sink = softmax.sink > -HUGE_VAL;
   double top = has_sink ? softmax.sink : -1e300;
   double sum = has_sink ? 1.0 : 0.0;
-  for (std::int64_t j = 0; j < n; ++j) {
-    if (!sees(j)) continue;
-    double score = 0.0;
-    for (int d = 0; d < dim; ++d) score += static_cast<double>(q[d]) * k[j * stride + d];
-    score *= scale;
+  const auto add = [&](double dot, double bias, const auto* value) {
+    double score = dot * scale;
     if (softmax.soft_cap > 0.0) score = softmax.soft_cap * std::tanh(score / softmax.soft_cap);
-    score += softmax.slope * static_cast<double>(j - (n - 1));
+    score += bias;
     if (score > top) {
       const double factor = std::exp(top - score);
       for (double& x : out) x *= factor;
@@ -86,7 +90,22 @@ std::vector<double> oracle_row(const float* q, const float* k, const float* v, s
     }
     const double weight = std::exp(score - top);
     sum += weight;
-    for (int d = 0; d < dim; ++d) out[static_cast<std::size_t>(d)] += weight * v[j * stride + d];
+    for (int d = 0; d < dim; ++d) {
+      out[static_cast<std::size_t>(d)] += weight * static_cast<double>(value[d]);
+    }
+  };
+  for (std::int64_t j = 0; j < n; ++j) {
+    if (!sees(j)) continue;
+    double dot = 0.0;
+    for (int d = 0; d < dim; ++d) dot += static_cast<double>(q[d]) * k[j * stride + d];
+    add(dot, softmax.slope * static_cast<double>(j - (n - 1)), v + j * stride);
+  }
+  if (mean.count > 0) {
+    double dot = 0.0;
+    for (int d = 0; d < dim; ++d) {
+      dot += static_cast<double>(q[d]) * mean.k[static_cast<std::size_t>(d)];
+    }
+    add(dot, std::log(static_cast<double>(mean.count)), mean.v.data());
   }
   for (double& x : out) x = sum == 0.0 ? 0.0 : x / sum;  // NaN stays NaN
   return out;
@@ -99,9 +118,11 @@ struct DeviceModelOptions {
   int num_layers = 1;
   Window window{4, 60};        ///< of every second head, the first keeps everything
   bool first_streams = false;  ///< the first head streams, too
+  std::optional<KeepGrowingWindow> growing = {};  ///< of every third head, if any
   std::int64_t max_context = 4096;
   int max_sequences = 4;
   std::int64_t max_rollback = 0;
+  std::int64_t checkpoint_tokens = 0;
   PrefillMode prefill = PrefillMode::kWindowed;
   std::int64_t most_rows = 0;  ///< rows that buffers have from the start, so that they never move
   std::int64_t max_converted_rows = 0;  ///< of chunks, where Io is not Row
@@ -154,11 +175,17 @@ class DeviceModel {
     ASSERT_EQ(cache_->rollback(id, length), StepStatus::kOk);
     history_[id.index].resize(static_cast<std::size_t>(length));
   }
-  SequenceId fork(SequenceId id) {
+  SequenceId fork(SequenceId id) { return fork(id, cache_->length(id)); }
+  SequenceId fork(SequenceId id, std::int64_t length) {
     SequenceId child;
-    EXPECT_EQ(cache_->fork(id, child, stream_), StepStatus::kOk);
+    EXPECT_EQ(cache_->fork(id, length, child, stream_), StepStatus::kOk);
     history_[child.index] = history_[id.index];
+    history_[child.index].resize(static_cast<std::size_t>(length));
     return child;
+  }
+  void clear(SequenceId id) {
+    ASSERT_EQ(cache_->clear(id), StepStatus::kOk);
+    history_[id.index].clear();
   }
 
   /// Every element of row `row` of the next step's tensor, instead of random ones.
@@ -240,6 +267,7 @@ class DeviceModel {
         if ((h + l) % 2 == 1 || options.first_streams) {
           plan.set(l, h, KeepWindow{options.window});
         }
+        if ((h + l) % 3 == 1 && options.growing) plan.set(l, h, *options.growing);
       }
     }
     return plan;
@@ -283,6 +311,7 @@ class DeviceModel {
     cache.max_context = options.max_context;
     cache.max_sequences = options.max_sequences;
     cache.max_rollback = options.max_rollback;
+    cache.checkpoint_tokens = options.checkpoint_tokens;
     cache.prefill = options.prefill;
     return cache;
   }
@@ -372,6 +401,26 @@ class DeviceModel {
     }
   }
 
+  /// Of the raw rows that `is_folded(j)` names.
+  template <class IsFolded>
+  OracleMean mean_of(const std::vector<float>& k, const std::vector<float>& v, std::int64_t n,
+                     IsFolded is_folded) const {
+    const auto dim = static_cast<std::size_t>(options_.dim);
+    OracleMean mean{std::vector<double>(dim), std::vector<double>(dim), 0};
+    for (std::int64_t j = 0; j < n; ++j) {
+      if (!is_folded(j)) continue;
+      ++mean.count;
+      for (std::size_t d = 0; d < dim; ++d) {
+        mean.k[d] += static_cast<double>(k[static_cast<std::size_t>(j) * dim + d]);
+        mean.v[d] += static_cast<double>(v[static_cast<std::size_t>(j) * dim + d]);
+      }
+    }
+    for (std::vector<double>* sums : {&mean.k, &mean.v}) {
+      for (double& x : *sums) x /= std::max(1.0, static_cast<double>(mean.count));
+    }
+    return mean;
+  }
+
   void check_row(const SequenceChunk& chunk, Phase phase, std::int64_t first_row, std::int64_t i,
                  int l, const std::vector<Io>& got) {
     const std::vector<Token>& past = history_[chunk.sequence.index];
@@ -390,7 +439,14 @@ class DeviceModel {
         v.insert(v.end(), v_at, v_at + options_.dim);
       }
       const auto* keep = std::get_if<KeepWindow>(&plan_.budget(l, h));
+      const bool grows = std::holds_alternative<KeepGrowingWindow>(plan_.budget(l, h));
+      const auto is_folded = [&](std::int64_t j) {
+        return grows && sight(plan_.budget(l, h), options_.prefill, cuda::kPageTokens, phase,
+                              length, pos, j) == Sight::kFolded;
+      };
+      const OracleMean mean = mean_of(k, v, pos + 1, is_folded);
       const auto sees = [&](std::int64_t j) {
+        if (grows) return !is_folded(j);
         if (keep == nullptr) return true;
         if (!chunk_causal) return keep->window.sees(Pos{pos}, Pos{j});
         return j >= length || j < keep->window.sink || length - j < keep->window.recent;
@@ -404,7 +460,7 @@ class DeviceModel {
             options_.dim);
         const std::vector<double> truth = oracle_row(
             host_q_.data() + at, k.data(), v.data(), pos + 1, options_.dim, options_.dim,
-            1.0 / std::sqrt(options_.dim), sees, softmax_of(l, h * options_.group_size + g));
+            1.0 / std::sqrt(options_.dim), sees, softmax_of(l, h * options_.group_size + g), mean);
         for (int d = 0; d < options_.dim; ++d) {
           const double x = static_cast<double>(to_float(got[at + static_cast<std::size_t>(d)]));
           const double wanted = truth[static_cast<std::size_t>(d)];

@@ -9,8 +9,6 @@
 namespace headwise::test {
 namespace {
 
-using IoDims = cuda::HeadDims<64, 128>;
-
 template <class RowAndIo>
 class CudaIoTypes : public ::testing::Test {};
 template <class R, class I>
@@ -24,7 +22,7 @@ TYPED_TEST_SUITE(CudaIoTypes, Pairs);
 TYPED_TEST(CudaIoTypes, PromptsAndDecodeGiveTheOraclesRows) {
   for (const int dim : {64, 128}) {
     for (const int group : {1, 4, 12}) {
-      DeviceModel<typename TypeParam::Row, IoDims, typename TypeParam::Io> model(
+      DeviceModel<typename TypeParam::Row, cuda::IoDims, typename TypeParam::Io> model(
           {.dim = dim,
            .group_size = group,
            .num_layers = 2,
@@ -44,7 +42,7 @@ TYPED_TEST(CudaIoTypes, PromptsAndDecodeGiveTheOraclesRows) {
 
 TEST(CudaIoTypesF32, OutputsOfDecodeAreNotRoundedToTheRowType) {
   // One row: the output is that row, exactly, and a third of it times three is not f16.
-  DeviceModel<f16, IoDims, f32> model(
+  DeviceModel<f16, cuda::IoDims, f32> model(
       {.group_size = 4, .max_context = 100, .max_converted_rows = 8});
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
@@ -59,7 +57,7 @@ TEST(CudaIoTypesF32, OutputsOfDecodeAreNotRoundedToTheRowType) {
 }
 
 TEST(CudaIoTypesF32, ElementsThatBecomeInfiniteAreCounted) {
-  DeviceModel<f16, IoDims, f32> model({.max_context = 100, .max_converted_rows = 8});
+  DeviceModel<f16, cuda::IoDims, f32> model({.max_context = 100, .max_converted_rows = 8});
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
   model.begin({{id, 1}}, Phase::kDecode);
@@ -73,7 +71,7 @@ TEST(CudaIoTypesF32, ElementsThatBecomeInfiniteAreCounted) {
 }
 
 TEST(CudaIoTypesF32, MoreRowsThanAreThereForConversionAreRefused) {
-  DeviceModel<f16, IoDims, f32> model({.max_context = 100, .max_converted_rows = 64});
+  DeviceModel<f16, cuda::IoDims, f32> model({.max_context = 100, .max_converted_rows = 64});
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();
   model.step({{id, 9}}, Phase::kPrompt);  // decode's: nothing passes through that memory

@@ -3,6 +3,6 @@
 
 namespace headwise::inline v0::cuda {
 
-HEADWISE_DECODE_KERNELS(0, bf16);
+HEADWISE_DECODE_KERNELS(template, 0, bf16);
 
 }  // namespace headwise::inline v0::cuda

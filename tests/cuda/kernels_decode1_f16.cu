@@ -3,6 +3,6 @@
 
 namespace headwise::inline v0::cuda {
 
-HEADWISE_DECODE_KERNELS(1, f16);
+HEADWISE_DECODE_KERNELS(template, 1, f16);
 
 }  // namespace headwise::inline v0::cuda

@@ -3,6 +3,6 @@
 
 namespace headwise::inline v0::cuda {
 
-HEADWISE_DECODE_KERNELS(3, f16);
+HEADWISE_DECODE_KERNELS(template, 3, f16);
 
 }  // namespace headwise::inline v0::cuda

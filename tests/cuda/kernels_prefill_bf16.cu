@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-#include "headwise/attention/cuda/prefill/prefill.cuh"
+#include "cuda/kernels.cuh"
 
 namespace headwise::inline v0::cuda {
 
-template cudaError_t prepare_prefill<bf16>(int, PrefillKernel&);
+HEADWISE_PREFILL_KERNELS(template, bf16);
 
 }  // namespace headwise::inline v0::cuda

@@ -18,7 +18,6 @@ constexpr int kTableDim = 128;
 constexpr int kHeads = 3;
 constexpr int kGroup = 4;
 constexpr int kLayers = 2;
-using TableDims = cuda::HeadDims<kTableDim>;
 
 /// An engine: pages in any order, tables whose entries outside of windows name no page at all.
 class Engine {
@@ -34,7 +33,7 @@ class Engine {
   void check() {
     const auto num_sequences = static_cast<int>(lengths_.size());
     const auto shape = cuda::PageTableShape::dense(num_sequences, max_pages_);
-    cuda::TableAttention<f16, TableDims, f16, Softmax> attention(layers_, windows_, shape);
+    cuda::TableAttention<f16, cuda::TableDims, f16, Softmax> attention(layers_, windows_, shape);
     const cuda::DeviceMemory lengths = upload(lengths_);
     ASSERT_EQ(attention.plan_work(reinterpret_cast<const std::int32_t*>(lengths.data()),
                                   num_sequences, nullptr),
@@ -176,7 +175,7 @@ TEST(CudaOwnTables, DecodesWithASoftmaxThatHasMoreThanAScale) {
 TEST(CudaOwnTables, RefusesWindowsThatAreNotOneAHeadAndTablesBeyond31Bits) {
   const std::vector<LayerShape> layers{{kHeads, kGroup, kTableDim, kTableDim}};
   const std::vector<std::vector<Window>> two{{Window::everything(), Window::everything()}};
-  using Attention = cuda::TableAttention<f16, TableDims>;
+  using Attention = cuda::TableAttention<f16, cuda::TableDims>;
   EXPECT_THROW(Attention(layers, two, cuda::PageTableShape::dense(1, 1)), ConfigError);
   EXPECT_THROW(cuda::PageTableShape::dense(64, std::int64_t{1} << 25), ConfigError);
 }

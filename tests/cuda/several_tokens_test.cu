@@ -198,7 +198,7 @@ TYPED_TEST(CudaSeveralTokens, ScoresThatAreAllMinusInfinityGiveZeros) {
 
 template <class Io>
 void take_and_give() {
-  DeviceModel<f16, cuda::HeadDims<64>, Io> model(
+  DeviceModel<f16, cuda::IoDims, Io> model(
       {.group_size = 4, .max_context = 512, .max_converted_rows = 128});
   HEADWISE_NEEDS_DEVICE();
   const SequenceId id = model.add();

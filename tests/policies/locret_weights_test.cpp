@@ -53,17 +53,18 @@ TEST(LocretWeights, ReadsLayersByNumber) {
   std::string header = "{";
   for (int layer = 10; layer >= 0; --layer) {
     const std::string of = "layers." + std::to_string(layer) + ".self_attn.retaining_head_w";
-    const std::string at = std::to_string(4 * layer);
-    const std::string range = "[" + at + "," + std::to_string(4 * layer + 4) + "]";
-    header += tensor(of + "1", "F32", "[1,1]", range) + ",";
-    header += tensor(of + "2", "F32", "[1,1]", range) + (layer > 0 ? "," : "}");
+    const auto range = [](int at) {
+      return "[" + std::to_string(at) + "," + std::to_string(at + 4) + "]";
+    };
+    header += tensor(of + "1", "F32", "[1,1]", range(4 * layer)) + ",";
+    header += tensor(of + "2", "F32", "[1,1]", range(44 + 4 * layer)) + (layer > 0 ? "," : "}");
   }
   std::string data;
   for (int layer = 0; layer <= 10; ++layer) {  // 1, 2, .. as f32
     const auto bits = std::bit_cast<std::uint32_t>(static_cast<float>(layer + 1));
     for (unsigned i = 0; i < 4; ++i) data += static_cast<char>(bits >> (8 * i) & 255U);
   }
-  const auto heads = locret::parse_weights(safetensors(header, data), "w");
+  const auto heads = locret::parse_weights(safetensors(header, data + data), "w");
   ASSERT_EQ(heads.size(), 11U);
   const std::vector<float> x{10.0F};
   std::vector<float> out(1);
@@ -72,6 +73,19 @@ TEST(LocretWeights, ReadsLayersByNumber) {
     const auto n = static_cast<float>(l + 1);
     EXPECT_NEAR(out[0], n * n * 10.0F, 1e-2F);  // silu of much is itself
   }
+}
+
+TEST(LocretWeights, ReadsNoMoreNumbersThanTheFileHolds) {
+  // A header of many layers, all of the same bytes, would fill the memory from a small file.
+  const auto header = [](const std::string& of_w2) {
+    return "{" + tensor(kW1, "BF16", "[2,2]", "[0,8]") + "," + tensor(kW2, "F16", "[3,2]", of_w2) +
+           "}";
+  };
+  EXPECT_EQ(testing::message_of<FormatError>([&] {
+              (void)locret::parse_weights(safetensors(header("[0,12]"), kData.substr(0, 19)), "w");
+            }),
+            "w: layer 0 w2: bytes [0, 12) of 19, of which other tensors leave 11");
+  EXPECT_EQ(locret::parse_weights(safetensors(header("[8,20]"), kData), "w").size(), 1U);
 }
 
 TEST(LocretWeights, RefusesWhatIsNoSuchFile) {

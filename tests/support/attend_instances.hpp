@@ -5,7 +5,9 @@
 #pragma once
 
 #include "headwise/attention/tasks.hpp"
+#include "headwise/cache/rows/int4_rows.hpp"
 #include "headwise/cache/rows/int8_rows.hpp"
+#include "headwise/cache/rows/kv_rows.hpp"
 #include "headwise/cache/rows/plain_rows.hpp"
 #include "headwise/cache/rows/tiled_rows.hpp"
 
@@ -13,9 +15,15 @@ namespace headwise {
 
 extern template class AttendTasks<simd::BestIsa, f32>;
 extern template class AttendTasks<simd::BestIsa, f16>;
+extern template class AttendTasks<simd::BestIsa, PlainRows<f32>>;
 extern template class AttendTasks<simd::BestIsa, TiledRows<f32>>;
+extern template class AttendTasks<simd::BestIsa, PlainRows<f16>>;
 extern template class AttendTasks<simd::BestIsa, TiledRows<f16>>;
 extern template class AttendTasks<simd::BestIsa, PlainRows<bf16>>;
+extern template class AttendTasks<simd::BestIsa, TiledRows<bf16>>;
 extern template class AttendTasks<simd::BestIsa, Int8Rows>;
+extern template class AttendTasks<simd::BestIsa, Int4Rows>;
+extern template class AttendTasks<simd::BestIsa, KvRows<Int8Rows, Int4Rows>>;
+extern template class AttendTasks<simd::BestIsa, KvRows<f16, Int8Rows>>;
 
 }  // namespace headwise

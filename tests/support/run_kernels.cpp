@@ -3,9 +3,12 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <optional>
 #include <tuple>
+#include <utility>
 
 #include "headwise/attention/cpu/prefill.hpp"
+#include "headwise/attention/reference.hpp"
 #include "support/attention_cases.hpp"
 #include "support/isa_types.hpp"
 
@@ -47,7 +50,66 @@ Kernels<Format> find(std::string_view isa, std::tuple<Isas...>) {
   return found;
 }
 
+template <class Format>
+class HeadOf : public KernelHead {
+ public:
+  HeadOf(Kernels<Format> kernels, const AttentionCase& c) : kernels_(kernels), head_(c) {}
+
+  void decode(std::vector<std::int64_t> cuts) override {
+    kernels_.decode_in_splits(problem(), std::move(cuts));
+  }
+  void decode_one_split(DecodeSplit split, float* partial, float* scratch) override {
+    kernels_.decode_one_split(problem(), split, partial, scratch);
+  }
+  void prefill(std::int64_t tile) override { kernels_.prefill_in_tiles(problem(), tile); }
+  std::vector<double> truth() override { return reference_attention(problem()); }
+  const std::vector<float>& out() const override { return head_.out(); }
+  std::int64_t num_rows() override { return problem().past.num_rows(); }
+
+  void set_row(std::int64_t pos, float k, float v) override { head_.set_row(pos, k, v); }
+  void set_q(float q) override { head_.set_q(q); }
+  void set_compensation(CompensationRow row) override { compensation_ = row; }
+  void set_sinks(const float* sinks) override { sinks_ = sinks; }
+  float stored(float v) const override {
+    float rounded = 0.0F;
+    Format::round_row({.k_dim = 0, .v_dim = 1}, nullptr, &v, nullptr, &rounded);
+    return rounded;
+  }
+
+ private:
+  HeadProblem<Format> problem() {
+    HeadProblem<Format> p = head_.problem();
+    if (compensation_) p.past.compensation = *compensation_;
+    if (sinks_ != nullptr) p.softmax.sinks = sinks_;
+    return p;
+  }
+
+  Kernels<Format> kernels_;
+  PagedHead<Format> head_;
+  std::optional<CompensationRow> compensation_;
+  const float* sinks_ = nullptr;
+};
+
+template <class Isa, class... Formats>
+void add_pairs(std::vector<KernelPair>& pairs, ::testing::Types<Formats...>) {
+  (pairs.push_back({std::string(simd::isa_name<Isa>()) + "_" + Formats::name(),
+                    [](const AttentionCase& c) -> std::unique_ptr<KernelHead> {
+                      return std::make_unique<HeadOf<Formats>>(
+                          kernels_on<Formats>(simd::isa_name<Isa>()), c);
+                    }}),
+   ...);
+}
+
+template <class... Isas>
+std::vector<KernelPair> pairs_of(std::tuple<Isas...>) {
+  std::vector<KernelPair> pairs;
+  (add_pairs<Isas>(pairs, AllFormats{}), ...);
+  return pairs;
+}
+
 }  // namespace
+
+std::vector<KernelPair> all_kernels() { return pairs_of(type_lists::Isas{}); }
 
 template <class Format>
 Kernels<Format> kernels_on(std::string_view isa) {

@@ -45,6 +45,12 @@ struct SequenceState {
   bool is_leaving = false;           ///< released while in the open step: goes when that ends
 };
 
+/// A place whose compensation rows are to equal another's.
+struct SumsCopy {
+  std::int32_t from = 0;  ///< place: of a sequence, or of a checkpoint
+  std::int32_t to = 0;    ///< likewise
+};
+
 /// What bounds a fork at an earlier length.
 enum class ReuseEnd : std::uint8_t {
   kAsAsked,        ///< nothing: all that was asked for can be reused
@@ -62,18 +68,20 @@ struct ReuseLimit {
 
 /// Where a cache's metadata lie in their one allocation; their sum is part of estimate().
 struct BooksLayout {
-  Sections sections;              ///< of the allocation
-  PageTables::Shape tables;       ///< what the tables are built for
-  std::size_t sequences;          ///< offset of SequenceState [places]
-  std::size_t states;             ///< of AnyKeepState [places][classes]
-  std::size_t free_sequences;     ///< of int32 [places]: of sequences, then of checkpoints
-  std::size_t demand;             ///< of int64 [page sizes]
-  std::size_t compensation;       ///< of bytes [places][compensation_bytes]
-  SelectedRows::Layout selected;  ///< of heads that are selected from
-  PagePool::Layout pool;          ///< pages and slabs
-  PageTables::Layout table;       ///< page tables
+  Sections sections;               ///< of the allocation
+  PageTables::Shape tables;        ///< what the tables are built for
+  std::size_t sequences;           ///< offset of SequenceState [places]
+  std::size_t states;              ///< of AnyKeepState [places][classes]
+  std::size_t free_sequences;      ///< of int32 [places]: of sequences, then of checkpoints
+  std::size_t demand;              ///< of int64 [page sizes]
+  std::size_t compensation_bytes;  ///< of a place's compensation rows; none where a device has them
+  std::size_t compensation;        ///< of bytes [places][compensation_bytes]
+  SelectedRows::Layout selected;   ///< of heads that are selected from
+  PagePool::Layout pool;           ///< pages and slabs
+  PageTables::Layout table;        ///< page tables
 
-  /// @param keeps_log  whether changes of page tables are noted, for a device.
+  /// @param keeps_log  whether changes of page tables are noted, for a device, which also has the
+  ///   compensation rows.
   /// @throws ConfigError where something passes its width, or the pool holds no page.
   BooksLayout(const CacheGeometry& geometry, bool keeps_log)
       : tables(geometry.tables(keeps_log)),
@@ -82,8 +90,9 @@ struct BooksLayout {
             detail::checked_mul(num_places(geometry), geometry.classes().size(), "states"))),
         free_sequences(sections.add<std::int32_t>(num_places(geometry))),
         demand(sections.add<std::int64_t>(geometry.pool().num_sizes())),
-        compensation(sections.add<std::byte>(detail::checked_mul(
-            num_places(geometry), geometry.compensation_bytes(), "compensation rows"))),
+        compensation_bytes(keeps_log ? 0 : geometry.compensation_bytes()),
+        compensation(sections.add<std::byte>(
+            detail::checked_mul(num_places(geometry), compensation_bytes, "compensation rows"))),
         selected(sections, geometry),
         pool(sections, geometry.pool(), checked_slabs(geometry)),
         table(sections, tables) {}
@@ -129,6 +138,8 @@ class Books {
     num_free_sequences_ = num_sequences();
     num_free_checkpoints_ = num_places() - num_sequences();
     open_chunks_.reserve(num_sequences());
+    // One step's checkpoints, or one fork.
+    if (!pages_on_host && geometry_.compensation_bytes() > 0) sums_copies_.reserve(num_places());
   }
 
   Books(const Books&) = delete;
@@ -156,7 +167,7 @@ class Books {
     sequence = SequenceState{.generation = sequence.generation, .is_live = true};
     forget(index);
     // No sum of a former sequence is left to be seen, or to leave with a snapshot.
-    std::memset(compensation(index), 0, geometry_.compensation_bytes());
+    std::memset(compensation(index), 0, layout_.compensation_bytes);
     return SequenceId{index, sequence.generation};
   }
 
@@ -184,7 +195,7 @@ class Books {
     tables_.release(id.index);
     sequence.length = sequence.high_water = sequence.base = 0;
     forget(id.index);
-    std::memset(compensation(id.index), 0, geometry_.compensation_bytes());
+    std::memset(compensation(id.index), 0, layout_.compensation_bytes);
     return StepStatus::kOk;
   }
 
@@ -516,11 +527,15 @@ class Books {
                ? heads.rule.of_head(kept, selected_.first_slot(index, heads.first_selected + h))
                : kept;
   }
-  /// Compensation rows of one sequence, as HeadGeometry::compensation_offset counts.
+  /// Compensation rows of one sequence on the host, as HeadGeometry::compensation_offset counts.
   std::byte* compensation(std::int32_t index) const {
     return metadata_.data() + layout_.compensation +
-           static_cast<std::size_t>(index) * geometry_.compensation_bytes();
+           static_cast<std::size_t>(index) * layout_.compensation_bytes;
   }
+  /// Copies of compensation rows that a device owes since the last call: a fork's or a begin's.
+  std::span<const SumsCopy> sums_copies() const { return sums_copies_; }
+  /// They are made, or nobody wants them.
+  void clear_sums_copies() { sums_copies_.clear(); }
   /// Bytes of everything but the pages.
   std::size_t metadata_bytes() const { return metadata_.num_bytes(); }
 
@@ -667,12 +682,15 @@ class Books {
                              .generation = sequence.generation};
     if (past.length == 0) {
       forget(index);
-      std::memset(compensation(index), 0, geometry_.compensation_bytes());
+      std::memset(compensation(index), 0, layout_.compensation_bytes);
       return;
     }
     const bool is_named = static_cast<std::size_t>(index) < num_sequences();  // by a device's steps
     std::copy_n(&state_of(past.index, 0), geometry_.classes().size(), &state_of(index, 0));
-    std::memcpy(compensation(index), compensation(past.index), geometry_.compensation_bytes());
+    std::memcpy(compensation(index), compensation(past.index), layout_.compensation_bytes);
+    if (layout_.compensation_bytes < geometry_.compensation_bytes()) {
+      sums_copies_.push_back({past.index, index});
+    }
     selected_.copy_first_slots(past.index, index);
     for_each_head(index, [&](std::size_t c, std::int64_t h, const AnyKeepRule& rule,
                              const AnyKeepState& kept) {
@@ -840,6 +858,7 @@ class Books {
   std::span<std::int64_t> demand_;  // pages of each size: of the call in progress
   std::size_t num_free_sequences_ = 0;
   std::size_t num_free_checkpoints_ = 0;
+  std::vector<SumsCopy> sums_copies_;   // a device's, never more than places
   std::vector<StepChunk> open_chunks_;  // a copy: the engine's Step may be gone before a drop
   std::uint64_t last_epoch_ = 0;
   std::uint64_t open_epoch_ = 0;     // 0: no step is open

@@ -171,6 +171,10 @@ class LayerExporter {
     }
   }
 
+  /// Would outlive the cache.
+  LayerExporter(const Cache&& cache, int layer, ExportUnit unit,
+                std::span<const int> heads = {}) = delete;
+
   /// KV heads that are exported.
   int num_heads() const {
     return heads_.empty() ? cache_->geometry().layer(layer_).shape.num_kv_heads

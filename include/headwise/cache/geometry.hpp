@@ -318,12 +318,21 @@ class CacheGeometry {
     return bytes;
   }
 
+  /// Most checkpoints of a sequence whose tables are of this level: they are forks of it, with
+  /// tables no longer than its own.
+  std::int64_t checkpoints_in(std::size_t level) const {
+    if (options_.checkpoint_tokens == 0) return 0;
+    const std::int64_t longest = levels_[level].capacity_pages * options_.page_tokens;
+    return std::min(longest / options_.checkpoint_tokens, most_checkpoints());
+  }
+
   /// Entries of an arena for as many sequences as the pool can hold. A sequence that needs a block
   /// of some level has outgrown the level before, and so holds a known number of bytes at least.
   std::int64_t entries_by_use() const {
     const std::size_t bytes = pool_bytes();
     const std::int64_t page_tokens = options_.page_tokens;
-    double entries_per_byte = 0.0;                       // most of any level
+    double entries_per_byte =
+        0.0;  // most of any level, those of the sequence's checkpoints with it
     std::int64_t largest = levels_.front().num_entries;  // blocks beside each other: one moves
     for (std::size_t l = 1; l < levels_.size(); ++l) {
       const std::int64_t longest = levels_[l - 1].capacity_pages * page_tokens + 1;
@@ -335,15 +344,18 @@ class CacheGeometry {
                       bytes_held(options_.max_context, options_.max_context)));
       if (held > bytes) break;  // no pool of this size has such a sequence
       largest = levels_[l].num_entries + levels_[l - 1].num_entries;
-      entries_per_byte = std::max(entries_per_byte, static_cast<double>(levels_[l].num_entries) /
-                                                        static_cast<double>(held));
+      // Checkpoints are shorter than their sequence: beside it they need no slack of their own.
+      const double blocks = kArenaSlack + static_cast<double>(checkpoints_in(l));
+      entries_per_byte =
+          std::max(entries_per_byte, blocks * static_cast<double>(levels_[l].num_entries) /
+                                         static_cast<double>(held));
     }
-    // Checkpoints are forks.
-    const double forks = kArenaSlack * static_cast<double>(1 + most_checkpoints());
-    const double used = forks * entries_per_byte * static_cast<double>(bytes);
+    const double used = entries_per_byte * static_cast<double>(bytes);
     constexpr double kMost = 0x1p62;  // more than any table has
     const std::int64_t smallest =
-        detail::checked_mul(num_places(), levels_.front().num_entries, "page-table entries");
+        detail::checked_mul(detail::checked_mul(std::int64_t{options_.max_sequences},
+                                                1 + checkpoints_in(0), "sequences and checkpoints"),
+                            levels_.front().num_entries, "page-table entries");
     return detail::checked_add(smallest,
                                std::max(largest, static_cast<std::int64_t>(std::min(used, kMost))),
                                "page-table entries");

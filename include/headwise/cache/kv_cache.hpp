@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -284,10 +285,12 @@ class KvCache {
   /// @pre is_live(id)
   /// @tparam F  the format of the head's rows: see visit_format()
   template <class F = Format>
-  KvView<F> stored(SequenceId id, int layer, int kv_head) const requires(Place::kOnHost) {
+  KvView<F> stored(SequenceId id, int layer, int kv_head) const& requires(Place::kOnHost) {
     const std::int64_t now = length(id);
     return seen<F>({id, {now, high_water(id), now}, 0, Phase::kDecode}, layer, kv_head).view;
   }
+  template <class F = Format>
+  KvView<F> stored(SequenceId id, int layer, int kv_head) const&& = delete;
 
   // Memory ----------------------------------------------------------------------------------------
 
@@ -343,7 +346,7 @@ class KvCache {
   /// What the chunk's queries may see of one head, as of the step's start. Any thread.
   /// @tparam F  the format of the head's rows: see visit_format()
   template <class F = Format>
-  SeenRows<F> seen(const StepChunk& chunk, int layer, int kv_head) const requires(Place::kOnHost) {
+  SeenRows<F> seen(const StepChunk& chunk, int layer, int kv_head) const& requires(Place::kOnHost) {
     const LayerGeometry& of_layer = geometry().layer(layer);
     const HeadGeometry& head = geometry().head(layer, kv_head);
     const AnyKeepRule& rule = class_of(head).rule;
@@ -361,14 +364,16 @@ class KvCache {
     }
     return seen;
   }
+  template <class F = Format>
+  SeenRows<F> seen(const StepChunk& chunk, int layer, int kv_head) const&& = delete;
 
   /// Stores the chunk's rows of one head, after everything that reads the rows they may overwrite.
   /// One call per head and step; heads may run at once on different threads. Elements that become
   /// infinite are counted in the step. A layer that shares another's K and V has no pages: nothing
   /// is stored there.
   /// @param k,v  [num_tokens, 1, k_dim] and [num_tokens, 1, v_dim]: TensorView<const float>, or
-  /// what
-  ///   has a row(token, 0) of floats, too, which is asked for one row at a time.
+  ///   what has a row(token, 0) of floats, too, which is asked for one row at a time, and floats(),
+  ///   the whole tensor if it is one.
   template <class Isa, class OwnRows>
   void append(const Step& step, const StepChunk& chunk, int layer, int kv_head, const OwnRows& k,
               const OwnRows& v) const requires(Place::kOnHost) {
@@ -415,6 +420,12 @@ class KvCache {
   void send_copies(StepStatus& copied, Stream stream) {
     if (copied == StepStatus::kOk && !copies_.empty()) copied = place_.copy_pages(copies_, stream);
     copies_.clear();
+    if constexpr (!Place::kOnHost) {
+      if (copied == StepStatus::kOk && !books_.sums_copies().empty()) {
+        copied = place_.copy_sums(books_.sums_copies(), stream);
+      }
+      books_.clear_sums_copies();
+    }
   }
 
   const HeadClass& class_of(const HeadGeometry& head) const {
@@ -441,6 +452,16 @@ class KvCache {
     return {sums, sums + page.k_dim, means, means + page.k_dim};
   }
 
+  /// The rows where they lie, if they are floats.
+  template <class OwnRows>
+  static TensorView<const float> floats_of(const OwnRows& rows) {
+    if constexpr (std::same_as<OwnRows, TensorView<const float>>) {
+      return rows;
+    } else {
+      return rows.floats();
+    }
+  }
+
   /// append() of a head whose rows are F's.
   template <class Isa, class F, class OwnRows>
   void append_as(const Step& step, const StepChunk& chunk, const HeadGeometry& head,
@@ -449,17 +470,32 @@ class KvCache {
     const AnyKeepState state = state_of(chunk, head);
     const auto [from, to, held] = rule.append(state, chunk.lengths);
     if (from.first_entry != to.first_entry) carry_over(to, held, chunk, head);
+    const TensorView<const float> k_floats = floats_of(k);
+    const TensorView<const float> v_floats = floats_of(v);
+    const bool are_floats = k_floats.data != nullptr && v_floats.data != nullptr;
     std::int64_t overflows = 0;
-    for (std::int64_t i = 0; i < chunk.num_tokens(); ++i) {
+    for (std::int64_t i = 0; i < chunk.num_tokens();) {
       const Pos pos{chunk.lengths.length + i};
       if (!to.keeps(pos, chunk.lengths.next)) {  // gone before the chunk ends
         overflows += F::template count_overflows<Isa>(page, k.row(i, 0), v.row(i, 0));
+        ++i;
         continue;
       }
       const Slot slot = to.slot(pos);
-      overflows += F::template encode<Isa>(
-          page_of(chunk, head, to.first_entry + slot.value / page.page_tokens), page,
-          static_cast<std::size_t>(slot.value % page.page_tokens), k.row(i, 0), v.row(i, 0));
+      std::byte* const begin = page_of(chunk, head, to.first_entry + slot.value / page.page_tokens);
+      const auto row = static_cast<std::size_t>(slot.value % page.page_tokens);
+      if constexpr (EncodesTiles<F>) {
+        if (are_floats && row % detail::kTile == 0 && chunk.num_tokens() - i >= detail::kTile &&
+            to.in_a_row(pos, detail::kTile)) {
+          overflows +=
+              F::template encode_tile<Isa>(begin, page, row, k_floats.row(i, 0), k_floats.stride_n,
+                                           v_floats.row(i, 0), v_floats.stride_n);
+          i += detail::kTile;
+          continue;
+        }
+      }
+      overflows += F::template encode<Isa>(begin, page, row, k.row(i, 0), v.row(i, 0));
+      ++i;
     }
     step.note_overflows(overflows);
     if (rule.compensation_rows() == 0) return;

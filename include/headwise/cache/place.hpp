@@ -24,6 +24,8 @@ namespace headwise::inline v0 {
 /// - `kOnHost`: whether the host reads and writes pages.
 /// - `pages()`: page 0, fixed for the cache's life.
 /// - `copy_pages(copies, stream)`: makes pages equal others.
+/// - `copy_sums(copies, stream)`: where the host has no pages, makes compensation rows equal
+///   others; on the host they are the books'.
 /// - `send(books, step, stream)`: after a begin: what kernels must know of the open step, and every
 ///   change of the page tables since the last call. Anything but kOk drops the step.
 template <class P>
@@ -34,7 +36,9 @@ concept CachePlace = std::constructible_from<P, const CacheGeometry&> &&
   { fixed.pages() } -> std::same_as<std::byte*>;
   { place.copy_pages(copies, stream) } -> std::same_as<StepStatus>;
   { place.send(books, step, stream) } -> std::same_as<StepStatus>;
-};
+} &&(P::kOnHost || requires(P place, std::span<const SumsCopy> sums, typename P::Stream stream) {
+  { place.copy_sums(sums, stream) } -> std::same_as<StepStatus>;
+});
 
 /// The host's memory: one std::pmr allocation, or the caller's bytes.
 class HostPlace {

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "headwise/core/config.hpp"
+
 namespace headwise::inline v0 {
 
 /// The unsigned integer as wide as a floating-point type.

@@ -7,6 +7,8 @@
 #include <concepts>
 #include <cstdint>
 
+#include "headwise/core/config.hpp"
+
 namespace headwise::inline v0 {
 
 /// IEEE binary32.

@@ -3,6 +3,8 @@
 /// PageShape: how many rows of which widths a page holds.
 #pragma once
 
+#include "headwise/core/config.hpp"
+
 namespace headwise::inline v0 {
 
 /// One page: `page_tokens` rows of K and as many of V. What a row is and where its elements lie is

@@ -6,6 +6,8 @@
 #include <compare>
 #include <cstdint>
 
+#include "headwise/core/config.hpp"
+
 namespace headwise::inline v0 {
 
 /// A token's absolute index in its sequence, from 0. Never derived from a count of stored rows.

@@ -32,6 +32,12 @@ struct SlotMap {
     return turn == 0 || pos.value < sink || pos.value >= length - turn;
   }
 
+  /// Whether the rows of `count` positions from `first` on lie one behind the other, while kept.
+  HEADWISE_HOST_DEVICE constexpr bool in_a_row(Pos first, std::int64_t count) const {
+    if (turn == 0 || first.value + count <= sink) return true;
+    return first.value >= sink && (first.value - sink) % turn + count <= turn;
+  }
+
   /// Positions [first, last), all kept and none a sink, as at most two runs of slots: the older
   /// one, and what wrapped around.
   constexpr std::array<KvRun, 2> runs(Pos first, Pos last) const {

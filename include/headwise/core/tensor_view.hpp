@@ -6,6 +6,8 @@
 #include <concepts>
 #include <cstdint>
 
+#include "headwise/core/config.hpp"
+
 namespace headwise::inline v0 {
 
 /// Rows of `dim` contiguous elements, one per (token, head); strides in elements.

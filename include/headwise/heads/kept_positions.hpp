@@ -8,6 +8,8 @@
 #include <span>
 #include <vector>
 
+#include "headwise/core/config.hpp"
+
 namespace headwise::inline v0 {
 
 /// For each KV head, layer by layer, the positions of the tokens that it keeps, ascending. Heads

@@ -43,7 +43,7 @@ class TokenScores {
   /// @param positions  of its stored tokens, ascending, in [0, length)
   /// @return [positions.size()] scores, 0 so far; valid until the next add_head()
   /// @throws ConfigError for positions that do not ascend or lie outside.
-  std::span<float> add_head(std::span<const std::int32_t> positions) {
+  std::span<float> add_head(std::span<const std::int32_t> positions) & {
     std::int64_t last = -1;
     for (const std::int32_t position : positions) {
       if (position <= last || position >= length_) {
@@ -56,12 +56,14 @@ class TokenScores {
     return grow();
   }
   /// Appends a head that stores every token of the sequence.
-  std::span<float> add_head() {
+  std::span<float> add_head() & {
     const std::size_t first = positions_.size();
     positions_.resize(first + static_cast<std::size_t>(length_));
     std::iota(positions_.begin() + static_cast<std::ptrdiff_t>(first), positions_.end(), 0);
     return grow();
   }
+  std::span<float> add_head(std::span<const std::int32_t> positions) && = delete;
+  std::span<float> add_head() && = delete;
 
   /// Tokens of the sequence.
   std::int64_t length() const { return length_; }

@@ -61,8 +61,10 @@ inline std::pair<std::uint64_t, std::uint64_t> two(const nlohmann::json& tensor,
 }
 
 /// @param data  the bytes behind the file's header
+/// @param unread  how many of them no matrix has had so far: those of this one are taken off. One
+///   byte read for many matrices would make a small file fill the memory.
 inline Matrix read_matrix(const nlohmann::json& tensor, std::string_view data,
-                          const std::string& what) {
+                          std::uint64_t& unread, const std::string& what) {
   if (!tensor.is_object()) fail<FormatError>(what, ": not an object");
   const auto type = tensor.find("dtype");
   const bool named = type != tensor.end() && type->is_string();
@@ -77,6 +79,11 @@ inline Matrix read_matrix(const nlohmann::json& tensor, std::string_view data,
   if (begin > end || end > data.size()) {
     fail<FormatError>(what, ": bytes [", begin, ", ", end, ") of ", data.size());
   }
+  if (end - begin > unread) {
+    fail<FormatError>(what, ": bytes [", begin, ", ", end, ") of ", data.size(),
+                      ", of which other tensors leave ", unread);
+  }
+  unread -= end - begin;
   const std::uint64_t count = (end - begin) / size;
   if (rows == 0 || columns == 0 || rows > count || columns > count || rows * columns != count ||
       (end - begin) % size != 0) {
@@ -119,7 +126,8 @@ inline int layer_of(std::string_view key, std::string_view name) {
 /// @param name  what errors call the bytes
 /// @return one a layer, from layer 0
 /// @throws FormatError with file, tensor and value for what is no such file, a layer that lacks one
-///   of the two, is missing or twice there, and numbers that are not finite.
+///   of the two, is missing or twice there, tensors that share bytes, and numbers that are not
+///   finite.
 inline std::vector<RetainingHead> parse_weights(std::string_view bytes, std::string_view name) {
   constexpr std::size_t kLengthBytes = 8;
   if (bytes.size() < kLengthBytes) fail<FormatError>(name, ": ", bytes.size(), " bytes");
@@ -146,13 +154,14 @@ inline std::vector<RetainingHead> parse_weights(std::string_view bytes, std::str
                       " retaining_head_w2");
   }
   std::vector<RetainingHead> heads;
+  std::uint64_t unread = data.size();
   for (int layer = 0; std::ssize(heads) < std::ssize(first); ++layer) {
     if (!first.contains(layer) || !second.contains(layer)) {
       fail<FormatError>(name, ": layer ", layer, " lacks a retaining head");
     }
     const std::string what = std::string(name) + ": layer " + std::to_string(layer);
-    detail::Matrix w1 = detail::read_matrix(*first[layer], data, what + " w1");
-    detail::Matrix w2 = detail::read_matrix(*second[layer], data, what + " w2");
+    detail::Matrix w1 = detail::read_matrix(*first[layer], data, unread, what + " w1");
+    detail::Matrix w2 = detail::read_matrix(*second[layer], data, unread, what + " w2");
     constexpr std::size_t kMost = std::size_t{1} << 24;
     if (w1.rows != w2.columns || w1.columns > kMost || w2.rows > kMost) {
       fail<FormatError>(what, ": w1 of ", w1.rows, " x ", w1.columns, " and w2 of ", w2.rows, " x ",

@@ -12,6 +12,8 @@
 
 #include <concepts>
 
+#include "headwise/core/config.hpp"
+
 namespace headwise::inline v0::simd {
 
 struct Scalar {};  ///< portable C++, one float at a time

@@ -7,15 +7,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "headwise/attention/cpu/decode.hpp"
 #include "headwise/attention/cpu/prefill.hpp"
-#include "headwise/attention/reference.hpp"
 #include "headwise/attention/state.hpp"
 #include "support/attention_cases.hpp"
-#include "support/isa_types.hpp"
 #include "support/run_kernels.hpp"
 
 namespace headwise::test {
@@ -23,19 +22,16 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-template <class Types>
-class Extremes : public ::testing::Test {
+class Extremes : public ::testing::TestWithParam<KernelPair> {
  protected:
-  using Isa = typename Types::Isa;
-  using Head = PagedHead<typename Types::Format>;
+  static std::unique_ptr<KernelHead> make(const AttentionCase& c) { return GetParam().head(c); }
 
   /// Every output of both kernels, however the work is cut, is the oracle's where that is finite,
   /// and not finite elsewhere.
-  static void expect_oracle(Head& head, const std::string& what) {
-    const auto problem = head.problem();
-    const std::vector<double> truth = reference_attention(problem);
-    const std::int64_t rows = problem.past.num_rows();
-    const auto dim = static_cast<std::size_t>(problem.past.shape.v_dim);
+  static void expect_oracle(const AttentionCase& c, KernelHead& head, const std::string& what) {
+    const std::vector<double> truth = head.truth();
+    const std::int64_t rows = head.num_rows();
+    const auto dim = static_cast<std::size_t>(c.v_dim);
     const auto compare = [&](const std::string& how) {
       for (std::size_t row = 0; row < truth.size(); row += dim) {
         double error = 0.0, norm = 0.0;
@@ -50,35 +46,35 @@ class Extremes : public ::testing::Test {
         ASSERT_LE(std::sqrt(error), 1e-5 * std::sqrt(norm)) << what << ", " << how;
       }
     };
-    decode_in_splits<Isa>(problem);
+    head.decode();
     compare("decode");
-    decode_in_splits<Isa>(problem, {0, rows / 3, rows / 3, rows / 2});
+    head.decode({0, rows / 3, rows / 3, rows / 2});
     compare("decode in splits");
-    prefill_in_tiles<Isa>(problem, prefill_tile_queries(problem.group_size));
+    head.prefill(prefill_tile_queries(c.group_size));
     compare("prefill");
-    prefill_in_tiles<Isa>(problem, 5);
+    head.prefill(5);
     compare("prefill in small tiles");
   }
 };
-TYPED_TEST_SUITE(Extremes, AllKernels, KernelNames);
+INSTANTIATE_TEST_SUITE_P(AllKernels, Extremes, ::testing::ValuesIn(all_kernels()), name_of_kernels);
 
-TYPED_TEST(Extremes, ALaterRowOfTheStepContributesNothingWhateverItsBitsAre) {
+TEST_P(Extremes, ALaterRowOfTheStepContributesNothingWhateverItsBitsAre) {
   for (const float value : {std::numeric_limits<float>::quiet_NaN(), kInfinity, 70000.0F}) {
     for (const std::int64_t queries : {2, 16, 40, 64, 65, 130}) {
       const AttentionCase c{
           .name = "", .k_dim = 16, .v_dim = 32, .group_size = 2, .past = 3, .queries = queries};
       for (const std::int64_t bad : {queries - 1, queries / 2}) {
-        typename TestFixture::Head in_v(c), in_both(c);
-        in_v.set_row(c.past + bad, 0.5F, value);
-        in_both.set_row(c.past + bad, value, value);
-        this->expect_oracle(in_v, "V");
-        this->expect_oracle(in_both, "K and V");
+        const auto in_v = make(c), in_both = make(c);
+        in_v->set_row(c.past + bad, 0.5F, value);
+        in_both->set_row(c.past + bad, value, value);
+        expect_oracle(c, *in_v, "V");
+        expect_oracle(c, *in_both, "K and V");
       }
     }
   }
 }
 
-TYPED_TEST(Extremes, ARowThatTheWindowLeavesBehindContributesNothingWhateverItsBitsAre) {
+TEST_P(Extremes, ARowThatTheWindowLeavesBehindContributesNothingWhateverItsBitsAre) {
   const AttentionCase cases[] = {
       {.name = "ring",
        .v_dim = 32,
@@ -98,15 +94,15 @@ TYPED_TEST(Extremes, ARowThatTheWindowLeavesBehindContributesNothingWhateverItsB
     for (const std::int64_t pos : {c.past - 59, c.past - 30, c.past + 1, c.past + 10}) {
       if (pos < c.window.sink) continue;
       for (const float value : {std::numeric_limits<float>::quiet_NaN(), kInfinity}) {
-        typename TestFixture::Head head(c);
-        head.set_row(pos, 0.25F, value);
-        this->expect_oracle(head, c.name);
+        const auto head = make(c);
+        head->set_row(pos, 0.25F, value);
+        expect_oracle(c, *head, c.name);
       }
     }
   }
 }
 
-TYPED_TEST(Extremes, ALaterRowDoesNotCostEarlierQueriesDigitsOfTinyValues) {
+TEST_P(Extremes, ALaterRowDoesNotCostEarlierQueriesDigitsOfTinyValues) {
   // Sums of 3e38 overflow and are done again scaled: for the queries that see the row alone.
   constexpr std::int64_t past = 5;
   for (const float value : {std::numeric_limits<float>::quiet_NaN(), kInfinity, 3e38F}) {
@@ -114,107 +110,102 @@ TYPED_TEST(Extremes, ALaterRowDoesNotCostEarlierQueriesDigitsOfTinyValues) {
       const AttentionCase c{.name = "", .k_dim = 16, .v_dim = 16, .past = past, .queries = queries};
       std::vector<float> outs[2];
       for (const bool large : {false, true}) {
-        typename TestFixture::Head head(c);
+        const auto head = make(c);
         for (std::int64_t pos = 0; pos < past + queries; ++pos) {
-          head.set_row(pos, 0.1F, static_cast<float>(1 + pos % 7) * 1.3e-38F);
+          head->set_row(pos, 0.1F, static_cast<float>(1 + pos % 7) * 1.3e-38F);
         }
-        if (large) head.set_row(past + queries - 1, 0.1F, value);
-        decode_in_splits<typename TypeParam::Isa>(head.problem());
+        if (large) head->set_row(past + queries - 1, 0.1F, value);
+        head->decode();
         std::vector<float>& out = outs[large ? 1 : 0];
-        out.insert(out.end(), head.out().begin(), head.out().end() - 16);
-        prefill_in_tiles<typename TypeParam::Isa>(head.problem(), 48);
-        out.insert(out.end(), head.out().begin(), head.out().end() - 16);
+        out.insert(out.end(), head->out().begin(), head->out().end() - 16);
+        head->prefill(48);
+        out.insert(out.end(), head->out().begin(), head->out().end() - 16);
       }
       EXPECT_EQ(outs[0], outs[1]) << value << ", " << queries << " queries";
     }
   }
 }
 
-TYPED_TEST(Extremes, ScoresOfMinusInfinityAreNoRows) {
+TEST_P(Extremes, ScoresOfMinusInfinityAreNoRows) {
   // The first 20 tokens have scores of -inf, whichever way: stored as infinite, or out of range.
   const AttentionCase c{
       .name = "", .k_dim = 16, .v_dim = 16, .group_size = 2, .past = 9, .queries = 70};
   for (const float k : {kInfinity, 3e38F}) {
-    typename TestFixture::Head head(c);
-    head.set_q(-1.0F);
+    const auto head = make(c);
+    head->set_q(-1.0F);
     for (std::int64_t pos = 0; pos < c.past + c.queries; ++pos) {
-      head.set_row(pos, pos < 20 ? k : 1.0F, static_cast<float>(pos % 50));
+      head->set_row(pos, pos < 20 ? k : 1.0F, static_cast<float>(pos % 50));
     }
-    this->expect_oracle(head, "minus infinity");
+    expect_oracle(c, *head, "minus infinity");
   }
 }
 
-TYPED_TEST(Extremes, HugeNegativeScoresHideNothingButWhatIsHidden) {
+TEST_P(Extremes, HugeNegativeScoresHideNothingButWhatIsHidden) {
   const AttentionCase c{.name = "", .k_dim = 16, .v_dim = 16, .past = 9, .queries = 70};
   for (const float k : {1e30F, 1e37F, 2.1e37F, 8.0e37F}) {
-    typename TestFixture::Head head(c);
-    head.set_q(-1.0F);
+    const auto head = make(c);
+    head->set_q(-1.0F);
     for (std::int64_t pos = 0; pos < c.past + c.queries; ++pos) {
-      head.set_row(pos, k, static_cast<float>(pos % 50));
+      head->set_row(pos, k, static_cast<float>(pos % 50));
     }
-    this->expect_oracle(head, std::to_string(k));
+    expect_oracle(c, *head, std::to_string(k));
   }
 }
 
-TYPED_TEST(Extremes, PlusInfinityOrNanAmongVisibleScoresIsNan) {
+TEST_P(Extremes, PlusInfinityOrNanAmongVisibleScoresIsNan) {
   for (const float k : {kInfinity, std::numeric_limits<float>::quiet_NaN()}) {
-    typename TestFixture::Head head(
-        {.name = "", .k_dim = 16, .v_dim = 16, .past = 70, .queries = 20});
-    head.set_q(1.0F);
-    head.set_row(80, k, 1.0F);
-    this->expect_oracle(head, "visible");
+    const AttentionCase c{.name = "", .k_dim = 16, .v_dim = 16, .past = 70, .queries = 20};
+    const auto head = make(c);
+    head->set_q(1.0F);
+    head->set_row(80, k, 1.0F);
+    expect_oracle(c, *head, "visible");
   }
 }
 
-TYPED_TEST(Extremes, TheMeanOfHugeValuesIsTheMean) {
+TEST_P(Extremes, TheMeanOfHugeValuesIsTheMean) {
   // In the row format's own range: 6e4 fits f16.
-  using Format = typename TypeParam::Format;
-  float huge = 1e38F, rounded = 0.0F;
-  Format::round_row({.k_dim = 0, .v_dim = 1}, nullptr, &huge, nullptr, &rounded);
-  if (!is_finite(rounded)) huge = 6e4F;
+  const float largest = 1e38F;
+  const float huge = is_finite(make({.name = ""})->stored(largest)) ? largest : 6e4F;
   for (const std::int64_t queries : {1, 90}) {
-    typename TestFixture::Head head({.name = "",
-                                     .k_dim = 16,
-                                     .v_dim = 16,
-                                     .past = 300,
-                                     .queries = queries,
-                                     .compensation = 10});
-    head.set_q(0.0F);
+    const AttentionCase c{
+        .name = "", .k_dim = 16, .v_dim = 16, .past = 300, .queries = queries, .compensation = 10};
+    const auto head = make(c);
+    head->set_q(0.0F);
     for (std::int64_t pos = 0; pos < 300 + queries; ++pos) {
-      head.set_row(pos, 1.0F, pos % 4 == 0 ? huge / 2.0F : huge);
+      head->set_row(pos, 1.0F, pos % 4 == 0 ? huge / 2.0F : huge);
     }
-    this->expect_oracle(head, "huge");
+    expect_oracle(c, *head, "huge");
   }
 }
 
-TYPED_TEST(Extremes, ACompensationRowOfMinusInfinityIsNone) {
-  typename TestFixture::Head head({.name = "", .k_dim = 16, .v_dim = 16, .past = 5, .queries = 70});
+TEST_P(Extremes, ACompensationRowOfMinusInfinityIsNone) {
+  const AttentionCase c{.name = "", .k_dim = 16, .v_dim = 16, .past = 5, .queries = 70};
+  const auto head = make(c);
   const std::vector<float> k(16, 3e38F), v(16, 5.0F);
-  auto problem = head.problem();
-  problem.past.compensation = {k.data(), v.data(), 10};
-  head.set_q(-10.0F);
-  const std::vector<double> truth = reference_attention(problem);
-  decode_in_splits<typename TypeParam::Isa>(problem);
-  EXPECT_LE(relative_error(head.out(), truth), 1e-5);
-  prefill_in_tiles<typename TypeParam::Isa>(problem, 48);
-  EXPECT_LE(relative_error(head.out(), truth), 1e-5);
+  head->set_compensation({k.data(), v.data(), 10});
+  head->set_q(-10.0F);
+  const std::vector<double> truth = head->truth();
+  head->decode();
+  EXPECT_LE(relative_error(head->out(), truth), 1e-5);
+  head->prefill(48);
+  EXPECT_LE(relative_error(head->out(), truth), 1e-5);
 }
 
-TYPED_TEST(Extremes, APartialOfScoresOfMinusInfinityIsEmpty) {
-  typename TestFixture::Head head({.name = "", .k_dim = 16, .v_dim = 16, .past = 5});
-  head.set_q(-1.0F);  // -inf, rounded or in the sum
-  for (std::int64_t pos = 0; pos < 6; ++pos) head.set_row(pos, 3e38F, 2.0F);
-  const auto problem = head.problem();
+TEST_P(Extremes, APartialOfScoresOfMinusInfinityIsEmpty) {
+  const AttentionCase c{.name = "", .k_dim = 16, .v_dim = 16, .past = 5};
+  const auto head = make(c);
+  head->set_q(-1.0F);  // -inf, rounded or in the sum
+  for (std::int64_t pos = 0; pos < 6; ++pos) head->set_row(pos, 3e38F, 2.0F);
   AlignedFloats partial(decode_partial_floats(1, 16));
   AlignedFloats scratch(decode_scratch_floats(1, 16, 16));
-  decode_one_split<typename TypeParam::Isa>(problem, {0, 5, true}, partial.data(), scratch.data());
+  head->decode_one_split({0, 5, true}, partial.data(), scratch.data());
   const SoftmaxState state{partial.data()[0], partial.data()[16], partial.data() + 32};
   EXPECT_TRUE(state.empty());
   EXPECT_EQ(state.lse(), -kInfinity);
   EXPECT_EQ(state.out[0], 0.0F);
 }
 
-TYPED_TEST(Extremes, HiddenRowsContributeNothingToCappedScoresWithSlopesAndSinks) {
+TEST_P(Extremes, HiddenRowsContributeNothingToCappedScoresWithSlopesAndSinks) {
   const AttentionCase cases[] = {
       {.name = "ring",
        .v_dim = 32,
@@ -231,56 +222,58 @@ TYPED_TEST(Extremes, HiddenRowsContributeNothingToCappedScoresWithSlopesAndSinks
   for (const AttentionCase& c : cases) {
     for (const float value : {std::numeric_limits<float>::quiet_NaN(), kInfinity, -kInfinity}) {
       for (const std::int64_t pos : {c.past + c.queries - 1, c.past + 30}) {
-        typename TestFixture::Head head(c);
-        head.set_row(pos, value, value);
-        if (c.soft_cap > 0.0F && !std::isnan(value)) head.set_q(0.5F);  // no infinity - infinity
-        this->expect_oracle(head, c.name);
+        const auto head = make(c);
+        head->set_row(pos, value, value);
+        if (c.soft_cap > 0.0F && !std::isnan(value)) head->set_q(0.5F);  // no infinity - infinity
+        expect_oracle(c, *head, c.name);
       }
     }
   }
 }
 
-TYPED_TEST(Extremes, ACapMakesInfiniteScoresFiniteAndLeavesNan) {
+TEST_P(Extremes, ACapMakesInfiniteScoresFiniteAndLeavesNan) {
   for (const float k : {kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN()}) {
     for (const std::int64_t queries : {1, 20}) {
-      typename TestFixture::Head head(
-          {.name = "", .k_dim = 16, .v_dim = 16, .past = 70, .queries = queries, .soft_cap = 4.0F});
-      head.set_q(1.0F);
-      head.set_row(7, k, 1.0F);
-      this->expect_oracle(head, "past");
-      head.set_row(70, k, 1.0F);
-      this->expect_oracle(head, "own");
+      const AttentionCase c{
+          .name = "", .k_dim = 16, .v_dim = 16, .past = 70, .queries = queries, .soft_cap = 4.0F};
+      const auto head = make(c);
+      head->set_q(1.0F);
+      head->set_row(7, k, 1.0F);
+      expect_oracle(c, *head, "past");
+      head->set_row(70, k, 1.0F);
+      expect_oracle(c, *head, "own");
     }
   }
 }
 
-TYPED_TEST(Extremes, ASinkBesideScoresOfMinusInfinityTakesAll) {
+TEST_P(Extremes, ASinkBesideScoresOfMinusInfinityTakesAll) {
   for (const std::int64_t queries : {1, 70}) {
-    typename TestFixture::Head head({.name = "",
-                                     .k_dim = 16,
-                                     .v_dim = 16,
-                                     .group_size = 2,
-                                     .past = 300,
-                                     .queries = queries,
-                                     .sinks = true});
-    head.set_q(-1.0F);
-    for (std::int64_t pos = 0; pos < 300 + queries; ++pos) head.set_row(pos, 3e38F, 2.0F);
-    this->expect_oracle(head, "sink");
-    EXPECT_EQ(head.out()[0], 0.0F);
+    const AttentionCase c{.name = "",
+                          .k_dim = 16,
+                          .v_dim = 16,
+                          .group_size = 2,
+                          .past = 300,
+                          .queries = queries,
+                          .sinks = true};
+    const auto head = make(c);
+    head->set_q(-1.0F);
+    for (std::int64_t pos = 0; pos < 300 + queries; ++pos) head->set_row(pos, 3e38F, 2.0F);
+    expect_oracle(c, *head, "sink");
+    EXPECT_EQ(head->out()[0], 0.0F);
   }
 }
 
-TYPED_TEST(Extremes, SinksFarAboveAndBelowTheScoresAreAddedOnce) {
+TEST_P(Extremes, SinksFarAboveAndBelowTheScoresAreAddedOnce) {
   for (const float sink : {-3e38F, -60.0F, 0.0F, 60.0F, 3e38F}) {
     for (const std::int64_t queries : {1, 70}) {
-      typename TestFixture::Head head({.name = "", .past = 200, .queries = queries});
-      auto problem = head.problem();
-      problem.softmax.sinks = &sink;
-      const std::vector<double> truth = reference_attention(problem);
-      decode_in_splits<typename TypeParam::Isa>(problem, {0, 10, 100, 150});
-      EXPECT_LE(relative_error(head.out(), truth), 1e-5) << sink;
-      prefill_in_tiles<typename TypeParam::Isa>(problem, 48);
-      EXPECT_LE(relative_error(head.out(), truth), 1e-5) << sink;
+      const AttentionCase c{.name = "", .past = 200, .queries = queries};
+      const auto head = make(c);
+      head->set_sinks(&sink);
+      const std::vector<double> truth = head->truth();
+      head->decode({0, 10, 100, 150});
+      EXPECT_LE(relative_error(head->out(), truth), 1e-5) << sink;
+      head->prefill(48);
+      EXPECT_LE(relative_error(head->out(), truth), 1e-5) << sink;
     }
   }
 }

@@ -15,29 +15,25 @@
 namespace headwise::test {
 namespace {
 
-template <class Types>
-class CpuPrefill : public ::testing::Test {};
-TYPED_TEST_SUITE(CpuPrefill, AllKernels, KernelNames);
+class CpuPrefill : public ::testing::TestWithParam<KernelPair> {};
+INSTANTIATE_TEST_SUITE_P(AllKernels, CpuPrefill, ::testing::ValuesIn(all_kernels()),
+                         name_of_kernels);
 
-TYPED_TEST(CpuPrefill, EqualsTheOracleOnEveryCase) {
-  using Isa = typename TypeParam::Isa;
+TEST_P(CpuPrefill, EqualsTheOracleOnEveryCase) {
   for (const AttentionCase& c : attention_cases()) {
-    PagedHead<typename TypeParam::Format> head(c);
-    const auto problem = head.problem();
-    prefill_in_tiles<Isa>(problem, prefill_tile_queries(c.group_size));
-    EXPECT_LE(relative_error(head.out(), reference_attention(problem)), 1e-5) << c.name;
+    const auto head = GetParam().head(c);
+    head->prefill(prefill_tile_queries(c.group_size));
+    EXPECT_LE(relative_error(head->out(), head->truth()), 1e-5) << c.name;
   }
 }
 
-TYPED_TEST(CpuPrefill, GivesTheSameForEveryTile) {
-  using Isa = typename TypeParam::Isa;
-  PagedHead<typename TypeParam::Format> head(
-      {.name = "", .group_size = 4, .past = 70, .queries = 100, .window = {3, 50}});
-  const auto problem = head.problem();
-  const std::vector<double> truth = reference_attention(problem);
+TEST_P(CpuPrefill, GivesTheSameForEveryTile) {
+  const auto head =
+      GetParam().head({.name = "", .group_size = 4, .past = 70, .queries = 100, .window = {3, 50}});
+  const std::vector<double> truth = head->truth();
   for (const std::int64_t tile : {1, 2, 13, 48}) {
-    prefill_in_tiles<Isa>(problem, tile);
-    EXPECT_LE(relative_error(head.out(), truth), 1e-5) << tile;
+    head->prefill(tile);
+    EXPECT_LE(relative_error(head->out(), truth), 1e-5) << tile;
   }
 }
 

@@ -4,9 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <numeric>
 #include <random>
 #include <type_traits>
@@ -54,6 +56,40 @@ TYPED_TEST(RowFormats, ReadsBackWhatRoundRowSays) {
     Format::read_row(memory.page(0), shape, 13, read_k.data(), read_v.data());
     EXPECT_EQ(read_k, rounded_k);
     EXPECT_EQ(read_v, rounded_v);
+  }
+}
+
+TYPED_TEST(RowFormats, StoresATileAsItsRowsOneByOne) {
+  using Format = typename TypeParam::Format;
+  using Isa = typename TypeParam::Isa;
+  if constexpr (EncodesTiles<Format>) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    for (const PageShape& shape : kRowShapes) {
+      const int k_stride = shape.k_dim + 3;
+      const int v_stride = shape.v_dim + 5;
+      // What is too large, or was never finite, in a row and at an element of its own each.
+      for (const float odd : {1.0F, 70000.0F, 3.4e38F, -infinity, std::nanf("")}) {
+        std::vector<float> k = this->floats(16 * k_stride);
+        std::vector<float> v = this->floats(16 * v_stride);
+        k[static_cast<std::size_t>(5 * k_stride + shape.k_dim - 1)] = odd;
+        k[static_cast<std::size_t>(15 * k_stride)] = -odd;
+        v[static_cast<std::size_t>(11 * v_stride + shape.v_dim - 1)] = odd;
+        std::vector<std::byte> page(Format::page_bytes(shape), std::byte{0x5A});
+        std::vector<std::byte> expected = page;
+        const std::size_t first = static_cast<std::size_t>(shape.page_tokens) - 16;
+        std::int64_t overflows = 0;
+        for (int i = 0; i < 16; ++i) {
+          overflows += Format::template encode<Isa>(
+              expected.data(), shape, first + static_cast<std::size_t>(i), k.data() + i * k_stride,
+              v.data() + i * v_stride);
+        }
+        EXPECT_EQ(Format::template encode_tile<Isa>(page.data(), shape, first, k.data(), k_stride,
+                                                    v.data(), v_stride),
+                  overflows)
+            << odd;
+        EXPECT_EQ(page, expected) << odd;
+      }
+    }
   }
 }
 

@@ -66,7 +66,7 @@ class CommandLineTest : public ::testing::Test {
   }
 
   /// Two documents a task, of 2049 tokens as the example's own.
-  void write_documents() {
+  void write_documents(int prompt_length = 100) {
     constexpr int kRows = 2;
     constexpr int kTokens = 2049;
     std::string data;
@@ -84,7 +84,7 @@ class CommandLineTest : public ::testing::Test {
       std::string prompts;
       std::string answers;
       for (int i = 0; i < kRows; ++i) {
-        const int prompt = 100 + i;
+        const int prompt = prompt_length + i;
         const int answer = 5;
         prompts.append(reinterpret_cast<const char*>(&prompt), sizeof prompt);
         answers.append(reinterpret_cast<const char*>(&answer), sizeof answer);
@@ -168,6 +168,20 @@ TEST_F(CommandLineTest, RefusesWrongUsage) {
   EXPECT_THAT(refusal(evaluate_command("--sparsity 0.5")),
               HasSubstr("--sparsity needs a --policy"));
   EXPECT_THAT(refusal(evaluate_command("--compensation")), HasSubstr("--compensation belongs to"));
+}
+
+TEST_F(CommandLineTest, RefusesSelectionsThatCannotBe) {
+  EXPECT_THAT(refusal("demo --selection --documents 2 --device cuda"),
+              HasSubstr("--selection needs --device cpu, not cuda"));
+  EXPECT_THAT(refusal("demo --selection --documents 129"),
+              HasSubstr("--selection takes at most 128 documents of task passkey, got 129"));
+  EXPECT_THAT(refusal("demo --selection --pool 8"), HasSubstr("--pool 8: expected an odd number"));
+  EXPECT_THAT(refusal("demo --selection --pool 0"), HasSubstr("--pool 0: expected an integer"));
+  write_documents(79);
+  EXPECT_THAT(refusal("demo --selection --documents 1 --data " + folder_.file("documents")),
+              HasSubstr("10 % of a prompt of 79 tokens are 7, SnapKV's window has 8"));
+  EXPECT_THAT(refusal("demo --pool 7"), HasSubstr("--pool belongs to --selection"));
+  EXPECT_THAT(refusal(evaluate_command("--selection")), HasSubstr("unknown option --selection"));
 }
 
 TEST_F(CommandLineTest, IdentifiesHeadsIntoAScoreFile) {

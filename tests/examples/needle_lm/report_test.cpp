@@ -94,6 +94,7 @@ TEST(Report, KeepsToEightyColumns) {
   const std::string text = printed([&](std::FILE* out) {
     print_table({wide}, out);
     print_legend(two_tasks(), out);
+    print_selection_legend(out);
     print_questions(two_tasks(), {wide}, out);
   });
   std::size_t column = 0;

@@ -140,6 +140,13 @@ TEST_F(SafeTensorsTest, RefusesOffsetsAndShapesThatDoNotFit) {
   }
 }
 
+TEST_F(SafeTensorsTest, HoldsNoMoreNumbersThanTheFile) {
+  // Many tensors of the same bytes would fill the memory from a small file.
+  EXPECT_THAT(refusal(R"({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+                          "t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}})"),
+              HasSubstr("'t': 8 bytes of 8, of which other tensors leave 4"));
+}
+
 TEST_F(SafeTensorsTest, SurvivesDamagedFiles) {
   const NamedTensors tensors{{"t", {{2}, {1.0F, 2.0F}}}, {"u", {{4}, {1.0F, 2.0F, 3.0F, 4.0F}}}};
   write_safetensors<float>(folder_.file("t"), tensors, "F32");

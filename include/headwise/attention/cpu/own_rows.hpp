@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "headwise/core/io_view.hpp"
+#include "headwise/core/tensor_view.hpp"
 #include "headwise/simd/simd.hpp"
 
 namespace headwise::inline v0::detail {
@@ -23,6 +24,10 @@ struct FloatRows {
     if (view.type() == IoType::kF32) return view.row(token, head);
     copy(token, head, room);
     return room;
+  }
+  /// All rows where they lie, if they are floats.
+  TensorView<const float> floats() const {
+    return view.type() == IoType::kF32 ? view.floats() : TensorView<const float>{};
   }
   /// Writes the row's floats to `to`, [dim].
   void copy(std::int64_t token, std::int64_t head, float* to) const {

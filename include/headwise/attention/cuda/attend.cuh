@@ -34,8 +34,20 @@ inline std::vector<DeviceLayer> device_layers(const CacheGeometry& geometry) {
       layer.heads.idx_in_class[i] = static_cast<std::int32_t>(head.idx_in_class);
       layer.heads.kv_head[i] = static_cast<std::int16_t>(kv_head);
       layer.heads.class_idx[i] = static_cast<std::int16_t>(head.class_idx);
+      const HeadClass& heads = geometry.classes()[static_cast<std::size_t>(head.class_idx)];
+      layer.has_compensation = layer.has_compensation || heads.rule.compensation_rows() > 0;
     }
     layers.push_back(layer);
+  }
+  return layers;
+}
+
+/// The same of a cache that is there.
+inline std::vector<DeviceLayer> device_layers(const CacheGeometry& geometry,
+                                              const DevicePlace& place) {
+  std::vector<DeviceLayer> layers = device_layers(geometry);
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    if (layers[l].has_compensation) layers[l].folded = place.folded(static_cast<int>(l));
   }
   return layers;
 }
@@ -94,15 +106,21 @@ class DeviceAttention {
   /// @throws CudaError when memory cannot be allocated.
   explicit DeviceAttention(const DeviceCache<Row>& cache, std::int64_t max_converted_rows = 0)
       : cache_(cache),
-        launches_(device_layers(cache.geometry()), cache.geometry().options().max_sequences,
-                  max_converted_rows, cache.geometry().options().max_context) {
+        launches_(device_layers(cache.geometry(), cache.place()),
+                  cache.geometry().options().max_sequences, max_converted_rows,
+                  cache.geometry().options().max_context) {
     chunks_.reserve(static_cast<std::size_t>(cache.geometry().options().max_sequences));
   }
+
+  /// Would outlive the cache.
+  explicit DeviceAttention(const DeviceCache<Row>&& cache,
+                           std::int64_t max_converted_rows = 0) = delete;
 
   /// Bytes of device memory, all of it taken at construction.
   std::size_t device_bytes() const { return launches_.layout().total_bytes; }
   /// The launches themselves, for who drives them without a cache's steps: benchmarks.
-  const LayerLaunches<Row, Dims, Io, Softmax>& launches() const { return launches_; }
+  const LayerLaunches<Row, Dims, Io, Softmax>& launches() const& { return launches_; }
+  const LayerLaunches<Row, Dims, Io, Softmax>& launches() const&& = delete;
 
   /// Cuts the open step's work into equal shares. A small launch, and another one for a step with
   /// several tokens of a sequence; needed before attend wherever a chunk of the step is decode's
@@ -170,6 +188,13 @@ class DeviceAttention {
     if (e == cudaSuccess && tiles > 0) {
       e = launches_.prefill(on_device, layer, tiles, step.num_rows(), chunks_, q, k, v, out, stream,
                             is_planned);
+    }
+    // A graph cannot know in which of its steps pages are folded.
+    if (e == cudaSuccess && launches_.folds(layer) && (capture != 0 || cache_.place().folds())) {
+      e = launches_.fold(on_device, layer,
+                         capture != 0 ? cache_.geometry().options().max_sequences
+                                      : static_cast<std::int64_t>(step.chunks().size()),
+                         stream);
     }
     const StepStatus status = checked(e);
     if (status == StepStatus::kOk && capture == 0) {

@@ -23,6 +23,8 @@
 #include "headwise/cache/cuda/append.cuh"
 #include "headwise/cache/cuda/device.cuh"
 #include "headwise/cache/cuda/elements.cuh"
+#include "headwise/cache/cuda/fold.cuh"
+#include "headwise/cache/cuda/fold_state.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 #include "headwise/core/check.hpp"
 #include "headwise/core/shape.hpp"
@@ -35,8 +37,10 @@ inline constexpr int kMostPrefillGroup = 64;
 
 /// A layer as attention needs to know it.
 struct DeviceLayer {
-  LayerShape shape;  ///< as the model has it
-  LayerHeads heads;  ///< its KV heads, those that keep most first
+  LayerShape shape;               ///< as the model has it
+  LayerHeads heads;               ///< its KV heads, those that keep most first
+  bool has_compensation = false;  ///< whether some of them keep growing windows
+  FoldedHeads folded;             ///< those' compensation rows, once they lie somewhere
 };
 
 /// Where launches keep what they share, in one allocation: from layers, sequences and a device's
@@ -112,7 +116,8 @@ struct LaunchLayout {
     std::size_t kv_elements = 0;
     for (std::size_t l = 0; l < layers.size(); ++l) {
       const LayerShape& shape = layers[l].shape;
-      detail::check_softmax_kind<Softmax>(shape.softmax, static_cast<int>(l));
+      detail::check_softmax_kind<Softmax>(shape.softmax, layers[l].has_compensation,
+                                          static_cast<int>(l));
       layout.add_layer<Dims>(layers[l], static_cast<int>(l), limits);
       layout.head_logits.push_back(
           {layout.section(shape.softmax.sinks.size() * sizeof(float)),
@@ -335,6 +340,7 @@ class LayerLaunches {
     require(cudaMemset(base, 0, layout_.total_bytes), "cudaMemset");
     for (std::size_t l = 0; l < layers.size(); ++l) {
       layers_[l].softmax = send(layers[l].shape.softmax, layout_.head_logits[l]);
+      layers_[l].softmax.folded = layers[l].folded;
     }
     require(cudaMemcpy(base + layout_.device_kinds, layout_.kinds.data(),
                        layout_.kinds.size() * sizeof(LayerKind), cudaMemcpyHostToDevice),
@@ -355,11 +361,13 @@ class LayerLaunches {
   }
 
   /// Where everything lies.
-  const LaunchLayout& layout() const { return layout_; }
+  const LaunchLayout& layout() const& { return layout_; }
+  const LaunchLayout& layout() const&& = delete;
   /// Layers there are.
   int num_layers() const { return static_cast<int>(layers_.size()); }
   /// As the model has it.
-  const LayerShape& shape(int layer) const { return at(layer).shape; }
+  const LayerShape& shape(int layer) const& { return at(layer).shape; }
+  const LayerShape& shape(int layer) const&& = delete;
 
   /// Cuts the step's decode work into equal shares. One small launch; needed before decode.
   cudaError_t plan_work(const DeviceStep& step, cudaStream_t stream) const {
@@ -390,6 +398,17 @@ class LayerLaunches {
     return cuda::append<Row, Io>(step, of_layer.heads, bits(k), bits(v), of_layer.shape.k_dim,
                                  most_rows, max_chunks, at<unsigned long long>(layout_.overflows),
                                  limits_.chains_launches, stream);
+  }
+
+  /// Whether some heads of a layer keep growing windows.
+  bool folds(int layer) const { return at(layer).softmax.folded.heads != nullptr; }
+  /// Makes the compensation rows that the step asks for, of one layer whose K and V are stored.
+  /// @param max_chunks  as append()'s.
+  cudaError_t fold(const DeviceStep& step, int layer, std::int64_t max_chunks,
+                   cudaStream_t stream) const {
+    const Layer& of_layer = at(layer);
+    return cuda::fold<Row>(step, of_layer.heads, of_layer.softmax.folded, of_layer.shape.k_dim,
+                           max_chunks, stream);
   }
 
   /// Who attends which chunk of a layer.
@@ -556,8 +575,11 @@ class LayerLaunches {
       return static_cast<const float*>(at<float>(place));
     };
     const float cap = detail::in_log2(options.soft_cap);
-    return {cap, cap > 0.0F ? 1.0F / cap : 0.0F, sent(options.sinks, places.sinks),
-            sent(options.alibi_slopes, places.alibi_slopes)};
+    return {cap,
+            cap > 0.0F ? 1.0F / cap : 0.0F,
+            sent(options.sinks, places.sinks),
+            sent(options.alibi_slopes, places.alibi_slopes),
+            {}};
   }
 
   bool cuts_prefill() const { return !layout_.prefill_lists.empty(); }

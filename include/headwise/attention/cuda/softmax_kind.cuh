@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
+#include "headwise/cache/cuda/fold_state.cuh"
 #include "headwise/core/check.hpp"
 #include "headwise/core/shape.hpp"
 
@@ -21,24 +22,34 @@ namespace headwise::inline v0::cuda {
 
 /// A scale alone.
 struct PlainSoftmax {
-  static constexpr bool kHasSinks = false;      ///< SoftmaxOptions::sinks
-  static constexpr bool kShapesScores = false;  ///< SoftmaxOptions::soft_cap and alibi_slopes
+  static constexpr bool kHasSinks = false;         ///< SoftmaxOptions::sinks
+  static constexpr bool kShapesScores = false;     ///< SoftmaxOptions::soft_cap and alibi_slopes
+  static constexpr bool kHasCompensation = false;  ///< KeepGrowingWindow's row
 };
 /// Learned sink logits (gpt-oss), which cost something where a row ends, and nothing for its keys.
 struct SinkSoftmax {
-  static constexpr bool kHasSinks = true;       ///< SoftmaxOptions::sinks
-  static constexpr bool kShapesScores = false;  ///< SoftmaxOptions::soft_cap and alibi_slopes
+  static constexpr bool kHasSinks = true;          ///< SoftmaxOptions::sinks
+  static constexpr bool kShapesScores = false;     ///< SoftmaxOptions::soft_cap and alibi_slopes
+  static constexpr bool kHasCompensation = false;  ///< KeepGrowingWindow's row
 };
 /// All that SoftmaxOptions can say: soft-cap (Gemma 2), ALiBi, sinks, each if a layer has it.
 struct ShapedSoftmax {
-  static constexpr bool kHasSinks = true;      ///< SoftmaxOptions::sinks
-  static constexpr bool kShapesScores = true;  ///< SoftmaxOptions::soft_cap and alibi_slopes
+  static constexpr bool kHasSinks = true;          ///< SoftmaxOptions::sinks
+  static constexpr bool kShapesScores = true;      ///< SoftmaxOptions::soft_cap and alibi_slopes
+  static constexpr bool kHasCompensation = false;  ///< KeepGrowingWindow's row
+};
+/// All of that, and growing windows (RazorAttention), whose compensation row costs something where
+/// a row ends.
+struct CompensatedSoftmax {
+  static constexpr bool kHasSinks = true;         ///< SoftmaxOptions::sinks
+  static constexpr bool kShapesScores = true;     ///< SoftmaxOptions::soft_cap and alibi_slopes
+  static constexpr bool kHasCompensation = true;  ///< KeepGrowingWindow's row
 };
 
-/// One of the three above.
+/// One of the four above.
 template <class T>
-concept SoftmaxKind =
-    std::same_as<T, PlainSoftmax> || std::same_as<T, SinkSoftmax> || std::same_as<T, ShapedSoftmax>;
+concept SoftmaxKind = std::same_as<T, PlainSoftmax> || std::same_as<T, SinkSoftmax> ||
+    std::same_as<T, ShapedSoftmax> || std::same_as<T, CompensatedSoftmax>;
 
 /// A layer's SoftmaxOptions as kernels read them: in powers of two, as scores are there.
 struct SoftmaxArgs {
@@ -46,6 +57,7 @@ struct SoftmaxArgs {
   float inverse_cap = 0.0F;             ///< 1 / cap
   const float* sinks = nullptr;         ///< [num_qo_heads] x log2(e), on the device; null: none
   const float* alibi_slopes = nullptr;  ///< likewise
+  FoldedHeads folded;                   ///< the layer's compensation rows
 
   /// The same for a launch whose query head 0 is the layer's `head`.
   SoftmaxArgs from_head(std::int64_t head) const {
@@ -82,8 +94,14 @@ inline std::vector<float> in_log2(const std::vector<float>& values) {
 }
 
 /// @throws ConfigError where the layer's softmax has more than kernels of this kind.
+/// @param has_compensation  whether some head of it keeps a growing window.
 template <SoftmaxKind Softmax>
-void check_softmax_kind(const SoftmaxOptions& softmax, int layer) {
+void check_softmax_kind(const SoftmaxOptions& softmax, bool has_compensation, int layer) {
+  if (!Softmax::kHasCompensation && has_compensation) {
+    fail<ConfigError>("layer ", layer,
+                      ": growing windows (RazorAttention) need device kernels of "
+                      "CompensatedSoftmax");
+  }
   if (!Softmax::kShapesScores && softmax.soft_cap != 0.0F) {
     fail<ConfigError>("layer ", layer, ": soft_cap ", softmax.soft_cap,
                       " needs device kernels of ShapedSoftmax");

@@ -16,6 +16,7 @@
 #include "headwise/cache/books.hpp"
 #include "headwise/cache/cuda/class_state.cuh"
 #include "headwise/cache/cuda/device.cuh"
+#include "headwise/cache/cuda/fold_state.cuh"
 #include "headwise/cache/cuda/step_state.cuh"
 #include "headwise/cache/cuda/table_update.cuh"
 #include "headwise/cache/geometry.hpp"
@@ -36,9 +37,7 @@ struct CheckOnDevice {
     fail<ConfigError>("heads that stream from a length on (KeepWindowFrom), here from ", late.from,
                       " tokens on, are not on the device yet");
   }
-  void operator()(const GrowingWindowRule&) const {
-    fail<ConfigError>("growing windows (RazorAttention) are not on the device yet");
-  }
+  void operator()(const GrowingWindowRule&) const {}
   void operator()(const SelectedRule&) const {
     fail<ConfigError>("selected heads (KeepSelected) are not on the device yet");
   }
@@ -67,7 +66,7 @@ class DevicePlace {
   /// What a place of this geometry allocates.
   struct Bytes {
     std::size_t pages = 0;   ///< on the device; none where the caller gives page memory
-    std::size_t device = 0;  ///< on the device besides the pages: tables and the step
+    std::size_t device = 0;  ///< besides the pages: tables, the step, compensation rows
     std::size_t pinned = 0;  ///< page-locked on the host
   };
   /// @throws ConfigError as the constructor.
@@ -75,13 +74,15 @@ class DevicePlace {
     check(geometry);
     const StepLayout layout = layout_of(geometry);
     return {geometry.options().page_memory.empty() ? geometry.pool_bytes() : 0,
-            layout.total_bytes + table_bytes(geometry), 2 * layout.total_bytes};
+            layout.total_bytes + table_bytes(geometry) + sums_bytes(geometry) +
+                fold_heads(geometry).size() * sizeof(FoldHead),
+            2 * layout.total_bytes};
   }
 
   /// @throws ConfigError for pages that are not 64 tokens, a context of 2^31 tokens or more, more
   ///   than 128 KV heads in a layer, K and V of different widths, a layer that reads another's, a
-  ///   budget with compensation rows (RazorAttention's exist on the CPU only in this version), a
-  ///   length to stream from or selected heads (likewise), or page memory that is too small.
+  ///   length to stream from or selected heads (which exist on the CPU only in this version), or
+  ///   page memory that is too small.
   /// @throws CudaError when memory cannot be allocated.
   explicit DevicePlace(const CacheGeometry& geometry)
       : layout_(checked_layout(geometry)),
@@ -93,12 +94,28 @@ class DevicePlace {
         pages_(given_.empty() ? geometry.pool_bytes() : 0),
         state_(layout_.total_bytes),
         tables_(table_bytes(geometry)),
+        place_bytes_(geometry.compensation_bytes()),
+        sums_(sums_bytes(geometry)),
+        fold_heads_(fold_heads(geometry).size() * sizeof(FoldHead)),
         staging_{Staging{PinnedMemory(layout_.total_bytes), {}},
                  Staging{PinnedMemory(layout_.total_bytes), {}}} {
     changes_.reserve(num_sequences_ * num_classes_);
+    std::size_t num_heads = 0;
     for (const HeadClass& heads : geometry.classes()) {
       const SlotMap slots = heads.rule.slots({});
       if (slots.turn > 0) most_rows_moved_ = std::max(most_rows_moved_, slots.sink + slots.turn);
+    }
+    for (const LayerGeometry& layer : geometry.layers()) {
+      first_fold_head_.push_back(num_heads);
+      num_heads += static_cast<std::size_t>(layer.shape.num_kv_heads);
+    }
+    for (const HeadClass& heads : geometry.classes()) {
+      folds_of_class_.push_back(static_cast<std::int32_t>(most_folds(heads)));
+    }
+    if (const std::vector<FoldHead> heads = fold_heads(geometry); !heads.empty()) {
+      require(cudaMemcpy(fold_heads_.data(), heads.data(), heads.size() * sizeof(FoldHead),
+                         cudaMemcpyHostToDevice),
+              "cudaMemcpy");
     }
     require(cudaMemset(state_.data(), 0, layout_.ranges), "cudaMemset");
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
@@ -124,6 +141,20 @@ class DevicePlace {
         return StepStatus::kDeviceError;
       }
       copies = copies.subspan(count);
+    }
+    return StepStatus::kOk;
+  }
+
+  /// Makes compensation rows of places equal others', in the order of the stream: a fork's.
+  StepStatus copy_sums(std::span<const SumsCopy> copies, Stream stream) {
+    const auto place = [&](std::int32_t index) {
+      return sums_.data() + static_cast<std::size_t>(index) * place_bytes_;
+    };
+    for (const SumsCopy& copy : copies) {
+      if (!keep(cudaMemcpyAsync(place(copy.to), place(copy.from), place_bytes_,
+                                cudaMemcpyDeviceToDevice, stream))) {
+        return StepStatus::kDeviceError;
+      }
     }
     return StepStatus::kOk;
   }
@@ -180,6 +211,19 @@ class DevicePlace {
             static_cast<std::int32_t>(num_classes_),
             static_cast<std::int32_t>(num_sequences_)};
   }
+  /// A layer's compensation rows as kernels take them; the same for the cache's whole life.
+  FoldedHeads folded(int layer) const {
+    const std::byte* states = state_.data() + layout_.folds;
+    return {reinterpret_cast<const FoldState*>(states),
+            reinterpret_cast<const RowFold*>(states + fold_state_bytes()),
+            reinterpret_cast<const FoldHead*>(fold_heads_.data()) +
+                first_fold_head_[static_cast<std::size_t>(layer)],
+            sums_.data(),
+            place_bytes_,
+            static_cast<std::int32_t>(num_classes_)};
+  }
+  /// Whether the open step makes compensation rows.
+  bool folds() const { return folds_; }
   /// Steps sent so far: work that was cut for another one is not this step's.
   std::uint64_t num_sent() const { return num_sent_; }
   /// Most rows that one head of one sequence stores in the open step.
@@ -245,6 +289,34 @@ class DevicePlace {
   static std::size_t table_bytes(const CacheGeometry& geometry) {
     return static_cast<std::size_t>(geometry.tables(true).num_entries) * sizeof(std::int32_t);
   }
+  /// Of compensation rows of all places, checkpoints too.
+  static std::size_t sums_bytes(const CacheGeometry& geometry) {
+    return headwise::detail::checked_mul(static_cast<std::size_t>(geometry.num_places()),
+                                         geometry.compensation_bytes(), "compensation rows");
+  }
+  /// Rows that a step makes of a head, at the most: one bank's.
+  static std::size_t most_folds(const HeadClass& heads) {
+    return static_cast<std::size_t>(heads.rule.compensation_rows() / 2);
+  }
+  /// Of all layers' KV heads; none where nobody has compensation rows.
+  static std::vector<FoldHead> fold_heads(const CacheGeometry& geometry) {
+    std::vector<FoldHead> all;
+    if (geometry.compensation_bytes() == 0) return all;
+    for (std::size_t l = 0; l < geometry.layers().size(); ++l) {
+      for (int h = 0; h < geometry.layers()[l].shape.num_kv_heads; ++h) {
+        const HeadGeometry& head = geometry.head(static_cast<int>(l), h);
+        const HeadClass& heads = geometry.classes()[static_cast<std::size_t>(head.class_idx)];
+        all.push_back({heads.rule.compensation_rows() > 0 ? head.compensation_offset : -1,
+                       static_cast<std::int32_t>(head.class_idx)});
+      }
+    }
+    return all;
+  }
+  std::size_t fold_state_bytes() const { return fold_state_bytes(num_sequences_, num_classes_); }
+  /// Rounded up: what is listed behind them holds doubles.
+  static std::size_t fold_state_bytes(std::size_t sequences, std::size_t classes) {
+    return (sequences * classes * sizeof(FoldState) + 63) / 64 * 64;
+  }
   /// Page ids of one copy: 256 KiB of them, and always those of one whole head.
   static std::size_t most_ids(const CacheGeometry& geometry) {
     const PageTables::Shape tables = geometry.tables(true);
@@ -254,8 +326,14 @@ class DevicePlace {
   }
   static StepLayout layout_of(const CacheGeometry& geometry) {
     const auto sequences = static_cast<std::size_t>(geometry.options().max_sequences);
-    return {sequences, geometry.classes().size(), sequences * geometry.classes().size(),
-            most_ids(geometry)};
+    const std::size_t classes = geometry.classes().size();
+    std::size_t fold_bytes = 0;
+    if (geometry.compensation_bytes() > 0) {
+      std::size_t folds = 0;
+      for (const HeadClass& heads : geometry.classes()) folds += most_folds(heads);
+      fold_bytes = fold_state_bytes(sequences, classes) + sequences * folds * sizeof(RowFold);
+    }
+    return {sequences, classes, sequences * classes, most_ids(geometry), fold_bytes};
   }
 
   bool keep(cudaError_t error) {
@@ -284,6 +362,8 @@ class DevicePlace {
   void write_step(const Books& books, const Step& step, std::byte* block) {
     most_rows_stored_ = 0;
     moves_rows_ = false;
+    folds_ = false;
+    std::int32_t num_folds = 0;
     auto* chunks = reinterpret_cast<ChunkState*>(block + layout_.chunks);
     auto* classes = reinterpret_cast<ClassState*>(block + layout_.classes);
     for (std::size_t e = 0; e < step.chunks().size(); ++e) {
@@ -298,6 +378,7 @@ class DevicePlace {
                   std::max(most_rows_stored_, cuda::most_rows_stored(rule, kept, chunk.lengths));
               return class_state(rule, kept, chunk.lengths, chunk.phase);
             });
+        if (place_bytes_ > 0) write_folds(books, chunk, e, c, num_folds, block);
         moves_rows_ =
             moves_rows_ || (chunk.num_tokens() > 0 && state.append_entry != state.read_entry);
         if (!books.tables().has_block(index)) continue;  // an empty sequence without new tokens
@@ -306,6 +387,21 @@ class DevicePlace {
       }
     }
     *reinterpret_cast<StepHeader*>(block) = {static_cast<std::int32_t>(step.chunks().size())};
+  }
+
+  /// What a class of the chunk's sequence has folded, and folds in this step.
+  /// @param num_folds  listed so far
+  void write_folds(const Books& books, const StepChunk& chunk, std::size_t e, std::size_t c,
+                   std::int32_t& num_folds, std::byte* block) {
+    FoldState& state = reinterpret_cast<FoldState*>(block + layout_.folds)[e * num_classes_ + c];
+    auto* folds = reinterpret_cast<RowFold*>(block + layout_.folds + fold_state_bytes());
+    const std::int32_t index = chunk.sequence.index;
+    state = books.geometry().classes()[c].rule.visit(
+        books.keep_state(index, c), [&]<class Rule>(const Rule& rule, const auto& kept) {
+          return fold_state(rule, kept, chunk.lengths, index, folds, num_folds, folds_of_class_[c]);
+        });
+    num_folds += state.num_folds;
+    folds_ = folds_ || state.num_folds > 0;
   }
 
   /// One after the last change that goes into a copy with change `next`.
@@ -352,6 +448,11 @@ class DevicePlace {
   DeviceMemory pages_;
   DeviceMemory state_;
   DeviceMemory tables_;
+  std::size_t place_bytes_;  // of a place's compensation rows
+  DeviceMemory sums_;        // [places][place_bytes_]
+  DeviceMemory fold_heads_;  // of all layers
+  std::vector<std::size_t> first_fold_head_;
+  std::vector<std::int32_t> folds_of_class_;
   std::array<Staging, 2> staging_;  // one copy may run while the next is written
   std::size_t next_staging_ = 0;
   std::vector<Change> changes_;
@@ -359,6 +460,7 @@ class DevicePlace {
   std::int64_t most_rows_stored_ = 0;
   std::int64_t most_rows_moved_ = 0;
   bool moves_rows_ = false;
+  bool folds_ = false;
   cudaError_t error_ = cudaSuccess;
 };
 static_assert(CachePlace<DevicePlace>);

@@ -71,16 +71,20 @@ struct TableRange {
 struct StepLayout {
   std::size_t chunks = 0;       ///< [max_sequences] ChunkState, behind the StepHeader
   std::size_t classes = 0;      ///< [max_sequences][num_classes] ClassState
+  std::size_t folds = 0;        ///< compensation rows, see FoldState; no bytes where there are none
   std::size_t ranges = 0;       ///< [num_ranges] TableRange, then the page ids, packed
   std::size_t total_bytes = 0;  ///< of the block
 
   /// @param most_ranges, most_ids  the most that one copy takes; more changes take several.
+  /// @param fold_bytes  that compensation rows take.
   StepLayout(std::size_t max_sequences, std::size_t num_classes, std::size_t most_ranges,
-             std::size_t most_ids) {
+             std::size_t most_ids, std::size_t fold_bytes = 0) {
     const auto aligned = [](std::size_t bytes) { return (bytes + 63) / 64 * 64; };
     chunks = aligned(sizeof(StepHeader));
     classes = chunks + aligned(max_sequences * sizeof(ChunkState));
-    ranges = classes + max_sequences * num_classes * sizeof(ClassState);
+    folds = classes + max_sequences * num_classes * sizeof(ClassState);
+    if (fold_bytes > 0) folds = aligned(folds);
+    ranges = folds + aligned(fold_bytes);
     total_bytes =
         ranges + aligned(most_ranges * sizeof(TableRange)) + most_ids * sizeof(std::int32_t);
   }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "headwise/core/config.hpp"
 #include "headwise/core/rounding.hpp"
 
 namespace headwise::inline v0 {

@@ -31,46 +31,42 @@ struct ElementRows {
   template <class Isa>
   static std::int64_t count_overflows(const PageShape& shape, const float* k, const float* v) {
     Squares<Isa> squares;
-    for (int d = 0; d < shape.k_dim; d += kTile) squares.add_k(k + d);
-    for (int d = 0; d < shape.v_dim; d += kTile) squares.add_v(v + d);
-    return squares.count_overflows(shape, k, v);
+    for (int d = 0; d < shape.k_dim; d += kTile) squares.add_strip(0, k + d);
+    for (int d = 0; d < shape.v_dim; d += kTile) squares.add_strip(1, v + d);
+    if (squares.are_little()) return 0;
+    return count_row_overflows(k, shape.k_dim) + count_row_overflows(v, shape.v_dim);
   }
 
-  /// Of a token's K and V, summed up while they are stored: nearly always they say that no element
+  /// Of tokens' K and V, summed up while they are stored: nearly always they say that no element
   /// is too large, in less time than looking at each.
   template <class Isa>
   class Squares {
     using O = simd::Ops<Isa>;
+    using V = typename O::V;
 
    public:
-    /// @param strip  16 of K's
-    HEADWISE_ALWAYS_INLINE void add_k(const float* strip) { add(strip, k_); }
-    /// @param strip  16 of V's
-    HEADWISE_ALWAYS_INLINE void add_v(const float* strip) { add(strip, v_); }
-    /// Finite elements that rounding made infinite, of the rows that were added whole.
-    HEADWISE_ALWAYS_INLINE std::int64_t count_overflows(const PageShape& shape, const float* k,
-                                                        const float* v) const {
-      if constexpr (std::same_as<E, f32>) {
-        return 0;
-      } else {
-        // NaNs and infinities have larger bits than any bound, also to -ffast-math.
-        constexpr float kLittle = std::same_as<E, f16> ? 65504.0F * 65504.0F : 1e38F;
-        if (magnitude(O::reduce_add(O::add(k_, v_))) < magnitude(kLittle)) return 0;
-        return count_row_overflows(k, shape.k_dim) + count_row_overflows(v, shape.v_dim);
-      }
+    /// Sums that run side by side: each waits for its last addition.
+    static constexpr int kSums = 4;
+
+    /// @param sum  in [0, kSums)
+    HEADWISE_ALWAYS_INLINE void add(int sum, V x) {
+      if constexpr (!std::same_as<E, f32>) sums_[sum] = O::fma(x, x, sums_[sum]);
+    }
+    /// @param strip  16 elements
+    HEADWISE_ALWAYS_INLINE void add_strip(int sum, const float* strip) {
+      for (int i = 0; i < kTile; i += O::kWidth) add(sum, O::load(strip + i));
+    }
+    /// Whether no element can have been rounded to infinity.
+    HEADWISE_ALWAYS_INLINE bool are_little() const {
+      if constexpr (std::same_as<E, f32>) return true;
+      // NaNs and infinities have larger bits than any bound, also to -ffast-math.
+      constexpr float kLittle = std::same_as<E, f16> ? 65504.0F * 65504.0F : 1e38F;
+      const V sum = O::add(O::add(sums_[0], sums_[1]), O::add(sums_[2], sums_[3]));
+      return magnitude(O::reduce_add(sum)) < magnitude(kLittle);
     }
 
    private:
-    HEADWISE_ALWAYS_INLINE static void add(const float* strip, typename O::V& sum) {
-      if constexpr (std::same_as<E, f32>) return;
-      for (int i = 0; i < kTile; i += O::kWidth) {
-        const auto x = O::load(strip + i);
-        sum = O::fma(x, x, sum);
-      }
-    }
-
-    typename O::V k_ = O::zero();  // apart: each sum waits for its last
-    typename O::V v_ = O::zero();
+    V sums_[kSums] = {O::zero(), O::zero(), O::zero(), O::zero()};
   };
 
   static void round_row(const PageShape& shape, const float* k, const float* v, float* to_k,

@@ -59,6 +59,9 @@ struct PagedMemory {
 ///     pack_own_k<Isa>(rows, stride, count, dim, tiles), pack_own_v<Isa>(...)
 ///                       rows that a step has yet to store, rounded like round_row, likewise
 ///
+/// A format that stores 16 tokens faster than one after the other also has
+/// `encode_tile<Isa>(page, shape, row, k, k_stride, v, v_stride)`, `row` a multiple of 16.
+///
 /// A format whose elements lie in tiles already also has `tiles(page, shape, row)`: decode then
 /// reads the 64 rows around `row` where they are, integers with their scales. One that stores K
 /// turned has `rotate_k(x, k_dim, to)`, which turns q likewise.
@@ -78,6 +81,12 @@ concept RowFormat = requires(std::byte* page, typename F::Page stored, const Pag
   { F::template pack<simd::Scalar>(stored, shape, row, n, to, to) } -> std::same_as<int>;
   F::template pack_own_k<simd::Scalar>(from, stride, n, n, to);
   F::template pack_own_v<simd::Scalar>(from, stride, n, n, to);
+};
+
+/// A format that stores 16 tokens at once.
+template <class F>
+concept EncodesTiles = requires(std::byte* page, const PageShape& shape, const float* from) {
+  F::template encode_tile<simd::Scalar>(page, shape, std::size_t{}, from, 0, from, 0);
 };
 
 /// A format that the decode kernel reads without packing.

@@ -90,13 +90,14 @@ struct PlainRows : detail::ElementRows<E> {
     typename detail::ElementRows<E>::template Squares<Isa> squares;
     for (int d = 0; d < shape.k_dim; d += detail::kTile) {
       detail::convert_strip<Isa>(k + d, to_k + d);
-      squares.add_k(k + d);
+      squares.add_strip(0, k + d);
     }
     for (int d = 0; d < shape.v_dim; d += detail::kTile) {
       detail::convert_strip<Isa>(v + d, to_v + d);
-      squares.add_v(v + d);
+      squares.add_strip(1, v + d);
     }
-    return squares.count_overflows(shape, k, v);
+    if (squares.are_little()) return 0;
+    return PlainRows::template count_overflows<Isa>(shape, k, v);
   }
 
   template <class Isa>

@@ -46,19 +46,60 @@ struct TiledRows : detail::ElementRows<E> {
   static std::int64_t encode(std::byte* page, const PageShape& shape, std::size_t row,
                              const float* k, const float* v) {
     E* elements = reinterpret_cast<E*>(page);
-    typename detail::ElementRows<E>::template Squares<Isa> squares;
+    Squares<Isa> squares;
     for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.k_dim); dim += kRows) {
       alignas(64) E strip[kRows];
       detail::convert_strip<Isa>(k + dim, strip);
-      E* to = elements + k_offset(shape, row, dim);
-      for (std::size_t i = 0; i < kRows; ++i) to[i * kRows] = strip[i];
-      squares.add_k(k + dim);
+      detail::scatter_strip(strip, elements + k_offset(shape, row, dim));
+      squares.add_strip(0, k + dim);
     }
     for (std::size_t dim = 0; dim < static_cast<std::size_t>(shape.v_dim); dim += kRows) {
       detail::convert_strip<Isa>(v + dim, elements + v_offset(shape, row, dim));
-      squares.add_v(v + dim);
+      squares.add_strip(1, v + dim);
     }
-    return squares.count_overflows(shape, k, v);
+    if (squares.are_little()) return 0;
+    return TiledRows::template count_overflows<Isa>(shape, k, v);
+  }
+
+  /// encode() of 16 tokens that fill a tile: squares of them are turned in registers, and lines are
+  /// written whole.
+  /// @param row  a multiple of 16
+  /// @param k,v  the first token's; strides in floats from one to the next
+  template <class Isa>
+  static std::int64_t encode_tile(std::byte* page, const PageShape& shape, std::size_t row,
+                                  const float* k, std::ptrdiff_t k_stride, const float* v,
+                                  std::ptrdiff_t v_stride) {
+    using O = simd::Ops<Isa>;
+    constexpr int kWidth = O::kWidth;
+    constexpr int kSums = Squares<Isa>::kSums;
+    E* elements = reinterpret_cast<E*>(page);
+    Squares<Isa> squares;
+    E* tile = elements + k_offset(shape, row, 0);
+    for (int token = 0; token < detail::kTile; token += kWidth) {
+      for (int d = 0; d < shape.k_dim; d += kWidth) {
+        typename O::V square[std::size_t{kWidth}];
+        for (int i = 0; i < kWidth; ++i) {
+          square[i] = O::load(k + (token + i) * k_stride + d);
+          squares.add(i % kSums, square[i]);
+        }
+        O::transpose(square);
+        for (int i = 0; i < kWidth; ++i)
+          O::store(tile + (d + i) * detail::kTile + token, square[i]);
+      }
+    }
+    for (int d = 0; d < shape.v_dim; d += detail::kTile) {
+      E* strip = elements + v_offset(shape, row, static_cast<std::size_t>(d));
+      for (int i = 0; i < detail::kTile; ++i) {
+        detail::convert_strip<Isa>(v + i * v_stride + d, strip + i * detail::kTile);
+        squares.add_strip(i % kSums, v + i * v_stride + d);
+      }
+    }
+    std::int64_t overflows = 0;
+    for (int i = 0; i < detail::kTile && !squares.are_little(); ++i) {
+      overflows +=
+          TiledRows::template count_overflows<Isa>(shape, k + i * k_stride, v + i * v_stride);
+    }
+    return overflows;
   }
 
   template <class Isa>
@@ -128,6 +169,8 @@ struct TiledRows : detail::ElementRows<E> {
   }
 
  private:
+  template <class Isa>
+  using Squares = typename detail::ElementRows<E>::template Squares<Isa>;
   static constexpr std::size_t kRows = detail::kTile;
 
   static const E* elements_of(const std::byte* page) { return reinterpret_cast<const E*>(page); }

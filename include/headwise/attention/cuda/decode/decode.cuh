@@ -110,6 +110,9 @@ __global__ void __launch_bounds__((decode_max_warps(kDim) + Size::kMergeWarps) *
     const bool is_last = piece + 1 == work.num_pieces();
     const int wide = piece - work.num_narrow;
     if (wide < 0) {
+      if constexpr (Size::Softmax::kHasCompensation) {
+        state.add_compensation(args, lists.piece(piece));
+      }
       state.store(args, rows_of<Size>(args, lists.piece(piece)));
       if (is_last) return;
     } else if (!is_last) {

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "headwise/attention/cuda/compensation.cuh"
 #include "headwise/attention/cuda/decode/args.cuh"
 #include "headwise/attention/cuda/decode/state.cuh"
 #include "headwise/attention/cuda/decode/tile.cuh"
@@ -129,6 +130,21 @@ struct MergedColumns {
     }
   }
 
+  /// Adds the row that stands for those that the head has dropped; after all others.
+  template <DeviceRow Row, DeviceIo Io, int kDim>
+  __device__ void add_mean(const DecodeArgs& args, const MeanRow& mean, const Bits<Io>* q,
+                           int column) {
+    if (!mean.exists()) return;
+    const float dot = dot_with_mean<Row, Io>(q, mean.k, 0, 1, kDim / 2);
+    const JoiningRow joining(top, mean.logit(dot, args.scale_log2, args.softmax),
+                             TensorCore<Row>::kHeadroom);
+    top = joining.top;
+    sum = sum * joining.factor + joining.weight;
+    const float* value = mean.v + column;
+    out = make_float4(joining.joined(out.x, value), joining.joined(out.y, value + 1),
+                      joining.joined(out.z, value + 2), joining.joined(out.w, value + 3));
+  }
+
   /// As if the query's sink were one more key, without a value; after all others.
   template <DeviceRow Row, class Size>
   __device__ void add_sink(const DecodeArgs& args, const PieceRows& rows, int query) {
@@ -185,6 +201,7 @@ __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const
   constexpr int kMost = decode_max_workers(kDim, Size::kIndex);
   const PieceRows rows = rows_of<Size>(args, piece);
   const int place = 2 * piece.block_rank + (piece.block_rank == piece.first_rank ? 1 : 0);
+  [[maybe_unused]] const MeanRow mean = mean_of<kDim, Size>(args, piece);
   float* to = args.scratch.block_partials +
               static_cast<std::int64_t>(place) * partial_floats(kDim, Size::kRows);
 #pragma unroll 1
@@ -207,6 +224,9 @@ __device__ void merge_parts(const DecodeArgs& args, const MergeTeam& team, const
     MergedColumns merged;
     merged.add(state, x);
     if (piece.num_blocks == 1) {
+      if constexpr (Size::Softmax::kHasCompensation) {
+        merged.add_mean<Row, Io, kDim>(args, mean, rows.query<Io>(args, query), column);
+      }
       merged.add_sink<Row, Size>(args, rows, query);
       merged.store<Io>(rows.output<Io>(args, query) + column);
     } else {
@@ -230,6 +250,7 @@ __device__ void merge_blocks(const DecodeArgs& args, MergeTeam& team, const Piec
   // each half merges half of them.
   constexpr int kBatch = 17;
   const PieceRows rows = rows_of<Size>(args, piece);
+  [[maybe_unused]] const MeanRow mean = mean_of<kDim, Size>(args, piece);
   const int count = piece.num_blocks;
   const float* partials =
       args.scratch.block_partials +
@@ -271,6 +292,9 @@ __device__ void merge_blocks(const DecodeArgs& args, MergeTeam& team, const Piec
       const float2 state[1] = {states[thread]};
       const float4 x[1] = {columns[thread]};
       merged.add(state, x);
+      if constexpr (Size::Softmax::kHasCompensation) {
+        merged.add_mean<Row, Io, kDim>(args, mean, rows.query<Io>(args, query), column);
+      }
       merged.add_sink<Row, Size>(args, rows, query);
       merged.store<Io>(rows.output<Io>(args, query) + column);
     }

@@ -8,6 +8,7 @@
 #include <concepts>
 #include <cstdint>
 
+#include "headwise/attention/cuda/compensation.cuh"
 #include "headwise/attention/cuda/decode/args.cuh"
 #include "headwise/attention/cuda/decode/tile.cuh"
 #include "headwise/attention/cuda/decode/work.cuh"
@@ -48,6 +49,17 @@ struct TileRows {
     return piece->num_tokens == 1 ? 0 : (piece->first_row + row) / group_size;
   }
 };
+
+/// The row that stands for those that a piece's head has dropped.
+template <int kDim, class Size>
+__device__ MeanRow mean_of(const DecodeArgs& args, const Piece& piece) {
+  if constexpr (Size::Softmax::kHasCompensation) {
+    if (args.softmax.folded.heads != nullptr) {
+      return {args.softmax.folded, chunk_at(args.step, piece.query_row), piece.kv_head, kDim};
+    }
+  }
+  return {};
+}
 
 /// Attention of a warp's query rows over the tiles of one piece, transposed: scores are [keys,
 /// queries], the output [dims, queries], so that 16 keys or dims fill a tensor core's rows and the
@@ -158,6 +170,44 @@ class DecodeState {
       for (int d = 4; d < 32; d *= 2) {
         sum_[n][0] += __shfl_xor_sync(kWholeWarp, sum_[n][0], d);
         sum_[n][1] += __shfl_xor_sync(kWholeWarp, sum_[n][1], d);
+      }
+    }
+  }
+
+  /// Adds the row that stands for those that the head has dropped; after finish().
+  __device__ void add_compensation(const DecodeArgs& args, const Piece& piece) {
+    if (is_idle()) return;
+    const MeanRow mean = mean_of<kDim, Size>(args, piece);
+    if (!mean.exists()) return;
+    const PieceRows rows = rows_of<Size>(args, piece);
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int t = lane % 4;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      float logit[2] = {kHidden, kHidden};
+#pragma unroll 1
+      for (int query = 0; query < 8; ++query) {
+        const int row = first_row() + n * 8 + query;
+        if (row >= rows.count) break;
+        float dot = dot_with_mean<Row, Io>(rows.query<Io>(args, row), mean.k, lane, 32, kDim / 2);
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) dot += __shfl_xor_sync(kWholeWarp, dot, d);
+        if (query / 2 != t) continue;
+        const float of_query = mean.logit(dot, args.scale_log2, args.softmax);
+        if (query % 2 == 0) logit[0] = of_query;
+        if (query % 2 == 1) logit[1] = of_query;
+      }
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const JoiningRow joining(max_[n][c], logit[c], TensorCore<Row>::kHeadroom);
+        max_[n][c] = joining.top;
+        sum_[n][c] = sum_[n][c] * joining.factor + joining.weight;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          const float* value = mean.v + b * 16 + lane / 4;
+          out_[n][b][c] = joining.joined(out_[n][b][c], value);
+          out_[n][b][c + 2] = joining.joined(out_[n][b][c + 2], value + 8);
+        }
       }
     }
   }

@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "headwise/attention/cuda/compensation.cuh"
 #include "headwise/attention/cuda/prefill/tile.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
 #include "headwise/attention/cuda/softmax_kind.cuh"
@@ -53,6 +54,12 @@ __device__ __forceinline__ double shaped_exactly(const SoftmaxArgs& softmax, dou
   if (cap > 0.0) score = cap * tanh(score / cap);
   if (softmax.alibi_slopes == nullptr) return score;
   return in_f32_range(score + static_cast<double>(__ldg(softmax.alibi_slopes + head)) * distance);
+}
+
+/// The row that stands for those that a tile's head has dropped.
+template <int kDim>
+__device__ __forceinline__ MeanRow mean_row(const PrefillArgs& args, const PrefillTile& tile) {
+  return {args.softmax.folded, tile.piece.chunk, args.heads.kv_head[tile.head], kDim};
 }
 
 /// One warp attends rows of a tile over the keys that they see and writes them to `out`. A row
@@ -136,6 +143,38 @@ __device__ __forceinline__ void attend_exactly(const PrefillArgs& args, const Pr
       if (__all_sync(kWholeWarp, is_nan)) break;
     }
     for (int d = 1; d < 32; d *= 2) sum += __shfl_xor_sync(kWholeWarp, sum, d);
+    if constexpr (Softmax::kHasCompensation) {
+      if (const MeanRow mean = mean_row<kDim>(args, tile); mean.exists()) {
+        double score = 0.0;
+#pragma unroll 1
+        for (int i = lane; i < kPairs; i += 32) {
+          const float2 x = pair_at(q, i);
+          score += static_cast<double>(x.x) * static_cast<double>(mean.k[2 * i]);
+          score += static_cast<double>(x.y) * static_cast<double>(mean.k[2 * i + 1]);
+        }
+        for (int d = 1; d < 32; d *= 2) score += __shfl_xor_sync(kWholeWarp, score, d);
+        score = shaped_exactly(args.softmax, score * static_cast<double>(args.scale_log2),
+                               query_head(args, tile, group, row), 0) +
+                static_cast<double>(mean.log2_count);
+        if (score != kNone) {
+          const double new_top = fmax(top, score);
+          const double factor = top == new_top ? 1.0 : exp2(top - new_top);
+          const double weight = exp2(score - new_top);
+          top = new_top;
+          sum = sum * factor + weight;
+#pragma unroll
+          for (int i = 0; i < kOwn; ++i) {
+            if (lane + 32 * i >= kPairs) break;
+            const float* v = mean.v + 2 * (lane + 32 * i);
+            out[i][0] *= factor;
+            out[i][1] *= factor;
+            if (weight == 0.0) continue;
+            out[i][0] += weight * static_cast<double>(v[0]);
+            out[i][1] += weight * static_cast<double>(v[1]);
+          }
+        }
+      }
+    }
     if constexpr (Softmax::kHasSinks) {
       if (sum != 0.0 && args.softmax.sinks != nullptr) {
         const float sink = __ldg(args.softmax.sinks + query_head(args, tile, group, row));

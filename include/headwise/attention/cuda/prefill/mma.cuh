@@ -70,6 +70,12 @@ class MmaRows {
     multiply_values(k + kMmaKeys * kRowBytes, score);
   }
 
+  /// Adds what stands for dropped rows; after the last keys.
+  __device__ void add_compensation(const LaneRows& lane_rows) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) softmax_[m].add_compensation(at(lane_rows, m), out_[m]);
+  }
+
   /// Writes the rows' outputs over the warp's query rows in shared memory.
   /// @return bit r: row r of the warp has become no number.
   __device__ unsigned store(const LaneRows& lane_rows, std::uint16_t* rows) const {
@@ -232,6 +238,7 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kDim <= 128 ? 2 : 1)
   // Through shared memory, so that rows leave in 16-byte pieces.
   std::uint16_t* own_rows = q_rows + warp_row * kPaddedDim<kDim>;
   __syncwarp();
+  if constexpr (Softmax::kHasCompensation) rows.add_compensation(lane_rows);
   const unsigned again = rows.store(lane_rows, own_rows);
   __syncwarp();
   write_outputs<kDim, kRowsPerWarp>(args, tile, group, warp_row, [&](int row, int chunk) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "headwise/attention/cuda/compensation.cuh"
 #include "headwise/attention/cuda/prefill/exact.cuh"
 #include "headwise/attention/cuda/prefill/tile.cuh"
 #include "headwise/attention/cuda/ptx/tensor_core.cuh"
@@ -183,6 +184,37 @@ class RowSoftmax {
     factor[1] = exp2_fast((part.y - max_[1]) * scale_log2);
     sum_[0] = fmaf(part.z, factor[0], sum_[0]);
     sum_[1] = fmaf(part.w, factor[1], sum_[1]);
+  }
+
+  /// Adds the row that stands for those that the head has dropped, once a row's results are
+  /// complete. Lanes that share a row divide its products among them.
+  template <int kBlocks>
+  __device__ __forceinline__ void add_compensation(const LaneRows& rows, float (&out)[kBlocks][4]) {
+    if constexpr (Softmax::kHasCompensation) {
+      const MeanRow mean = mean_row<kBlocks * 8>(rows.args, rows.tile);
+      if (!mean.exists()) return;
+      const int t = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const std::uint16_t* q = find_query(rows.args, rows.tile, rows.group, rows.first + 8 * r);
+        float dot = dot_with_mean<Row, Row>(q, mean.k, t, 4, kBlocks * 4);
+        dot += __shfl_xor_sync(kWholeWarp, dot, 1);
+        dot += __shfl_xor_sync(kWholeWarp, dot, 2);
+        static_assert(Softmax::kShapesScores, "max_ has the scale in it");
+        const JoiningRow joining(max_[r], mean.logit(dot, rows.args.scale_log2, rows.args.softmax),
+                                 kHeadroom);
+        max_[r] = joining.top;
+        sum_[r] = sum_[r] * joining.factor + (t == 0 ? joining.weight : 0.0F);
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& x = out[n][2 * r + i];
+            x = joining.joined(x, mean.v + n * 8 + 2 * t + i);
+          }
+        }
+      }
+    }
   }
 
   /// What a row's results must be multiplied by in the end; NaN where they are not to be used: the

@@ -276,6 +276,12 @@ class GroupRows {
     }
   }
 
+  /// Adds what stands for dropped rows; after the last keys.
+  __device__ __forceinline__ void add_compensation(const LaneRows& lane_rows,
+                                                   RowSoftmax<Row, Softmax>& softmax) {
+    softmax.add_compensation(lane_rows, out_);
+  }
+
   /// Divides by the sums of weights and writes the warp's rows, swizzled.
   /// @param first_row  the warp's, of kGroupRows at `rows`.
   /// @return the rows that have become no numbers, see named_rows().
@@ -482,6 +488,7 @@ __device__ __forceinline__ void multiply_tiles(const PrefillArgs& args, KeyRing&
     meet_warpgroup(2 + warpgroup);  // none of its products reads queries any more
     unsigned again = 0;
     if (!kCut || tile.piece.num_parts == 1 || has_all(tile.piece, done)) {
+      if constexpr (Softmax::kHasCompensation) rows.add_compensation(lane_rows(tile), done);
       again = rows.store(lane_rows(tile), done, place, first_row);
       __syncwarp();
       write_outputs<kDim, 16>(args, tile, group, first_row, [&](int row, int chunk) {
