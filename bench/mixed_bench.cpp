@@ -3,9 +3,11 @@
 // multiply-adds that registers alone can do.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "headwise/attention/mixed_attention.hpp"

@@ -8,8 +8,6 @@
 #pragma once
 
 #include <Eigen/Core>
-#include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -23,13 +21,13 @@
 #include "headwise/cache/kv_cache.hpp"
 #include "headwise/core/executor.hpp"
 #include "kernels.hpp"
+#include "layers.hpp"
 #include "rotary.hpp"
 #include "weights.hpp"
 
 namespace needle_lm {
 
 using Token = std::int32_t;
-using Matrix = Eigen::MatrixXf;  ///< [features, tokens]: one token's features are contiguous
 
 /// The next tokens of some sequences, one sequence after the other.
 struct Batch {
@@ -113,8 +111,8 @@ class Decoder {
     const ModelConfig& config = model_.config;
     const LayerWeights& weights = model_.layers[static_cast<std::size_t>(layer)];
     normalise(weights.attention_norm);
-    multiply(weights.qkv, normed_, qkv_);
-    for_each_token([&](Eigen::Index token) {
+    multiply(executor_, weights.qkv, normed_, qkv_);
+    for_each_token(executor_, hidden_.cols(), [&](Eigen::Index token) {
       rotary_.rotate(positions_[static_cast<std::size_t>(token)], qkv_.col(token).data(),
                      config.num_qo_heads + config.num_kv_heads);  // Q and K, not V
     });
@@ -132,67 +130,23 @@ class Decoder {
         headwise::TensorView<float>::nhd(attended_.data(), config.num_qo_heads, config.head_dim),
         executor_));
 
-    multiply(weights.output, attended_, projected_);
+    multiply(executor_, weights.output, attended_, projected_);
     hidden_ += projected_;
   }
 
   /// SwiGLU: down(silu(gate(x)) * up(x)).
   void add_mlp(const LayerWeights& weights) {
-    const Eigen::Index size = model_.config.intermediate_size;
     normalise(weights.mlp_norm);
-    multiply(weights.gate_up, normed_, gate_up_);
-    activated_.resize(size, hidden_.cols());
-    for_each_token([&](Eigen::Index token) {
-      const auto gate = gate_up_.col(token).head(size).array();
-      const auto up = gate_up_.col(token).tail(size).array();
-      activated_.col(token) = gate / (1.0F + (-gate).exp()) * up;
-    });
-    multiply(weights.down, activated_, projected_);
+    multiply(executor_, weights.gate_up, normed_, gate_up_);
+    activate(executor_, gate_up_, activated_);
+    multiply(executor_, weights.down, activated_, projected_);
     hidden_ += projected_;
   }
 
   /// normed_ = RMSNorm of every token of hidden_.
   void normalise(const Eigen::VectorXf& gain) {
-    normed_.resize(hidden_.rows(), hidden_.cols());
-    for_each_token([&](Eigen::Index token) {
-      const auto x = hidden_.col(token);
-      const float mean_square = x.squaredNorm() / static_cast<float>(x.size());
-      const float scale = 1.0F / std::sqrt(mean_square + model_.config.norm_epsilon);
-      normed_.col(token) = x.cwiseProduct(gain) * scale;
-    });
+    needle_lm::normalise(executor_, hidden_, gain, model_.config.norm_epsilon, normed_);
   }
-
-  /// out = weight * x for all tokens at once; the weight's rows are dealt to the threads.
-  void multiply(const Weight& weight, const Matrix& x, Matrix& out) {
-    out.resize(weight.rows(), x.cols());
-    // One piece a thread: every piece packs all of x for the product's inner loop.
-    const auto threads = static_cast<Eigen::Index>(executor_.num_threads());
-    const Eigen::Index piece = std::max(kLeastRows, (weight.rows() + threads - 1) / threads);
-    deal(weight.rows(), piece, [&](Eigen::Index first, Eigen::Index count) {
-      out.middleRows(first, count).noalias() = weight.middleRows(first, count) * x;
-    });
-  }
-
-  template <class Fn>
-  void for_each_token(Fn fn) {
-    deal(hidden_.cols(), kTokensPerTask, [&](Eigen::Index first, Eigen::Index count) {
-      for (Eigen::Index token = first; token < first + count; ++token) fn(token);
-    });
-  }
-
-  /// fn(first, count) over [0, total) in pieces of at most `piece`, on the engine's threads: the
-  /// same executor that attention uses.
-  template <class Fn>
-  void deal(Eigen::Index total, Eigen::Index piece, Fn fn) {
-    const auto num_tasks = static_cast<std::size_t>((total + piece - 1) / piece);
-    executor_.for_each(num_tasks, [&](std::size_t task, std::size_t /*thread*/) {
-      const Eigen::Index first = static_cast<Eigen::Index>(task) * piece;
-      fn(first, std::min(piece, total - first));
-    });
-  }
-
-  static constexpr Eigen::Index kLeastRows = 64;  // fewer are not worth waking a thread
-  static constexpr Eigen::Index kTokensPerTask = 64;
 
   const Model& model_;
   Rotary rotary_;

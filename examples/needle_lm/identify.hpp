@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// @file identify.hpp
-/// Which heads keep everything, found on this model by forwards alone.
+/// Which heads keep everything, found on this model: by forwards alone, or by training gates.
 ///
 /// Each method is the library's; here are the texts it reads and the model it looks into. A text is
 /// one step, so that the step's own K are all keys so far.
@@ -25,22 +25,27 @@
 #include "headwise/heads/plan.hpp"
 #include "headwise/heads/scores.hpp"
 #include "headwise/heads/splitmix64.hpp"
+#include "headwise/policies/duo_attention_training.hpp"
 #include "headwise/policies/measured_cost.hpp"
 #include "headwise/policies/on_the_fly.hpp"
 #include "headwise/policies/razor_probe.hpp"
 #include "headwise/policies/retrieval_probe.hpp"
+#include "mixed_decoder.hpp"
 #include "tasks.hpp"
 
 namespace needle_lm {
 
-inline const std::vector<std::string_view> kMethods{"razor", "retrieval", "on_the_fly", "measured"};
+inline const std::vector<std::string_view> kMethods{"razor", "retrieval", "on_the_fly", "measured",
+                                                    "duo"};
 
 struct IdentifyOptions {
   std::string method = "razor";  ///< one of kMethods
   std::size_t documents = 8;     ///< texts, of each task that the method reads
   std::uint64_t seed = 1;        ///< of random texts, and of which documents are drawn
-  headwise::Window window{.sink = 4, .recent = 60};  ///< measured: what a streaming head keeps
-  std::size_t greedy = 0;  ///< measured: heads that stream one after the other; 0: each alone
+  headwise::Window window{.sink = 4, .recent = 60};  ///< measured, duo: what a streaming head keeps
+  std::size_t greedy = 0;    ///< measured: heads that stream one after the other; 0: each alone
+  std::int64_t steps = 200;  ///< duo: of one text each
+  double l1_weight = 0.05;   ///< duo: pull of all gates towards 0
 };
 
 /// Scores of KV heads; higher: keep everything.
@@ -107,12 +112,14 @@ class Identify {
     if (options_.method == "razor") return razor();
     if (options_.method == "retrieval") return retrieval();
     if (options_.method == "on_the_fly") return on_the_fly();
+    if (options_.method == "duo") return duo();
     return measured();
   }
 
   /// Texts that run() reads in all.
   static std::size_t num_forwards(const IdentifyOptions& options, std::size_t num_heads) {
     if (options.method == "on_the_fly") return 2 * options.documents;
+    if (options.method == "duo") return static_cast<std::size_t>(options.steps);
     if (options.method != "measured") return options.documents;
     std::size_t passes = 1 + num_heads;
     for (std::size_t i = 0; i < std::min(options.greedy, num_heads); ++i) {
@@ -174,6 +181,27 @@ class Identify {
       probe.end_text();
     }
     return {probe.scores()};
+  }
+
+  /// DuoAttention's training, in as few steps as this model's gates need. What counts are the
+  /// states that passkeys are predicted from.
+  FoundHeads duo() {
+    const std::vector<Document> texts = documents("passkey", kEndOfNeedle);
+    std::int64_t longest = 0;
+    for (const Document& text : texts) longest = std::max(longest, std::ssize(text.tokens));
+    MixedDecoder<E> engine(model_, options_.window, longest, executor_);
+    const auto next_text = [&](std::int64_t step) {
+      const Document& document = texts[static_cast<std::size_t>(step) % texts.size()];
+      const std::span<const Token> tokens = answered(document);
+      headwise::duo_attention::LabelledText text{{tokens.begin(), tokens.end()}, {}};
+      for (std::size_t i = document.prompt_length - 1; i < tokens.size(); ++i) {
+        text.labelled.push_back(static_cast<std::int64_t>(i));
+      }
+      return text;
+    };
+    return {headwise::duo_attention::train(
+        shape_, {.num_steps = options_.steps, .l1_weight = options_.l1_weight}, engine, next_text,
+        [&](const headwise::duo_attention::Progress&) { on_forward_(); })};
   }
 
   /// Distributions of the answers' tokens, streaming heads from the first prompt token on.

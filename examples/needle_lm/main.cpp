@@ -45,12 +45,13 @@ constexpr const char* kUsage = R"(usage:
       one plan over held-out documents of 2048 tokens, generating greedily
   needle_lm logits --tokens IDS.txt --out OUT.tsv [plan] [--prompt N]
       logits of every position; the first N tokens are the prompt, the rest decode steps
-  needle_lm identify --method razor|retrieval|on_the_fly|measured --out SCORES.tsv [--seed K]
-      which heads keep everything, by forwards alone, as a score file for --heads
+  needle_lm identify --method razor|retrieval|on_the_fly|measured|duo --out SCORES.tsv [--seed K]
+      which heads keep everything, as a score file for --heads
       --documents N  texts, of each task from the file's second half   (8)
       --echo OUT.tsv   razor: the second file
-      --sink A --recent B   measured: what a streaming head keeps   (4, 60)
+      --sink A --recent B   measured, duo: what a streaming head keeps   (4, 60)
       --greedy H   measured: ranks H heads as they stream one after the other
+      --steps N --l1 W   duo: of the gates' training, of one text each   (200, 0.05)
 plan:
   --policy full|duo_attention|rlkv|razor_attention|uniform|random   (full)
   --heads SCORES.tsv       (the policy's own file beside the model)
@@ -397,10 +398,13 @@ void print_found(const FoundHeads& found, const IdentifyOptions& options, const 
   std::printf("\nneedle_lm identify --method %s --documents %zu --seed %llu",
               options.method.c_str(), options.documents,
               static_cast<unsigned long long>(options.seed));
-  if (options.method == "measured") {
+  if (options.method == "measured" || options.method == "duo") {
     std::printf(" --sink %lld --recent %lld", static_cast<long long>(options.window.sink),
                 static_cast<long long>(options.window.recent));
     if (options.greedy > 0) std::printf(" --greedy %zu", options.greedy);
+  }
+  if (options.method == "duo") {
+    std::printf(" --steps %lld --l1 %g", static_cast<long long>(options.steps), options.l1_weight);
   }
   std::printf(" --out %s", out.c_str());
   if (!echo.empty()) std::printf(" --echo %s", echo.c_str());
@@ -411,14 +415,17 @@ IdentifyOptions identify_options(const Arguments& arguments, std::size_t num_hea
   constexpr std::int64_t kLongest = 1 << 20;
   IdentifyOptions options;
   options.method = arguments.choice("--method", options.method, kMethods);
-  const auto belongs_to = [&](const char* name, const char* method) {
-    if (arguments.has(name) && options.method != method) {
-      headwise::fail<headwise::ConfigError>(name, " belongs to --method ", method, ", not ",
-                                            options.method);
-    }
+  const auto belongs_to = [&](const char* name, const char* method, const char* other = nullptr) {
+    const bool belongs = options.method == method || (other != nullptr && options.method == other);
+    if (!arguments.has(name) || belongs) return;
+    headwise::fail<headwise::ConfigError>(name, " belongs to --method ", method,
+                                          other != nullptr ? " or " : "",
+                                          other != nullptr ? other : "", ", not ", options.method);
   };
   belongs_to("--echo", "razor");
-  for (const char* name : {"--sink", "--recent", "--greedy"}) belongs_to(name, "measured");
+  belongs_to("--greedy", "measured");
+  for (const char* name : {"--sink", "--recent"}) belongs_to(name, "measured", "duo");
+  for (const char* name : {"--steps", "--l1"}) belongs_to(name, "duo");
   options.documents = static_cast<std::size_t>(arguments.integer("--documents", 8, 1, 1 << 20));
   options.seed = static_cast<std::uint64_t>(
       arguments.integer("--seed", 1, 0, std::numeric_limits<std::int64_t>::max()));
@@ -426,6 +433,8 @@ IdentifyOptions identify_options(const Arguments& arguments, std::size_t num_hea
   options.window.recent = arguments.integer("--recent", options.window.recent, 1, kLongest);
   options.greedy = static_cast<std::size_t>(
       arguments.integer("--greedy", 0, 0, static_cast<std::int64_t>(num_heads)));
+  options.steps = arguments.integer("--steps", options.steps, 1, kLongest);
+  options.l1_weight = arguments.real("--l1", options.l1_weight, 0.0, 1e6);
   return options;
 }
 
@@ -481,9 +490,10 @@ int run(std::span<const char* const> words) {
                          flags));
   } else if (command == "identify") {
     run_identify(Arguments(
-        options, kCommonOptions + std::vector<std::string_view>{"--method", "--out", "--echo",
-                                                                "--seed", "--documents", "--data",
-                                                                "--sink", "--recent", "--greedy"}));
+        options,
+        kCommonOptions + std::vector<std::string_view>{"--method", "--out", "--echo", "--seed",
+                                                       "--documents", "--data", "--sink",
+                                                       "--recent", "--greedy", "--steps", "--l1"}));
   } else {
     std::fputs(kUsage, stderr);
     return 2;

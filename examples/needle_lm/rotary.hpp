@@ -27,9 +27,18 @@ class Rotary {
 
   /// Rotates `num_heads` consecutive heads in place; `pos` < max_context.
   void rotate(std::int64_t pos, float* heads, int num_heads) const {
+    turn(pos, heads, num_heads, 1.0F);
+  }
+  /// Undoes it, and so takes a gradient back: a rotation's inverse is its transpose.
+  void rotate_back(std::int64_t pos, float* heads, int num_heads) const {
+    turn(pos, heads, num_heads, -1.0F);
+  }
+
+ private:
+  void turn(std::int64_t pos, float* heads, int num_heads, float sign) const {
     const Eigen::Index half = cos_.rows();
     const auto c = cos_.col(pos).array();
-    const auto s = sin_.col(pos).array();
+    const auto s = sign * sin_.col(pos).array();
     for (Eigen::Index head = 0; head < num_heads; ++head) {
       Eigen::Map<Eigen::ArrayXf> x1(heads + head * 2 * half, half);
       Eigen::Map<Eigen::ArrayXf> x2(heads + head * 2 * half + half, half);
@@ -41,7 +50,6 @@ class Rotary {
     }
   }
 
- private:
   Eigen::MatrixXf cos_;  // [head_dim / 2, max_context]
   Eigen::MatrixXf sin_;
 };

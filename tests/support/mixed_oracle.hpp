@@ -4,10 +4,10 @@
 /// time: what the blocked kernels are held to. Finite differences hold the gradients.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <random>
 #include <vector>
 

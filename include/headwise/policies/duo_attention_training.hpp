@@ -11,6 +11,7 @@
 #include <span>
 #include <vector>
 
+#include "headwise/core/bits.hpp"
 #include "headwise/core/check.hpp"
 #include "headwise/core/checked.hpp"
 #include "headwise/core/row_view.hpp"

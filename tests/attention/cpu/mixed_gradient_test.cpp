@@ -3,10 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <numeric>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "headwise/core/scratch.hpp"

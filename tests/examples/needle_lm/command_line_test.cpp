@@ -189,7 +189,8 @@ TEST_F(CommandLineTest, IdentifiesHeadsIntoAScoreFile) {
                              " --documents 1 --out " + folder_.file("found.tsv");
   for (const std::string& method :
        {"razor --echo " + folder_.file("echo.tsv"), std::string("on_the_fly"),
-        std::string("measured --sink 2 --recent 9 --greedy 1")}) {
+        std::string("measured --sink 2 --recent 9 --greedy 1"),
+        std::string("duo --sink 2 --recent 9 --steps 2 --l1 0.1")}) {
     const Outcome outcome = run(common + " --seed 7 --method " + method);
     ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
     const std::string found = text_of(folder_.file("found.tsv"));
@@ -214,7 +215,12 @@ TEST_F(CommandLineTest, IdentifiesHeadsIntoAScoreFile) {
   EXPECT_THAT(refusal(refused + "razor"), HasSubstr("--out is required"));
   EXPECT_THAT(refusal("identify" + out), HasSubstr("--method is required"));
   EXPECT_THAT(refusal(refused + "razor --recent 9" + out),
-              HasSubstr("--recent belongs to --method measured, not razor"));
+              HasSubstr("--recent belongs to --method measured or duo, not razor"));
+  EXPECT_THAT(refusal(refused + "measured --steps 9" + out),
+              HasSubstr("--steps belongs to --method duo, not measured"));
+  EXPECT_THAT(refusal(refused + "duo --l1 -1" + out), HasSubstr("--l1 -1: expected a number in"));
+  EXPECT_THAT(refusal(refused + "duo --greedy 1" + out),
+              HasSubstr("--greedy belongs to --method measured, not duo"));
   EXPECT_THAT(refusal(refused + "measured --echo x" + out), HasSubstr("--echo belongs to"));
   EXPECT_THAT(refusal(refused + "measured --greedy 7" + out), HasSubstr("an integer in 0..6"));
   EXPECT_THAT(refusal(refused + "on_the_fly --documents 2" + out),

@@ -19,6 +19,12 @@ using Rows = std::vector<std::vector<double>>;  ///< [tokens][features]
 /// Whether the query at `i` of a layer's KV head sees the key at `j`, for j <= i.
 using Sees = std::function<bool(int layer, int kv_head, int i, int j)>;
 
+/// One of the softmaxes that a layer's attention is made of, and its share in each KV head.
+struct Half {
+  Sees sees;
+  std::function<double(int layer, int kv_head)> share;
+};
+
 class DoubleForward {
  public:
   DoubleForward(const nlohmann::json& config, const NamedTensors& weights)
@@ -26,6 +32,11 @@ class DoubleForward {
 
   /// Logits [tokens][vocab].
   Rows logits(const std::vector<int>& tokens, const Sees& sees) const {
+    return times(states(tokens, {{sees, [](int, int) { return 1.0; }}}), "model.embed_tokens");
+  }
+
+  /// Last hidden states [tokens][hidden], after the final norm.
+  Rows states(const std::vector<int>& tokens, const std::vector<Half>& halves) const {
     const NamedTensor& embedding = weights_.at("model.embed_tokens.weight");
     const std::size_t hidden = size("hidden_size");
     Rows x;
@@ -36,10 +47,10 @@ class DoubleForward {
     }
     for (int layer = 0; layer < static_cast<int>(size("num_hidden_layers")); ++layer) {
       const std::string name = "model.layers." + std::to_string(layer) + ".";
-      add(x, attention(norm(x, name + "input_layernorm"), layer, sees));
+      add(x, attention(norm(x, name + "input_layernorm"), layer, halves));
       add(x, mlp(norm(x, name + "post_attention_layernorm"), name + "mlp."));
     }
-    return times(norm(x, "model.norm"), "model.embed_tokens");
+    return norm(x, "model.norm");
   }
 
  private:
@@ -100,7 +111,7 @@ class DoubleForward {
     }
   }
 
-  Rows attention(const Rows& x, int layer, const Sees& sees) const {
+  Rows attention(const Rows& x, int layer, const std::vector<Half>& halves) const {
     const std::string name = "model.layers." + std::to_string(layer) + ".self_attn.";
     const std::size_t dim = size("head_dim");
     const std::size_t num_qo = size("num_attention_heads");
@@ -114,21 +125,25 @@ class DoubleForward {
     for (std::size_t i = 0; i < x.size(); ++i) {
       for (std::size_t head = 0; head < num_qo; ++head) {
         const std::size_t kv_head = head / (num_qo / num_kv);
-        double sum = 0.0;
-        for (std::size_t j = 0; j <= i; ++j) {
-          if (!sees(layer, static_cast<int>(kv_head), static_cast<int>(i), static_cast<int>(j))) {
-            continue;
+        for (const Half& half : halves) {
+          double sum = 0.0;
+          std::vector<double> mean(dim, 0.0);
+          for (std::size_t j = 0; j <= i; ++j) {
+            if (!half.sees(layer, static_cast<int>(kv_head), static_cast<int>(i),
+                           static_cast<int>(j))) {
+              continue;
+            }
+            double dot = 0.0;
+            for (std::size_t d = 0; d < dim; ++d) {
+              dot += q[i][head * dim + d] * k[j][kv_head * dim + d];
+            }
+            const double weight = std::exp(dot / std::sqrt(static_cast<double>(dim)));
+            sum += weight;
+            for (std::size_t d = 0; d < dim; ++d) mean[d] += weight * v[j][kv_head * dim + d];
           }
-          double dot = 0.0;
-          for (std::size_t d = 0; d < dim; ++d)
-            dot += q[i][head * dim + d] * k[j][kv_head * dim + d];
-          const double weight = std::exp(dot / std::sqrt(static_cast<double>(dim)));
-          sum += weight;
-          for (std::size_t d = 0; d < dim; ++d) {
-            out[i][head * dim + d] += weight * v[j][kv_head * dim + d];
-          }
+          const double share = half.share(layer, static_cast<int>(kv_head)) / sum;
+          for (std::size_t d = 0; d < dim; ++d) out[i][head * dim + d] += share * mean[d];
         }
-        for (std::size_t d = 0; d < dim; ++d) out[i][head * dim + d] /= sum;
       }
     }
     return times(out, name + "o_proj");

@@ -195,6 +195,25 @@ TEST_F(IdentifyTest, ReadsEveryTextOnce) {
                headwise::FormatError);
 }
 
+/// Where all gates are 1 the passes are the same: the first step is the pull's alone. The second
+/// texts' states pull back where they depend on what the window hides.
+TEST_F(IdentifyTest, TrainsGatesOnTheTextsOfTheTask) {
+  const SafeTensors file(folder_.file("documents"));
+  IdentifyOptions options{
+      .method = "duo", .documents = 2, .window = {.sink = 2, .recent = 9}, .steps = 1};
+  const auto first = identify(model_, &file, options).scores;
+  for (const double gate : first.values()) EXPECT_NEAR(gate, 0.98, 1e-4);
+  options.steps = 40;
+  options.l1_weight = 1000.0;  // whatever it costs
+  const auto pulled = identify(model_, &file, options).scores;
+  for (const double gate : pulled.values()) {
+    EXPECT_NEAR(gate, 0.34, 0.01);  // as far as the schedule goes: the sum of its rates is 0.66
+  }
+  options.l1_weight = 1e-4;
+  const auto gates = identify(model_, &file, options).scores;
+  EXPECT_GT(*std::ranges::max_element(gates.values()), 0.95);
+}
+
 TEST(NeedlePosition, IsThatOfTheKeyThatIsAskedFor) {
   // # 9 1 2 ; twice, the second time under the key that the end asks for.
   const Document document{{1, 4, 9, 7, 8, 6, 4, 3, 7, 8, 6, 50, 5, 3, 7, 8, 6}, 14, 3};
@@ -231,6 +250,16 @@ TEST_F(IdentifyTrainedTest, FindsTheRazorScoresOfTheTraining) {
   const FoundHeads found = identify(model_, nullptr, {.method = "razor", .documents = 2});
   expect_near(found.scores, "heads/razor_induction.tsv");
   expect_near(found.echo.value(), "heads/razor_echo.tsv");
+}
+
+TEST_F(IdentifyTrainedTest, TrainsTheLastLayerToLookBack) {
+  const SafeTensors file(in("data/documents.safetensors"));
+  const auto gates = identify(model_, &file, {.method = "duo", .documents = 2, .steps = 3}).scores;
+  for (int layer = 0; layer < 6; ++layer) {
+    for (int head = 0; head < 4; ++head) {
+      EXPECT_EQ(gates.value(layer, head) > 0.97, layer == 5) << layer << "." << head;
+    }
+  }
 }
 
 TEST_F(IdentifyTrainedTest, FindsThatTheLastLayerCopies) {

@@ -384,8 +384,8 @@ constexpr std::size_t mixed_gradient_scratch_floats(int group_size, int k_dim, i
 /// Writes d_q of queries [begin, end) of a head, and adds what they give to its d_k and d_v of
 /// keys [0, end).
 ///
-/// 10 flop a dimension of K and V, visible key and query row; where only the window is seen, as
-/// many for the keys in it. Everything must be finite.
+/// 2 (3 k_dim + 2 v_dim) flop a visible key and query row; where only the window is seen, for the
+/// keys in it alone. Everything must be finite.
 /// @param scratch  [mixed_gradient_scratch_floats], 64-byte aligned
 /// @return sum over queries and query heads of d_out . (full - streaming)
 template <class Isa>
