@@ -90,26 +90,35 @@ class HeadOf : public KernelHead {
   const float* sinks_ = nullptr;
 };
 
-template <class Isa, class... Formats>
-void add_pairs(std::vector<KernelPair>& pairs, ::testing::Types<Formats...>) {
-  (pairs.push_back({std::string(simd::isa_name<Isa>()) + "_" + Formats::name(),
-                    [](const AttentionCase& c) -> std::unique_ptr<KernelHead> {
-                      return std::make_unique<HeadOf<Formats>>(
-                          kernels_on<Formats>(simd::isa_name<Isa>()), c);
-                    }}),
-   ...);
+template <class Isa, class Format>
+KernelPair pair_of() {
+  return {std::string(simd::isa_name<Isa>()) + "_" + Format::name(),
+          [](const AttentionCase& c) -> std::unique_ptr<KernelHead> {
+            return std::make_unique<HeadOf<Format>>(kernels_on<Format>(simd::isa_name<Isa>()), c);
+          }};
 }
 
-template <class... Isas>
-std::vector<KernelPair> pairs_of(std::tuple<Isas...>) {
-  std::vector<KernelPair> pairs;
-  (add_pairs<Isas>(pairs, AllFormats{}), ...);
-  return pairs;
+template <class Format, class... Isas>
+KernelFormat format_of(std::tuple<Isas...>) {
+  return {Format::name(), {pair_of<Isas, Format>()...}};
+}
+
+template <class... Formats>
+std::vector<KernelFormat> formats_of(::testing::Types<Formats...>) {
+  return {format_of<Formats>(type_lists::Isas{})...};
 }
 
 }  // namespace
 
-std::vector<KernelPair> all_kernels() { return pairs_of(type_lists::Isas{}); }
+std::vector<KernelFormat> all_formats() { return formats_of(AllFormats{}); }
+
+std::vector<KernelPair> all_kernels() {
+  std::vector<KernelPair> pairs;
+  for (KernelFormat& format : all_formats()) {
+    for (KernelPair& pair : format.isas) pairs.push_back(std::move(pair));
+  }
+  return pairs;
+}
 
 template <class Format>
 Kernels<Format> kernels_on(std::string_view isa) {

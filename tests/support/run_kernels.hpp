@@ -90,7 +90,18 @@ struct KernelPair {
 };
 std::vector<KernelPair> all_kernels();
 
-inline std::string name_of_kernels(const ::testing::TestParamInfo<KernelPair>& info) {
+/// A format with every ISA: for tests whose oracle takes longer than the kernels, and is the same.
+struct KernelFormat {
+  std::string name;  ///< "f16_tiled"
+  std::vector<KernelPair> isas;
+
+  friend void PrintTo(const KernelFormat& format, std::ostream* os) { *os << format.name; }
+};
+std::vector<KernelFormat> all_formats();
+
+/// @tparam Pair  KernelPair or KernelFormat
+template <class Pair>
+std::string name_of_kernels(const ::testing::TestParamInfo<Pair>& info) {
   return info.param.name;
 }
 

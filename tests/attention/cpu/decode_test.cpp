@@ -20,13 +20,20 @@ namespace {
 
 class CpuDecode : public ::testing::TestWithParam<KernelPair> {};
 INSTANTIATE_TEST_SUITE_P(AllKernels, CpuDecode, ::testing::ValuesIn(all_kernels()),
-                         name_of_kernels);
+                         name_of_kernels<KernelPair>);
 
-TEST_P(CpuDecode, EqualsTheOracleOnEveryCase) {
+class CpuDecodeOfFormat : public ::testing::TestWithParam<KernelFormat> {};
+INSTANTIATE_TEST_SUITE_P(AllFormats, CpuDecodeOfFormat, ::testing::ValuesIn(all_formats()),
+                         name_of_kernels<KernelFormat>);
+
+TEST_P(CpuDecodeOfFormat, EqualsTheOracleOnEveryCaseAndIsa) {
   for (const AttentionCase& c : attention_cases()) {
-    const auto head = GetParam().head(c);
-    head->decode();
-    EXPECT_LE(relative_error(head->out(), head->truth()), 1e-5) << c.name;
+    const std::vector<double> truth = GetParam().isas.front().head(c)->truth();
+    for (const KernelPair& kernels : GetParam().isas) {
+      const auto head = kernels.head(c);
+      head->decode();
+      EXPECT_LE(relative_error(head->out(), truth), 1e-5) << kernels.name << ", " << c.name;
+    }
   }
 }
 

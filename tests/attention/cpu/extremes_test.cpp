@@ -56,7 +56,8 @@ class Extremes : public ::testing::TestWithParam<KernelPair> {
     compare("prefill in small tiles");
   }
 };
-INSTANTIATE_TEST_SUITE_P(AllKernels, Extremes, ::testing::ValuesIn(all_kernels()), name_of_kernels);
+INSTANTIATE_TEST_SUITE_P(AllKernels, Extremes, ::testing::ValuesIn(all_kernels()),
+                         name_of_kernels<KernelPair>);
 
 TEST_P(Extremes, ALaterRowOfTheStepContributesNothingWhateverItsBitsAre) {
   for (const float value : {std::numeric_limits<float>::quiet_NaN(), kInfinity, 70000.0F}) {

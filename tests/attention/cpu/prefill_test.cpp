@@ -17,13 +17,20 @@ namespace {
 
 class CpuPrefill : public ::testing::TestWithParam<KernelPair> {};
 INSTANTIATE_TEST_SUITE_P(AllKernels, CpuPrefill, ::testing::ValuesIn(all_kernels()),
-                         name_of_kernels);
+                         name_of_kernels<KernelPair>);
 
-TEST_P(CpuPrefill, EqualsTheOracleOnEveryCase) {
+class CpuPrefillOfFormat : public ::testing::TestWithParam<KernelFormat> {};
+INSTANTIATE_TEST_SUITE_P(AllFormats, CpuPrefillOfFormat, ::testing::ValuesIn(all_formats()),
+                         name_of_kernels<KernelFormat>);
+
+TEST_P(CpuPrefillOfFormat, EqualsTheOracleOnEveryCaseAndIsa) {
   for (const AttentionCase& c : attention_cases()) {
-    const auto head = GetParam().head(c);
-    head->prefill(prefill_tile_queries(c.group_size));
-    EXPECT_LE(relative_error(head->out(), head->truth()), 1e-5) << c.name;
+    const std::vector<double> truth = GetParam().isas.front().head(c)->truth();
+    for (const KernelPair& kernels : GetParam().isas) {
+      const auto head = kernels.head(c);
+      head->prefill(prefill_tile_queries(c.group_size));
+      EXPECT_LE(relative_error(head->out(), truth), 1e-5) << kernels.name << ", " << c.name;
+    }
   }
 }
 
